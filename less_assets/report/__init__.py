@@ -1,0 +1,1 @@
+"""What people read: charts, tables and the selection report. No mathematics, no storage."""
