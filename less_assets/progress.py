@@ -1,0 +1,54 @@
+"""Progress with an estimate of what is left, for everything that takes longer than a few seconds.
+
+Belongs here: counting and wording. Where the lines go (Dagster's log, a terminal) is the caller's choice.
+"""
+
+import time
+from collections.abc import Callable
+
+INTERVAL_SECONDS = 5.0
+
+
+class Progress:
+    """Counts units of work and says every few seconds how far it is and how long the rest will take.
+
+    Args:
+        what: What is being done, e.g. `train_gradients epoch-1`.
+        total: Units in all.
+        unit: Name of a unit, plural, e.g. `rows`.
+        log: Receives one line at a time.
+        done: Units that an earlier, interrupted run had finished; they do not count for the rate.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, log: Callable[[str], object], done: int = 0) -> None:
+        self.what, self.total, self.unit, self._log = what, total, unit, log
+        self.done = self._done_before = done
+        self.started = self._last = time.monotonic()
+        if done:
+            self._log(f"{what}: {done:,} of {total:,} {unit} were done before, going on from there")
+
+    def __call__(self, units: int) -> None:
+        """Count `units` more units as done."""
+        self.done += units
+        now = time.monotonic()
+        if now - self._last >= INTERVAL_SECONDS and self.done < self.total:
+            self._last = now
+            rate = (self.done - self._done_before) / (now - self.started)
+            left = (self.total - self.done) / rate if rate > 0 else float("inf")
+            share = 100 * self.done / self.total
+            self._log(
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), "
+                f"{rate:,.1f} {self.unit}/s, {duration(left)} left"
+            )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `42 s`, `3 min 20 s`, `2 h 5 min`; `?` if not finite."""
+    if seconds != seconds or seconds == float("inf"):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
