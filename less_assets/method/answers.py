@@ -1,0 +1,167 @@
+"""What counts as the right answer: extracting an answer from generated text and grading it, per task format.
+
+Belongs here: pure functions on strings and the table of rules that names them. Generating the text, the harness and
+confidence intervals live in `evaluation.py`, `generation.py` and `intervals.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+RuleName = Literal["exact_match", "bbh", "gsm8k", "tydiqa", "mmlu"]
+
+# A sign counts only where nothing stands before it ("16-3" holds 16 and 3); commas count only as thousands separators.
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\].%])[-−])?(?:[$€£¥]\s?)?(?P<digits>\d{1,3}(?:,\d{3})+(?![\d,]*\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+)
+# Up to a period that ends a sentence, not one inside a number or a name.
+_STATED = re.compile(r"\b[Tt]he answer is:?[ \t]*(.*?)(?:\.(?=\s|$)|\n|$)")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text in canonical form, or None if there is none.
+
+    Thousands separators, currency signs and trailing zeros after the point are dropped: "$1,080.50." gives "1080.5".
+
+    Args:
+        text: Generated or reference text.
+    """
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers:
+        return None
+    found = numbers[-1]
+    value = Decimal(found["digits"].replace(",", ""))
+    if found["sign"]:
+        value = -value
+    if value == 0:
+        return "0"
+    return format(value.to_integral() if value == value.to_integral() else value.normalize(), "f")
+
+
+def stated_answer(text: str) -> str:
+    """Return what follows the first "the answer is", up to the end of that sentence or line; without one, the text.
+
+    The first statement counts when there are several, as in the evaluation code that LESS uses: later ones usually
+    belong to a next question that the model made up.
+
+    Args:
+        text: Generated worked answer, for example `"… = 6. So the answer is (B)."`, which gives `"(B)"`.
+    """
+    found = _STATED.search(text)
+    return (found[1] if found else text).strip()
+
+
+def short_answer(text: str) -> str:
+    """Return the text without surrounding space and without what a model adds after the first blank line.
+
+    Args:
+        text: Generated text.
+    """
+    return re.split(r"\n\s*\n", text.strip(), maxsplit=1)[0].strip()
+
+
+def normalize_plain(text: str) -> str:
+    """Fold case and white space and drop one trailing period, for the generic exact match.
+
+    Args:
+        text: Answer or reference.
+    """
+    folded = " ".join(text.casefold().split())
+    return folded[:-1].rstrip() if folded.endswith(".") and not folded.endswith("..") else folded
+
+
+def normalize_stated(text: str) -> str:
+    """Fold case, punctuation and white space, for BBH; text that is punctuation only (Dyck words) keeps it.
+
+    Args:
+        text: Answer or reference.
+    """
+    bare = " ".join(text.casefold().translate(_PUNCTUATION).split())
+    return bare or "".join(text.split())
+
+
+def normalize_squad(text: str) -> str:
+    """Normalize as the official SQuAD 1.1 script does: lower case, no ASCII punctuation, no articles, single spaces.
+
+    Args:
+        text: Answer or reference.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def squad_f1(answer: str, reference: str) -> float:
+    """Return the token-overlap F1 of SQuAD 1.1; 0 if nothing overlaps, also when both are empty.
+
+    Args:
+        answer: Extracted answer.
+        reference: One accepted answer.
+    """
+    got, wanted = normalize_squad(answer).split(), normalize_squad(reference).split()
+    shared = sum((Counter(got) & Counter(wanted)).values())
+    if shared == 0:
+        return 0.0
+    precision, recall = shared / len(got), shared / len(wanted)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _exact(normalize: Callable[[str], str]) -> Callable[[str, str], float]:
+    def matches(answer: str, reference: str) -> float:
+        wanted = normalize(reference)
+        return float(bool(wanted) and normalize(answer) == wanted)
+
+    return matches
+
+
+def _same_number(answer: str, reference: str) -> float:
+    wanted = last_number(reference)
+    return float(wanted is not None and last_number(answer) == wanted)
+
+
+@dataclass(frozen=True)
+class AnswerRule:
+    """How one format's generated answers are cut, extracted and graded.
+
+    Attributes:
+        extract: Generated text to answer.
+        metrics: Metric name to a function of (answer, one reference) in [0, 1]; the best reference counts. The first
+            metric is the score of a sample.
+        stop: Strings that end the generation.
+        max_new_tokens: Longest generation in tokens; None: long enough for the longest reference.
+        average: Whether a total is the mean over samples or over subtasks (each subtask counts the same).
+    """
+
+    extract: Callable[[str], str]
+    metrics: dict[str, Callable[[str, str], float]]
+    stop: tuple[str, ...]
+    max_new_tokens: int | None
+    average: Literal["samples", "subtasks"]
+
+    def grade(self, answer: str, references: Sequence[str]) -> dict[str, float]:
+        """Return every metric of an extracted answer against the reference that suits it best.
+
+        Args:
+            answer: What `extract` returned.
+            references: Accepted answers, at least one.
+        """
+        return {name: max(metric(answer, each) for each in references) for name, metric in self.metrics.items()}
+
+
+RULES: dict[RuleName, AnswerRule] = {
+    "exact_match": AnswerRule(short_answer, {"exact_match": _exact(normalize_plain)}, (), None, "samples"),
+    # Tasks count the same in BBH's and TyDiQA's averages; questions count the same in MMLU's and GSM8K's.
+    "bbh": AnswerRule(stated_answer, {"exact_match": _exact(normalize_stated)}, ("\n\n",), 512, "subtasks"),
+    "gsm8k": AnswerRule(
+        lambda text: last_number(text) or "", {"exact_match": _same_number}, ("\n\n", "Question:"), 512, "samples"
+    ),
+    "tydiqa": AnswerRule(str.strip, {"f1": squad_f1, "exact_match": _exact(normalize_squad)}, ("\n",), 50, "subtasks"),
+    # MMLU compares likelihoods of the choices; nothing is generated, so `extract` only tidies the chosen letter.
+    "mmlu": AnswerRule(str.strip, {"accuracy": _exact(normalize_plain)}, (), None, "samples"),
+}
