@@ -1,0 +1,270 @@
+"""Small charts for Dagster's metadata and for documents: one function a chart, PNG bytes out.
+
+Belongs here: drawing what others have computed. Every picture stays below 30 kB, because it lives in Dagster's event
+log, has its own light background, so that it reads the same in a light and a dark page, and uses the Okabe-Ito colours,
+which colour-blind people can tell apart (light and dark differ in lightness as well).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+if TYPE_CHECKING:
+    import altair as alt
+
+MAX_BYTES = 30_000
+BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#8c8c8c"
+INK, PAPER, GRID = "#1f1f1f", "#ffffff", "#e4e4e4"
+OTHER = "other"
+
+
+def score_histogram(scores: Any, cut: float | None = None, *, title: str = "", bins: int = 60) -> bytes:
+    """Draw the distribution of scores, with the part above the cut set off and the cut as a line.
+
+    Args:
+        scores: Scores (n,); values that are not finite are left out.
+        cut: Score of the last selected row; None draws no line.
+        title: Heading.
+        bins: Number of bars.
+    """
+    import altair as alt
+
+    values = np.asarray(scores, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    counts, edges = np.histogram(values, bins=bins)
+    selected = "selected" if cut is not None else "rows"
+    table = pl.DataFrame(
+        {
+            "from": edges[:-1],
+            "to": edges[1:],
+            "rows": counts,
+            "part": ["not selected" if cut is not None and middle < cut else selected for middle in _middles(edges)],
+        }
+    )
+    parts = {"not selected": GREY, "selected": BLUE, "rows": BLUE}
+    present = [part for part in parts if part in set(table["part"])]
+    bars = (
+        alt.Chart(table)
+        .mark_bar(binSpacing=0)
+        .encode(
+            x=alt.X("from:Q", bin="binned", title="score"),
+            x2="to:Q",
+            y=alt.Y("rows:Q", title="rows"),
+            color=_color("part:N", {part: parts[part] for part in present}, legend=cut is not None),
+        )
+    )
+    if cut is None:
+        return _png(bars, title)
+    line = alt.Chart(pl.DataFrame({"cut": [cut], "text": [f"cut {cut:.4g}"]})).encode(x="cut:Q")
+    label = line.mark_text(align="left", dx=4, color=INK, fontSize=11).encode(text="text:N", y=alt.value(8))
+    return _png(bars + line.mark_rule(color=INK, strokeWidth=2, strokeDash=[5, 3]) + label, title)
+
+
+def share_comparison(
+    selected: Mapping[str, float], pool: Mapping[str, float], *, title: str = "", kind: str = "source", limit: int = 20
+) -> bytes:
+    """Draw each group's share of the selected rows next to its share of the pool.
+
+    Args:
+        selected: Group to number (or share) of selected rows.
+        pool: Group to number (or share) of pool rows.
+        title: Heading.
+        kind: What a group is, for the axis.
+        limit: Groups shown, the largest in either; the rest is summed up as "other".
+    """
+    import altair as alt
+
+    names = sorted({*selected, *pool}, key=lambda name: (-_share(selected, name) - _share(pool, name), name))
+    shown, rest = names[:limit], names[limit:]
+    if len(rest) == 1:
+        shown, rest = names, []
+    order = [*shown, f"{OTHER} ({len(rest)})"] if rest else shown
+    rows = []
+    for label, counts in (("selected", selected), ("pool", pool)):
+        rows += [(name, label, _share(counts, name)) for name in shown]
+        if rest:
+            rows.append((order[-1], label, sum(_share(counts, name) for name in rest)))
+    table = pl.DataFrame(rows, schema={"group": pl.String, "of": pl.String, "share": pl.Float64}, orient="row")
+    chart = (
+        alt.Chart(table, height=alt.Step(9))
+        .mark_bar()
+        .encode(
+            y=alt.Y("group:N", sort=order, title=kind),
+            yOffset=alt.YOffset("of:N", sort=["selected", "pool"]),
+            x=alt.X("share:Q", title="share of rows", axis=alt.Axis(format="%")),
+            color=_color("of:N", {"selected": BLUE, "pool": ORANGE}),
+        )
+    )
+    return _png(chart, title)
+
+
+def share_bars(counts: Mapping[str, float], *, title: str = "", kind: str = "subtask", limit: int = 30) -> bytes:
+    """Draw each group's share, largest first.
+
+    Args:
+        counts: Group to number (or share) of rows.
+        title: Heading.
+        kind: What a group is, for the axis.
+        limit: Groups shown; the rest is summed up as "other".
+    """
+    import altair as alt
+
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    shown, rest = (names, []) if len(names) <= limit + 1 else (names[:limit], names[limit:])
+    shares = {name: _share(counts, name) for name in shown}
+    if rest:
+        shares[f"{OTHER} ({len(rest)})"] = sum(_share(counts, name) for name in rest)
+    table = pl.DataFrame(
+        {"group": list(shares), "share": list(shares.values())}, schema={"group": pl.String, "share": pl.Float64}
+    )
+    base = alt.Chart(table, height=alt.Step(16)).encode(
+        y=alt.Y("group:N", sort=list(shares), title=kind),
+        x=alt.X("share:Q", title="share of rows", axis=alt.Axis(format="%")),
+    )
+    labels = base.mark_text(align="left", dx=3, color=INK, fontSize=10).encode(text=alt.Text("share:Q", format=".1%"))
+    return _png(base.mark_bar(color=BLUE) + labels, title)
+
+
+def training_curve(
+    steps: Sequence[float],
+    losses: Sequence[float],
+    *,
+    title: str = "",
+    held_out: Sequence[tuple[float, float]] = (),
+) -> bytes:
+    """Draw the training loss over optimizer steps, and the held-out loss where there is one.
+
+    Args:
+        steps: Optimizer step of each logged loss.
+        losses: Training loss in nats per token, as many as steps; values that are not finite are left out.
+        title: Heading.
+        held_out: (step, held-out loss) pairs.
+    """
+    import altair as alt
+
+    points = [(step, loss, "training") for step, loss in zip(steps, losses, strict=True)]
+    points += [(step, loss, "held out") for step, loss in held_out]
+    table = pl.DataFrame(
+        [point for point in points if np.isfinite(point[1])],
+        schema={"step": pl.Float64, "loss": pl.Float64, "curve": pl.String},
+        orient="row",
+    )
+    colors = {"training": BLUE, "held out": ORANGE} if held_out else {"training": BLUE}
+    chart = (
+        alt.Chart(table)
+        .mark_line(point=alt.OverlayMarkDef(size=18) if len(table) <= 60 else False)
+        .encode(
+            x=alt.X("step:Q", title="optimizer step"),
+            y=alt.Y("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False)),
+            color=_color("curve:N", colors, legend=bool(held_out)),
+            strokeDash=alt.StrokeDash("curve:N", sort=list(colors), legend=None),
+        )
+    )
+    return _png(chart, title)
+
+
+def leaderboard_chart(
+    table: pl.DataFrame,
+    *,
+    title: str = "",
+    value_title: str = "score",
+    references: Sequence[str] = ("base", "random", "full"),
+) -> bytes:
+    """Draw each recipe's value with its interval, one panel a task.
+
+    Args:
+        table: Columns task, recipe, value, low, high (low and high may be null); recipes appear in the table's order.
+        title: Heading.
+        value_title: Name of the value, for the axis; say there which direction is better.
+        references: Recipes to compare with: drawn in grey, as hollow points.
+    """
+    import altair as alt
+
+    order = table["recipe"].unique(maintain_order=True).to_list()
+    shown = table.with_columns(
+        pl.when(pl.col("recipe").is_in(list(references)))
+        .then(pl.lit("reference"))
+        .otherwise(pl.lit("recipe"))
+        .alias("kind")
+    )
+    base = alt.Chart(shown, height=alt.Step(18), width=300 if shown["task"].n_unique() == 1 else 190).encode(
+        y=alt.Y("recipe:N", sort=order, title=None),
+        color=_color("kind:N", {"recipe": BLUE, "reference": GREY}, legend=False),
+    )
+    scale = alt.Scale(zero=False)
+    intervals = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=value_title, scale=scale), x2="high:Q")
+    points = base.mark_point(size=55, strokeWidth=2, opacity=1).encode(
+        x=alt.X("value:Q", title=value_title, scale=scale),
+        fill=alt.Fill("kind:N", legend=None, scale=alt.Scale(domain=["recipe", "reference"], range=[BLUE, PAPER])),
+    )
+    panels = (intervals + points).facet(
+        facet=alt.Facet("task:N", title=None, sort=table["task"].unique(maintain_order=True).to_list()), columns=3
+    )
+    return _png(panels.resolve_scale(x="independent"), title)
+
+
+def markdown_image(png: bytes, alt: str = "chart") -> str:
+    """Return the picture as Markdown with a data URL, as Dagster's `MetadataValue.md` shows it.
+
+    Args:
+        png: A PNG file.
+        alt: What the picture shows, for people who do not see it.
+    """
+    return f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def _middles(edges: np.ndarray) -> np.ndarray:
+    return (edges[:-1] + edges[1:]) / 2
+
+
+def _share(counts: Mapping[str, float], name: str) -> float:
+    total = sum(counts.values())
+    return counts.get(name, 0) / total if total else 0.0
+
+
+def _color(field: str, colors: Mapping[str, str], *, legend: bool = True) -> alt.Color:
+    import altair as alt
+
+    return alt.Color(
+        field,
+        title=None,
+        scale=alt.Scale(domain=list(colors), range=list(colors.values())),
+        legend=alt.Legend(orient="top", title=None) if legend else None,
+    )
+
+
+def _png(chart: Any, title: str) -> bytes:
+    """Render at the sharpest scale that keeps the picture below `MAX_BYTES`."""
+    import altair as alt
+    import vl_convert
+
+    if title:
+        chart = chart.properties(title=alt.TitleParams(title, anchor="start", fontSize=13, color=INK))
+    styled = (
+        chart.configure(background=PAPER, padding=8)
+        .configure_axis(labelColor=INK, titleColor=INK, gridColor=GRID, labelLimit=220, titleFontWeight="normal")
+        .configure_legend(labelColor=INK)
+        .configure_header(labelColor=INK, labelFontWeight="bold")
+        .configure_view(stroke=None, continuousWidth=460, continuousHeight=180)
+    )
+    specification = styled.to_dict()
+    for scale in (2.0, 1.5, 1.25, 1.0, 0.75):
+        png = _small_palette(vl_convert.vegalite_to_png(specification, scale=scale))
+        if len(png) < MAX_BYTES:
+            break
+    return png
+
+
+def _small_palette(png: bytes) -> bytes:
+    """Store the picture with 64 colours: a chart of a few flat colours loses nothing and shrinks about fivefold."""
+    from PIL import Image
+
+    packed = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(64).save(packed, format="PNG", optimize=True)
+    return packed.getvalue()
