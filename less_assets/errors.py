@@ -69,3 +69,7 @@ class CorruptArtifactError(LessAssetsError):
 
 class EvaluationError(LessAssetsError):
     """An evaluation cannot be run as configured."""
+
+
+class StorageError(LessAssetsError):
+    """The disk or object store fails: full, not permitted, or not answering."""

@@ -1,1 +1,1 @@
-"""What artifacts look like on disk or in a bucket: manifests, Zarr arrays, Parquet tables. No mathematics, no dagster."""
+"""What artifacts look like on disk or in a bucket: manifests, Zarr arrays, tables. No mathematics, no dagster."""

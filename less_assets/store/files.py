@@ -1,0 +1,163 @@
+"""Bytes on a disk or in a bucket: atomic writes, listings, digests, one error type for storage trouble.
+
+Belongs here: what differs between a local folder and an object store. Not here: what the bytes mean (manifest.py,
+tables.py, features.py) or where an artifact lives (artifacts.py).
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from upath import UPath
+
+from less_assets.errors import StorageError
+
+PARTIAL_SUFFIX = ".partial"  # the suffix of Zarr's own temporary files too: one rule finds every leftover
+CHUNK_BYTES = 8 << 20
+# Packages of object-store clients that raise types of their own instead of OSError.
+CLIENT_PACKAGES = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests"}
+
+
+def open_root(root: str, storage_options: dict[str, Any] | None = None) -> UPath:
+    """Path object of a storage root: an absolute local path, or an fsspec URL such as `s3://bucket/prefix`."""
+    if "://" not in root or root.startswith("file://"):
+        return UPath(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
+    # A cached listing would show a folder as it was before another process wrote to it.
+    return UPath(root.rstrip("/"), **{"use_listings_cache": False, **(storage_options or {})})
+
+
+def local_path(path: UPath) -> pathlib.Path | None:
+    """`path` as a path on a file system of this machine (where renames are atomic), or None if it is elsewhere."""
+    return path if isinstance(path, pathlib.Path) else None
+
+
+@contextlib.contextmanager
+def storage_trouble(path: UPath, action: str) -> Iterator[None]:
+    """Turn a failing disk or object store into a StorageError; a missing file stays a FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENT_PACKAGES:
+            raise
+        raise StorageError(
+            f"Cannot {action}: {type(error).__name__}: {error}",
+            where=str(path),
+            fix="Check free space, permissions and the connection, then run the same command again: "
+            "what is finished is kept.",
+        ) from error
+
+
+def partial_name(name: str) -> str:
+    """A name nobody else uses for a file or folder that is not finished yet."""
+    return f"{name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+
+
+def write_atomically(path: UPath, data: bytes) -> None:
+    """Write a file so that a reader or a killed process never leaves or sees half of it.
+
+    Raises:
+        StorageError: The disk is full, permission is denied, or the object store fails.
+    """
+    with storage_trouble(path, "write"):
+        if local := local_path(path):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            temporary = local.with_name(partial_name(local.name))
+            try:
+                temporary.write_bytes(data)
+                finish_file(temporary, local)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        else:
+            try:
+                path.fs.pipe_file(path.path, data)
+            except FileNotFoundError:  # file servers, unlike buckets, want the folder first
+                path.fs.makedirs(path.parent.path, exist_ok=True)
+                path.fs.pipe_file(path.path, data)
+
+
+def finish_file(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Flush a finished temporary file to the disk and give it its name, atomically."""
+    with open(temporary, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: pathlib.Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: UPath) -> bytes:
+    """Whole content of a file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        StorageError: The file exists but cannot be read.
+    """
+    with storage_trouble(path, "read"):
+        return path.read_bytes()
+
+
+def file_digest(path: UPath) -> str:
+    """SHA-256 of a file in hex, read in pieces (SHA-256 runs in hardware: about twice BLAKE2's speed)."""
+    digest = hashlib.sha256()
+    with storage_trouble(path, "read"), path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def list_files(folder: UPath, *, partial: bool = False) -> dict[str, int]:
+    """Files below a folder: POSIX name relative to it -> bytes, sorted; an absent folder has none.
+
+    Args:
+        folder: Where to look.
+        partial: Also list unfinished temporary files.
+    """
+    found: dict[str, int] = {}
+    with storage_trouble(folder, "list"):
+        if local := local_path(folder):
+            for directory, _, names in os.walk(local):
+                for name in names:
+                    file = os.path.join(directory, name)
+                    with contextlib.suppress(FileNotFoundError):  # another process may be finishing or removing it
+                        found[os.path.relpath(file, local).replace(os.sep, "/")] = os.path.getsize(file)
+        else:
+            base = folder.path.rstrip("/") + "/"
+            with contextlib.suppress(FileNotFoundError):
+                for file, entry in folder.fs.find(folder.path, detail=True).items():
+                    found[file.lstrip("/").removeprefix(base.lstrip("/"))] = int(entry["size"])
+    return {name: found[name] for name in sorted(found) if partial or PARTIAL_SUFFIX not in name}
+
+
+def modified_at(path: UPath) -> float:
+    """When a file last changed, in seconds since the epoch."""
+    with storage_trouble(path, "look at"):
+        if local := local_path(path):
+            return local.stat().st_mtime
+        return path.fs.modified(path.path).timestamp()
+
+
+def remove_tree(folder: UPath) -> None:
+    """Remove a folder and all it holds; nothing happens where there is none."""
+    with storage_trouble(folder, "remove"), contextlib.suppress(FileNotFoundError):
+        if local := local_path(folder):
+            # Renamed first: a reader sees the whole folder or none of it.
+            doomed = local.with_name(partial_name(local.name))
+            os.rename(local, doomed)
+            shutil.rmtree(doomed)
+        else:
+            folder.fs.rm(folder.path, recursive=True)

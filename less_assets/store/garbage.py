@@ -1,0 +1,98 @@
+"""Finding and removing artifacts that nothing refers to any more.
+
+Belongs here: what may go and what must stay. Not here: the command that asks (cli.py).
+"""
+
+import time
+from collections import defaultdict
+
+from less_assets.errors import CorruptArtifactError, LessAssetsError, MissingArtifactError, StaleArtifactError
+from less_assets.store.artifacts import CURRENT_NAME, FINGERPRINT, ArtifactFolder, ArtifactStore, check_key
+from less_assets.store.files import PARTIAL_SUFFIX, list_files, modified_at, remove_tree, storage_trouble
+from less_assets.store.manifest import MANIFEST_NAME
+
+UNFINISHED_SECONDS = 24 * 3600.0
+
+
+def collect_garbage(
+    store: ArtifactStore, *, dry_run: bool, unfinished_seconds: float = UNFINISHED_SECONDS
+) -> list[tuple[str, int]]:
+    """Remove artifacts that no `current.json` refers to, and what killed runs left behind.
+
+    Unfinished work is what a run resumes from, and may be in the making right now: it goes only when nothing in it has
+    changed for `unfinished_seconds`. Files that are not an artifact's are never touched.
+
+    Args:
+        store: The store.
+        dry_run: Only list.
+        unfinished_seconds: Age from which unfinished folders and temporary files count as abandoned.
+
+    Returns:
+        (path relative to the root, bytes) of what was or would be removed, sorted.
+
+    Raises:
+        CorruptArtifactError: A `current.json` is damaged, so that nobody can say what is in use; nothing is removed.
+    """
+    files = list_files(store.root, partial=True)
+    in_use = set()
+    for name in files:
+        key, _, file = name.rpartition("/")
+        if file == CURRENT_NAME and PARTIAL_SUFFIX not in name and (found := store.pointer(key)):
+            in_use.add(f"{found[0].key}/{found[0].fingerprint}")
+    leftovers: dict[str, dict[str, int]] = defaultdict(dict)
+    folders: dict[str, dict[str, int]] = defaultdict(dict)
+    for name, size in files.items():
+        parts = name.split("/")
+        partial = next((place for place, part in enumerate(parts) if part.endswith(PARTIAL_SUFFIX)), None)
+        finger = next((place for place, part in enumerate(parts[:-1]) if place and FINGERPRINT.fullmatch(part)), None)
+        if partial is not None:
+            leftovers["/".join(parts[: partial + 1])][name] = size
+        elif finger is not None:
+            folders["/".join(parts[: finger + 1])][name] = size
+    oldest = time.time() - unfinished_seconds
+
+    def abandoned(names: dict[str, int]) -> bool:
+        try:
+            return all(modified_at(store.root.joinpath(name)) <= oldest for name in names)
+        except FileNotFoundError:  # it was finished while we looked
+            return False
+
+    garbage = {path: names for path, names in leftovers.items() if abandoned(names)}
+    for path, names in folders.items():
+        if path in in_use or not (folder := _artifact(store, path, files)):
+            continue
+        if f"{path}/{MANIFEST_NAME}" in names or abandoned(names):
+            garbage[path] = names
+            if not dry_run:
+                folder.discard()
+    if not dry_run:
+        for path in leftovers.keys() & garbage.keys():
+            _remove(store, path)
+    return sorted((path, sum(names.values())) for path, names in garbage.items())
+
+
+def _artifact(store: ArtifactStore, path: str, files: dict[str, int]) -> ArtifactFolder | None:
+    """The folder as an artifact of this store, or None if it only looks like one (a cache in the same root, say)."""
+    key, _, fingerprint = path.rpartition("/")
+    try:
+        folder = store.artifact(check_key(key), fingerprint)
+    except LessAssetsError:
+        return None
+    if f"{key}/{CURRENT_NAME}" in files or f"{path}.lock" in files:
+        return folder
+    try:
+        folder.manifest()
+    except (MissingArtifactError, CorruptArtifactError):
+        return None
+    except StaleArtifactError:  # of an older version of less-assets, and still one
+        return folder
+    return folder
+
+
+def _remove(store: ArtifactStore, path: str) -> None:
+    target = store.root.joinpath(path)
+    if target.is_dir():
+        remove_tree(target)
+    else:
+        with storage_trouble(target, "remove"):
+            target.unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""Parquet tables and JSON documents inside an artifact folder, verified on reading.
+
+Belongs here: how frames become files. Not here: which columns a table has (the asset or method that makes it).
+"""
+
+import io
+import json
+from collections.abc import Mapping
+
+import polars as pl
+from pydantic import JsonValue
+
+from less_assets.errors import CorruptArtifactError
+from less_assets.store.artifacts import ArtifactFolder, repair_command
+from less_assets.store.files import finish_file, local_path, partial_name, read_bytes, storage_trouble, write_atomically
+
+
+def write_parquet(
+    folder: ArtifactFolder,
+    name: str,
+    frame: pl.DataFrame | pl.LazyFrame,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a table atomically; a LazyFrame streams through bounded memory on a local root.
+
+    Args:
+        folder: The artifact.
+        name: File name, ending in `.parquet`.
+        frame: Rows in their final order.
+        metadata: Key-value pairs for the Parquet footer.
+    """
+    path = folder.path(name)
+    with storage_trouble(path, "write"):
+        if not (here := local_path(path)):
+            buffer = io.BytesIO()
+            frame.lazy().collect().write_parquet(buffer, compression="zstd", metadata=dict(metadata or {}))
+            write_atomically(path, buffer.getvalue())
+            return
+        here.parent.mkdir(parents=True, exist_ok=True)
+        temporary = here.with_name(partial_name(here.name))
+        try:
+            if isinstance(frame, pl.LazyFrame):
+                frame.sink_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
+            else:
+                frame.write_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
+            finish_file(temporary, here)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def read_parquet(folder: ArtifactFolder, name: str, columns: list[str] | None = None) -> pl.DataFrame:
+    """Read a table whose digest has been verified.
+
+    Raises:
+        MissingArtifactError: The artifact is not complete.
+        CorruptArtifactError: The file is damaged.
+    """
+    source = _source(folder, name)
+    try:
+        return pl.read_parquet(source, columns=columns)
+    except pl.exceptions.ColumnNotFoundError:
+        raise
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable(folder, name) from error
+
+
+def scan_parquet(folder: ArtifactFolder, name: str) -> pl.LazyFrame:
+    """Lazily read a table whose digest has been verified; a remote one is fetched whole (tables are per shard)."""
+    return pl.scan_parquet(_source(folder, name))
+
+
+def parquet_metadata(folder: ArtifactFolder, name: str) -> dict[str, str]:
+    """Key-value pairs of a verified table's Parquet footer."""
+    try:
+        return dict(pl.read_parquet_metadata(_source(folder, name)))
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable(folder, name) from error
+
+
+def write_json(folder: ArtifactFolder, name: str, document: JsonValue) -> None:
+    """Write a JSON document atomically, keys sorted. NaN and infinity raise ValueError."""
+    text = json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    folder.write_bytes(name, text.encode() + b"\n")
+
+
+def read_json(folder: ArtifactFolder, name: str) -> JsonValue:
+    """Read a JSON document whose digest has been verified."""
+    try:
+        return json.loads(folder.read_bytes(name))
+    except ValueError as error:
+        raise _unreadable(folder, name) from error
+
+
+def _source(folder: ArtifactFolder, name: str) -> str | io.BytesIO:
+    path = folder.verified(name)
+    return str(path) if local_path(path) else io.BytesIO(read_bytes(path))
+
+
+def _unreadable(folder: ArtifactFolder, name: str) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"{folder.key}: {name} cannot be read.",
+        where=str(folder.root / name),
+        fix=repair_command(folder.manifest().kind),
+    )
