@@ -6,6 +6,7 @@ one is in force. Belongs here: those folders. Not here: formats of the data insi
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue
 from upath import UPath
@@ -278,6 +279,14 @@ def _local_state(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
     return {name: (found.st_size, found.st_mtime_ns) for name, found in paths.items()}
 
 
+class Pointer(NamedTuple):
+    """What a key refers to: the folder, its published data version, and the inputs that it stands for."""
+
+    folder: ArtifactFolder
+    version: str
+    inputs: dict[str, str]
+
+
 class ArtifactStore:
     """All artifacts of a project, in a local folder or below an fsspec URL.
 
@@ -295,26 +304,40 @@ class ArtifactStore:
             raise StorageError(f"{fingerprint!r} is not a fingerprint (16 to 64 hexadecimal digits).", where=key)
         return ArtifactFolder(self.root.joinpath(*check_key(key).split("/"), fingerprint), key, fingerprint)
 
-    def publish(self, folder: ArtifactFolder, at: str | None = None) -> Manifest:
+    def publish(
+        self, folder: ArtifactFolder, at: str | None = None, inputs: Mapping[str, str] | None = None
+    ) -> Manifest:
         """Make a sealed artifact the one in force, atomically.
 
         Args:
             folder: The artifact.
             at: The key that shall refer to it; None is its own. Several keys may share one artifact.
+            inputs: Data versions of the inputs that it stands for under this key; None are those it was made from.
+                Equal work may be asked for by unequal inputs: a model trained on the same rows for two tasks.
+
+        Returns:
+            The manifest as `current` gives it for that key.
 
         Raises:
             MissingArtifactError: The artifact is not sealed.
         """
         manifest = folder.manifest()
-        pointer = {"key": manifest.key, "fingerprint": manifest.fingerprint, "version": manifest.data_version}
-        write_atomically(self._pointer_path(at or manifest.key), canonical_json(pointer) + b"\n")
-        return manifest
+        inputs = dict(manifest.inputs if inputs is None else inputs)
+        pointer: dict[str, JsonValue] = {
+            "key": manifest.key,
+            "fingerprint": manifest.fingerprint,
+            "version": manifest.data_version,
+            "inputs": dict(inputs),
+        }
+        sealed = {**pointer, "digest": _content_digest(pointer)}
+        write_atomically(self._pointer_path(at or manifest.key), canonical_json(sealed) + b"\n")
+        return manifest.model_copy(update={"inputs": inputs})
 
     def _pointer_path(self, key: str) -> UPath:
         return self.root.joinpath(*check_key(key).split("/"), CURRENT_NAME)
 
-    def pointer(self, key: str) -> tuple[ArtifactFolder, str] | None:
-        """What a key refers to: folder and published data version, or None if nothing was ever published.
+    def pointer(self, key: str) -> Pointer | None:
+        """What a key refers to, or None if nothing was ever published.
 
         Raises:
             CorruptArtifactError: The record is damaged.
@@ -326,21 +349,24 @@ class ArtifactStore:
             return None
         try:
             pointer = json.loads(data)
-            return self.artifact(pointer["key"], pointer["fingerprint"]), str(pointer["version"])
+            if pointer.pop("digest") != _content_digest(pointer):
+                raise ValueError("other bytes than were written")
+            folder = self.artifact(pointer["key"], pointer["fingerprint"])
+            return Pointer(folder, str(pointer["version"]), dict(pointer["inputs"]))
         except (ValueError, KeyError, TypeError, AttributeError, StorageError, RecursionError) as error:
             raise CorruptArtifactError(
                 f"The record of which {key} is in force is damaged.", where=str(path), fix=repair_command(None)
             ) from error
 
     def current(self, key: str) -> Manifest | None:
-        """Manifest of the artifact in force for a key, or None if none was ever published.
+        """Manifest of the artifact in force for a key, with the key's inputs; None if none was ever published.
 
         Raises:
             MissingArtifactError: The record is there but the artifact is gone.
             CorruptArtifactError: Record or manifest is damaged, or they do not belong together.
         """
         found = self.pointer(key)
-        return None if found is None else _agreed_manifest(key, *found)
+        return None if found is None else _agreed_manifest(key, found)
 
     def require(self, key: str, asset: str) -> ArtifactFolder:
         """The artifact in force for a key.
@@ -358,10 +384,10 @@ class ArtifactStore:
             found = self.pointer(key)
             if found is None:
                 raise MissingArtifactError(f"{key} has not been made yet.", where=str(self.root))
-            _agreed_manifest(key, *found)
+            _agreed_manifest(key, found)
         except (MissingArtifactError, CorruptArtifactError, StaleArtifactError) as error:
             raise type(error)(error.what, where=error.where, fix=repair_command(asset)) from error
-        return found[0]
+        return found.folder
 
     def published(self) -> list[str]:
         """Every key that has an artifact in force, sorted."""
@@ -413,15 +439,19 @@ class ArtifactStore:
             yield folder
 
 
-def _agreed_manifest(key: str, folder: ArtifactFolder, version: str) -> Manifest:
-    manifest = folder.manifest()
-    if manifest.data_version != version:
+def _content_digest(value: JsonValue) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _agreed_manifest(key: str, pointer: Pointer) -> Manifest:
+    manifest = pointer.folder.manifest()
+    if manifest.data_version != pointer.version:
         raise CorruptArtifactError(
-            f"{key} was published as version {version}, but its folder holds version {manifest.data_version}.",
-            where=str(folder.root),
+            f"{key} was published as version {pointer.version}, but its folder holds version {manifest.data_version}.",
+            where=str(pointer.folder.root),
             fix=repair_command(manifest.kind),
         )
-    return manifest
+    return manifest.model_copy(update={"inputs": pointer.inputs})
 
 
 def _intact(folder: ArtifactFolder) -> bool:

@@ -38,7 +38,7 @@ def collect_garbage(
     for name in files:
         key, _, file = name.rpartition("/")
         if file == CURRENT_NAME and PARTIAL_SUFFIX not in name and (found := store.pointer(key)):
-            in_use.add(f"{found[0].key}/{found[0].fingerprint}")
+            in_use.add(f"{found.folder.key}/{found.folder.fingerprint}")
     leftovers: dict[str, dict[str, int]] = defaultdict(dict)
     folders: dict[str, dict[str, int]] = defaultdict(dict)
     for name, size in files.items():
