@@ -43,6 +43,10 @@ class TargetFormatError(LessAssetsError):
     """A task's target or evaluation examples cannot be read or used."""
 
 
+class ChatFormatError(LessAssetsError):
+    """No conversation can be encoded with this tokenizer as the chat format asks."""
+
+
 class ModelLoadError(LessAssetsError):
     """The base model, tokenizer or adapter cannot be loaded."""
 
