@@ -1,0 +1,239 @@
+"""lm-evaluation-harness on a model that is already in memory, offline, in length-bucketed batches.
+
+Belongs here: the adapter between the harness and `generation.py`, and tasks given by name, YAML file or dictionary.
+Which examples are asked, and the tables that come out, live in `evaluation.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from less_assets.errors import EvaluationError
+from less_assets.method.generation import generate, inference, logits_at
+
+# A pair of texts (context, continuation) as token ids.
+Encoding = tuple[Sequence[int], Sequence[int]]
+
+
+class HarnessModel(HFLM):
+    """A loaded model as the harness wants it: HFLM's tokenization and chat templates, our batching.
+
+    HFLM takes a fixed number of rows per batch and sends every position through the language-model head; both are
+    several times slower on prompts of mixed length, so generation and likelihoods go through `generation.py`.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        tokenizer: Its tokenizer.
+        max_length: Longest prompt and continuation together, in tokens; None: what the model's configuration says.
+            Longer prompts are cut from the left.
+        token_budget: Padded tokens per batch.
+        encodings: Token ids of (context, continuation) pairs whose encoding must not be derived from the text.
+        on_progress: Called with the number of requests done since the last call.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        token_budget: int = 4096,
+        encodings: Mapping[tuple[str, str], Encoding] | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length)
+        self.token_budget = token_budget
+        self.encodings = dict(encodings or {})
+        self.contexts = {context: ids for (context, _), (ids, _) in self.encodings.items()}
+        self.on_progress = on_progress
+
+    def _encode_pair(self, context: str, continuation: str) -> Encoding:
+        known = self.encodings.get((context, continuation))
+        return known if known is not None else super()._encode_pair(context, continuation)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer generation requests, greedily; requests that ask for sampling go to HFLM."""
+        outputs = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        for key, members in groups.items():
+            options = json.loads(key)
+            if options.get("do_sample"):
+                texts = super().generate_until([requests[i] for i in members], disable_tqdm=True)
+            else:
+                until = options.get("until") or []
+                new_tokens = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.max_gen_toks)
+                room = max(1, self.max_length - new_tokens)
+                prompts = [self._context_ids(requests[i].args[0])[-room:] for i in members]
+                texts = generate(
+                    self.model,
+                    self.tokenizer,
+                    prompts,
+                    max_new_tokens=new_tokens,
+                    stop=[until] if isinstance(until, str) else until,
+                    token_budget=self.token_budget,
+                    on_progress=self.on_progress,
+                )
+            for i, text in zip(members, texts, strict=True):
+                outputs[i] = text
+        return outputs
+
+    def _context_ids(self, context: str) -> Sequence[int]:
+        return self.contexts[context] if context in self.contexts else self.tok_encode(context)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: Any = None
+    ) -> list[tuple[float, bool]]:
+        """Score (context, continuation) ids; continuations that differ in their last token only share one row."""
+        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            ids = [*context, *continuation][-(self.max_length + 1) : -1]
+            rows.setdefault((tuple(ids), min(len(continuation), len(ids))), []).append(i)
+        keys = list(rows)
+        results = [(0.0, False)] * len(requests)
+        wanted = [np.arange(len(ids) - length, len(ids)) for ids, length in keys]
+        scored = logits_at(
+            self.model,
+            [ids for ids, _ in keys],
+            wanted,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            token_budget=self.token_budget,
+        )
+        for row, logits in scored:
+            log_probabilities = logits.log_softmax(-1)
+            best = log_probabilities.argmax(-1)
+            for i in rows[keys[row]]:
+                tokens = torch.as_tensor(requests[i][2][-len(best) :], device=best.device)
+                total = log_probabilities.gather(1, tokens[:, None]).sum()
+                results[i] = (float(total), bool((best == tokens).all()))
+            if self.on_progress:
+                self.on_progress(len(rows[keys[row]]))
+        return results
+
+    def continuation_losses(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
+        """Return the mean cross-entropy (nats per token) of each continuation and its number of tokens.
+
+        Args:
+            pairs: (context, continuation) texts; an empty context means the tokenizer's begin or end token.
+        """
+        encoded = []
+        for context, continuation in pairs:
+            if context:
+                context_ids, ids = self._encode_pair(context, continuation)
+            else:
+                context_ids, ids = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            encoded.append((None, list(context_ids), list(ids)))
+        scorable = [i for i, (_, _, ids) in enumerate(encoded) if ids]
+        losses = [(float("nan"), 0)] * len(pairs)
+        for i, (total, _) in zip(scorable, self._loglikelihood_tokens([encoded[i] for i in scorable]), strict=True):
+            losses[i] = (-total / len(encoded[i][2]), len(encoded[i][2]))
+        return losses
+
+
+def load_task(task: str | Path | Mapping[str, Any], include_path: str | Path | None = None) -> dict[str, Any]:
+    """Load a harness task, group or tag and return its leaf tasks by name.
+
+    Args:
+        task: A name that the harness (or `include_path`) knows, the path of a YAML file, or a task as a dictionary.
+        include_path: Folder with the user's own task YAML files.
+
+    Raises:
+        EvaluationError: If there is no such task, its data cannot be had (offline), or its settings are wrong.
+    """
+    is_file = not isinstance(task, Mapping) and Path(task).suffix in {".yaml", ".yml"}
+    if is_file and not Path(task).is_file():  # type: ignore[arg-type]
+        raise EvaluationError("The harness task file does not exist.", where=str(task))
+    # Reading the harness's own 14,000 YAML files takes some 20 s: only where a name may refer to them.
+    needs_names = not is_file and (isinstance(task, str | Path) or "group" in task)
+    try:
+        manager = TaskManager(include_path=include_path, include_defaults=needs_names)
+        return manager.load([dict(task) if isinstance(task, Mapping) else str(task)])["tasks"]
+    except KeyError as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness has no task {task!r}.",
+            fix="list the names with `lm_eval ls tasks`, or give the path of a task's YAML file",
+        ) from error
+    except Exception as error:
+        raise EvaluationError(
+            f"The harness task cannot be loaded: {type(error).__name__}: {error}",
+            where=str(task if not isinstance(task, Mapping) else task.get("task")),
+            fix="its data must be on this machine when the hub cannot be reached (HF_HUB_OFFLINE)",
+        ) from error
+
+
+def run_tasks(
+    lm: HarnessModel,
+    tasks: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run loaded harness tasks and return the harness's result, with every sample.
+
+    This is `lm_eval.simple_evaluate` without its reseeding of the process's random numbers and without the inquiry into
+    the environment, which starts subprocesses.
+
+    Args:
+        lm: The model.
+        tasks: Leaf tasks by name, from `load_task`.
+        limit: First examples of each task only; None: all.
+        num_fewshot: Overrides each task's own number of examples, except where that is 0 by definition.
+        apply_chat_template: Put the prompts into the tokenizer's chat template.
+        seed: Seed of the few-shot sampling.
+    """
+    for task in tasks.values():
+        own = task.get_config("num_fewshot")
+        if num_fewshot is not None and own != 0:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    with inference(lm.model), _quiet():
+        result = evaluate(
+            lm=lm,
+            task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template,
+        )
+    if result is None:
+        raise EvaluationError("The harness returned nothing.", fix="run evaluation in a single process")
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the harness's notices and progress bars: progress is reported through `on_progress`."""
+    log = logging.getLogger("lm_eval")
+    level, bar = log.level, lm_eval.api.task.tqdm
+    modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
+    log.setLevel(logging.ERROR)
+    for module in modules:
+        module.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        for module in modules:
+            module.tqdm = bar
