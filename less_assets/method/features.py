@@ -1,0 +1,580 @@
+"""From encoded examples to features: exact per-example gradients, their directions, and sketches of them.
+
+Belongs here: extraction of a block of rows, its unprojected counterparts (exact gradients, mean target directions,
+exact scores) and the token budget. Not here: how a gradient is taken (`gradients`), what a direction or a sketch is
+(`directions`, `sketch`), files and resuming (the caller stores block after block).
+
+Everything runs layer by layer while the backward pass goes on: a layer's gradients become directions, are added to
+the sketches and are dropped. Memory does not depend on the number of rows or, but for the sketch, on that of
+parameters; `resolve_token_budget` has the formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from less_assets.errors import LessAssetsError
+from less_assets.method.batching import IGNORED_LABEL, collate, plan_batches
+from less_assets.method.directions import AdamMoments, Directions
+from less_assets.method.gradients import LoraSlice, PerExampleBackward, lora_slices
+from less_assets.method.sketch import Sketch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from less_assets.method.chat import EncodedExample
+
+
+class RowStatus(IntEnum):
+    """Why a row has features, or has none."""
+
+    OK = 0
+    QUARANTINED = 1  # already bad in the pool
+    NO_LOSS_TOKENS = 2
+    ZERO_GRADIENT = 3
+    NONFINITE_LOSS = 4
+    NONFINITE_GRADIENT = 5
+    PENDING = 255
+
+
+@dataclass(frozen=True)
+class FeatureBlock:
+    """Features of a block of n rows, in the order given. Rows whose status is not OK hold zeros.
+
+    Attributes:
+        features: Per form, the sketched directions, float32 (n, k).
+        norms: Per form, the exact norms of the unprojected directions, float32 (n,).
+        loss: Mean cross-entropy over the loss tokens, float32 (n,); NaN where it was not computed or not finite.
+        loss_tokens: int32 (n,).
+        status: `RowStatus` codes, uint8 (n,).
+    """
+
+    features: dict[str, np.ndarray]
+    norms: dict[str, np.ndarray]
+    loss: np.ndarray
+    loss_tokens: np.ndarray
+    status: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows are batched: what an extraction's time and memory depend on, and (but for rounding) not its numbers.
+
+    Attributes:
+        token_budget: Padded tokens of a batch; see `resolve_token_budget`.
+        pad_token_id: Fills the padding.
+        padding_side: Right padding is faster (no attention mask is needed).
+        gradient_checkpointing: Recompute decoder layers in the backward pass; for long sequences.
+    """
+
+    token_budget: int = 4096
+    pad_token_id: int = 0
+    padding_side: Literal["left", "right"] = "right"
+    gradient_checkpointing: bool = False
+
+
+def extract_features(
+    model: PeftModel,
+    examples: Sequence[EncodedExample | None],
+    *,
+    forms: Sequence[str],
+    moments: AdamMoments | None,
+    sketch: Sketch,
+    token_budget: int,
+    pad_token_id: int,
+    padding_side: Literal["left", "right"] = "right",
+    gradient_checkpointing: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> FeatureBlock:
+    """Sketched directions of each example, in several forms, from one backward pass.
+
+    The same arguments give the same bytes on the same kind of machine and number of threads; the caller resumes by
+    leaving out blocks that it has stored.
+
+    Args:
+        model: PEFT model on its device and in the dtype to compute in; one active LoRA adapter.
+        examples: One block of rows; None is a row that the pool has quarantined.
+        forms: Direction forms, see `directions`.
+        moments: Adam's state; None if the only form is `sgd`.
+        sketch: Projection whose parameters are the model's (`lora_parameters(model)`).
+        token_budget: Padded tokens of a batch.
+        pad_token_id: Fills the padding.
+        padding_side: Where the padding goes.
+        gradient_checkpointing: Recompute decoder layers in the backward pass.
+        on_progress: Called with the number of rows that each finished batch had.
+
+    Returns:
+        The block's features, norms, losses and statuses.
+
+    Raises:
+        UnsupportedModelError: If the adapter's gradients would not be exact.
+        LessAssetsError: If memory runs out, or moments or sketch do not fit the model.
+    """
+    found = [pair for part in lora_slices(model) for pair in zip(part.parameters, part.shapes, strict=True)]
+    if found != sketch.parameters:
+        raise LessAssetsError(
+            "The sketch was made for other parameters than the model has.",
+            where=_first_difference(found, sketch.parameters),
+            fix="Make the sketch from lora_parameters(model) of this adapter.",
+        )
+    batching = Batching(token_budget, pad_token_id, padding_side, gradient_checkpointing)
+    sink = _FeatureSink(forms, moments, sketch, len(examples))
+    loss, loss_tokens, status = _backpropagate(model, examples, batching, sink, on_progress)
+    bad = status != RowStatus.OK
+    features, norms = {}, {}
+    for index, form in enumerate(forms):
+        sink.features[index][bad] = 0
+        sink.norms[index][bad] = 0
+        features[form], norms[form] = sink.features[index], sink.norms[index]
+    return FeatureBlock(features, norms, loss, loss_tokens, status)
+
+
+def per_example_gradients(
+    model: PeftModel,
+    examples: Sequence[EncodedExample],
+    *,
+    form: str = "sgd",
+    moments: AdamMoments | None = None,
+    batching: Batching = Batching(),
+) -> np.ndarray:
+    """Unprojected gradients, or directions in another form: for tests and small P, all of it in memory.
+
+    Args:
+        model: As for `extract_features`.
+        examples: n rows.
+        form: Direction form; `sgd` is the gradient itself.
+        moments: Adam's state, for the other forms.
+        batching: How rows are batched.
+
+    Returns:
+        float32 (n, P), columns in `lora_parameters(model)` order. Rows without loss tokens are zero.
+
+    Raises:
+        UnsupportedModelError: As `extract_features`.
+    """
+    sink = _ColumnSink(form, moments, len(examples))
+    _backpropagate(model, examples, batching, sink, None)
+    return sink.columns
+
+
+@dataclass(frozen=True)
+class MeanDirections:
+    """Exact mean target directions of J subtasks, for both subtask rules.
+
+    Attributes:
+        subtasks: Labels, sorted.
+        mean: Mean gradient of each subtask, float32 (J, P): `cosine_of_mean` is the cosine with it.
+        unit_mean: Mean of the unit gradients, float32 (J, P): `mean_cosine` is a unit row's inner product with it.
+    """
+
+    subtasks: list[str]
+    mean: np.ndarray
+    unit_mean: np.ndarray
+
+    def rule(self, name: str) -> np.ndarray:
+        """Directions D (J, P) such that a unit row's inner products with D are its influence under a subtask rule."""
+        if name == "mean_cosine":
+            return self.unit_mean
+        return self.mean / np.linalg.norm(self.mean, axis=1, keepdims=True)
+
+
+def mean_target_directions(
+    model: PeftModel,
+    examples: Sequence[EncodedExample],
+    subtasks: Sequence[str],
+    *,
+    batching: Batching = Batching(),
+    on_progress: Callable[[int], None] | None = None,
+) -> MeanDirections:
+    """Exact mean gradient and mean unit gradient per subtask; two passes over the examples, 2·J·P·4 bytes.
+
+    Args:
+        model: As for `extract_features`.
+        examples: Target examples.
+        subtasks: Label of each; subtasks may differ in size and order.
+        batching: How rows are batched.
+        on_progress: Called with the rows of each finished batch, of both passes.
+
+    Raises:
+        LessAssetsError: If a target's gradient is zero or not finite.
+        UnsupportedModelError: As `extract_features`.
+    """
+    norm_sink = _NormSink(len(examples))
+    *_, status = _backpropagate(model, examples, batching, norm_sink, on_progress)
+    if (status != RowStatus.OK).any():
+        row = int(np.argmax(status != RowStatus.OK))
+        raise LessAssetsError(
+            f"A target example has no usable gradient: {RowStatus(status[row]).name}.",
+            where=f"target example {row} (subtask {subtasks[row]})",
+            fix="Correct or remove the example.",
+        )
+    labels = sorted(set(subtasks))
+    members = np.array([labels.index(subtask) for subtask in subtasks])
+    membership = np.eye(len(labels), dtype=np.float32)[members] / np.bincount(members)[members, None].astype(np.float32)
+    sink = _MeanSink(membership, norm_sink.norms)
+    _backpropagate(model, examples, batching, sink, on_progress)
+    return MeanDirections(labels, sink.sums[0], sink.sums[1])
+
+
+@dataclass(frozen=True)
+class ExactScores:
+    """Unprojected inner products of n rows with D target directions.
+
+    Attributes:
+        dots: Per form, float32 (n, D).
+        norms: Per form, exact norms of the rows' directions, float32 (n,).
+        status: `RowStatus` codes, uint8 (n,); rows that are not OK hold zeros.
+    """
+
+    dots: dict[str, np.ndarray]
+    norms: dict[str, np.ndarray]
+    status: np.ndarray
+
+    def cosines(self, form: str) -> np.ndarray:
+        """Inner products of the unit rows with the directions, float32 (n, D); NaN for rows that are not OK."""
+        norms = np.where(self.status == RowStatus.OK, self.norms[form], np.nan)
+        return (self.dots[form] / norms[:, None]).astype(np.float32)
+
+
+def score_exactly(
+    model: PeftModel,
+    examples: Sequence[EncodedExample | None],
+    target_directions: np.ndarray,
+    *,
+    forms: Sequence[str],
+    moments: AdamMoments | None,
+    batching: Batching = Batching(),
+    on_progress: Callable[[int], None] | None = None,
+) -> ExactScores:
+    """Inner products with exact target directions, without projection, accumulated layer by layer.
+
+    Args:
+        model: As for `extract_features`.
+        examples: n rows; None is a quarantined one.
+        target_directions: float32 (D, P), e.g. `MeanDirections.rule(…)`; may be a memory map, a layer's columns are
+            read at a time.
+        forms: Direction forms of the rows.
+        moments: Adam's state; None if the only form is `sgd`.
+        batching: How rows are batched.
+        on_progress: Called with the rows of each finished batch.
+
+    Raises:
+        UnsupportedModelError: As `extract_features`.
+    """
+    sink = _InnerProductSink(forms, moments, target_directions, len(examples))
+    *_, status = _backpropagate(model, examples, batching, sink, on_progress)
+    bad = status != RowStatus.OK
+    dots, norms = {}, {}
+    for index, form in enumerate(forms):
+        sink.dots[index][bad] = 0
+        sink.norms[index][bad] = 0
+        dots[form], norms[form] = sink.dots[index], sink.norms[index]
+    return ExactScores(dots, norms, status)
+
+
+def resolve_token_budget(
+    model: PeftModel,
+    *,
+    forms: Sequence[str],
+    dimension: int,
+    longest: int,
+    gradient_checkpointing: bool = False,
+    free_bytes: int | None = None,
+) -> int:
+    """The number of padded tokens of a batch that fits into free memory, at most where more no longer helps.
+
+    With L layers, hidden size H, feed-forward size I, vocabulary V, s bytes a number, a batch of T padded tokens holds
+
+        T · [ L·s·(14·H + 5·I) + 4·V·3·(loss share ≤ 1) ]   activations and logits (L·s·H if checkpointed, + one layer)
+        + rows · F · k · 4                                  sketches of F forms
+
+    with rows ≤ T (a row has at least one token; typical rows have a hundred, so T/32 is reckoned with). Half of the
+    free memory is planned for; the rest is room for temporary arrays and for other architectures.
+
+    Args:
+        model: PEFT model on its device.
+        forms: Direction forms that will be extracted.
+        dimension: k of the sketch.
+        longest: Tokens of the longest row that can come: the budget never falls below it.
+        gradient_checkpointing: Whether it will be on.
+        free_bytes: Memory to plan with; None asks the device.
+
+    Returns:
+        Token budget, between `longest` and the larger of `longest` and 4,096 (CPU) or 65,536 (accelerators). Record
+        it with the features: batches are a pure function of rows and budget.
+
+    Raises:
+        LessAssetsError: If the longest row alone needs more than all the free memory.
+    """
+    base: Any = model.get_base_model()
+    config = base.config.get_text_config()
+    weight = next(base.parameters())
+    device, number = weight.device, weight.element_size()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = number * (14 * hidden + 5 * feed_forward)
+    activations = layers * number * hidden + layer if gradient_checkpointing else layers * layer
+    per_token = activations + 3 * 4 * config.vocab_size + len(forms) * dimension * 4 // 32
+    free = _free_memory(device) if free_bytes is None else free_bytes
+    if longest * per_token > free:
+        raise LessAssetsError(
+            f"A row of {longest} tokens needs about {longest * per_token / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free.",
+            where=f"device {device}",
+            fix="Lower the maximum length, switch gradient checkpointing on, or use a larger machine.",
+        )
+    most = 4096 if device.type == "cpu" else 65536
+    return max(longest, min(most, free // 2 // per_token))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def _first_difference(found: list, expected: list) -> str:
+    for index, (a, b) in enumerate(zip(found, expected, strict=False)):
+        if a != b:
+            return f"parameter {index}: model has {a}, sketch has {b}"
+    return f"model has {len(found)} parameters, sketch has {len(expected)}"
+
+
+def _trim(example: EncodedExample) -> EncodedExample:
+    """The example up to its last loss token: what follows has no influence on loss or gradient."""
+    labels = np.array(example.labels)
+    labels[0] = IGNORED_LABEL  # nothing comes before it to predict it from, but left padding would
+    length = int(np.flatnonzero(labels != IGNORED_LABEL)[-1]) + 1
+    return replace(example, input_ids=example.input_ids[:length], labels=labels[:length])
+
+
+class _Sink(Protocol):
+    """What becomes of the gradients: start a batch, take its layers one by one, finish it."""
+
+    def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None: ...
+
+    def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def _backpropagate(
+    model: PeftModel,
+    examples: Sequence[EncodedExample | None],
+    batching: Batching,
+    sink: _Sink,
+    on_progress: Callable[[int], None] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Run all rows through a sink; returns loss float32 (n,), loss tokens int32 (n,) and status uint8 (n,)."""
+    loss = np.full(len(examples), np.nan, dtype=np.float32)
+    loss_tokens = np.zeros(len(examples), dtype=np.int32)
+    status = np.full(len(examples), RowStatus.PENDING, dtype=np.uint8)
+    trimmed: list[EncodedExample] = []
+    usable = []
+    for row, example in enumerate(examples):
+        if example is None:
+            status[row] = RowStatus.QUARANTINED
+            continue
+        # The first token has no prediction before it, so a loss on it cannot be taken.
+        loss_tokens[row] = np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED_LABEL)
+        if loss_tokens[row] == 0:
+            status[row] = RowStatus.NO_LOSS_TOKENS
+            continue
+        usable.append(row)
+        trimmed.append(_trim(example))
+
+    with PerExampleBackward(model, gradient_checkpointing=batching.gradient_checkpointing) as backward:
+        plan = plan_batches([len(example.input_ids) - 1 for example in trimmed], batching.token_budget)
+        for members in plan:
+            rows = np.array([usable[member] for member in members])
+            batch = collate([trimmed[member] for member in members], batching.pad_token_id, batching.padding_side)
+            squares = _Squares(1, len(rows), backward)
+
+            def add(part: LoraSlice, within: slice, gradient: Tensor, squares: _Squares = squares) -> None:
+                squares.add(part, within, [gradient])
+                sink.add(part, within, gradient)
+
+            sink.start(rows, backward)
+            loss[rows] = backward(batch, add).numpy()
+            sink.finish()
+            norms = squares.norms()[0]
+            status[rows] = np.select(
+                [~np.isfinite(loss[rows]), ~np.isfinite(norms), norms == 0],
+                [RowStatus.NONFINITE_LOSS, RowStatus.NONFINITE_GRADIENT, RowStatus.ZERO_GRADIENT],
+                RowStatus.OK,
+            )
+            if on_progress:
+                on_progress(len(rows))
+    return loss, loss_tokens, status
+
+
+class _Squares:
+    """Exact norms: float32 per layer, summed over layers in float64."""
+
+    def __init__(self, forms: int, rows: int, backward: PerExampleBackward) -> None:
+        self._place = {part.name: index for index, part in enumerate(backward.slices)}
+        self._norms = torch.zeros((len(backward.slices), forms, rows), device=backward.device)
+
+    def add(self, part: LoraSlice, rows: slice, directions: list[Tensor]) -> None:
+        for index, values in enumerate(directions):
+            self._norms[self._place[part.name], index, rows] = torch.linalg.vector_norm(values, dim=1)
+
+    def norms(self) -> np.ndarray:
+        """float32 (forms, rows)."""
+        return self._norms.cpu().double().square().sum(0).sqrt().float().numpy()
+
+
+class _DirectionMaker:
+    """The directions of every LoRA layer, with Adam's constant terms precomputed per layer."""
+
+    def __init__(self, forms: Sequence[str], moments: AdamMoments | None) -> None:
+        self.forms = tuple(forms)
+        self._moments = moments
+        self._prepared: dict[str, Directions] = {}
+
+    def __call__(self, part: LoraSlice, gradient: Tensor) -> list[Tensor]:
+        if part.name not in self._prepared:
+            self._prepared[part.name] = self._prepare(part, gradient.device)
+        return self._prepared[part.name](gradient)
+
+    def _prepare(self, part: LoraSlice, device: torch.device) -> Directions:
+        moments = self._moments
+        if moments is None:
+            return Directions(self.forms)
+
+        def flat(tensors: dict[str, Tensor]) -> Tensor:
+            for name, shape in zip(part.parameters, part.shapes, strict=True):
+                if name not in tensors or tuple(tensors[name].shape) != shape:
+                    have = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing"
+                    raise LessAssetsError(
+                        f"Adam's moments do not fit the adapter: {have} instead of {shape}.",
+                        where=name,
+                        fix="Use the optimizer state that was saved with this adapter.",
+                    )
+            return torch.cat([tensors[name].flatten() for name in part.parameters]).to(device, torch.float32)
+
+        return Directions(
+            self.forms,
+            flat(moments.exp_avg),
+            flat(moments.exp_avg_sq),
+            step=moments.step,
+            beta1=moments.beta1,
+            beta2=moments.beta2,
+            eps=moments.eps,
+        )
+
+
+class _FeatureSink:
+    """Sketches and exact norms of the directions: `features` (forms, n, k) and `norms` (forms, n)."""
+
+    def __init__(self, forms: Sequence[str], moments: AdamMoments | None, sketch: Sketch, rows: int) -> None:
+        self._directions, self._sketch = _DirectionMaker(forms, moments), sketch
+        self.features = np.zeros((len(forms), rows, sketch.dimension), dtype=np.float32)
+        self.norms = np.zeros((len(forms), rows), dtype=np.float32)
+
+    def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
+        shape = (len(self.features), len(rows), self._sketch.dimension)
+        self._rows, self._accumulator = rows, torch.zeros(shape, device=backward.device)
+        self._squares = _Squares(len(self.features), len(rows), backward)
+
+    def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
+        directions = self._directions(part, gradient)
+        self._squares.add(part, rows, directions)
+        for index, values in enumerate(directions):
+            self._sketch.add(self._accumulator[index, rows], part.offset, values)
+
+    def finish(self) -> None:
+        self.features[:, self._rows] = self._accumulator.cpu().numpy()
+        self.norms[:, self._rows] = self._squares.norms()
+
+
+class _ColumnSink:
+    """The unprojected directions themselves: `columns` (n, P)."""
+
+    def __init__(self, form: str, moments: AdamMoments | None, rows: int) -> None:
+        self._directions, self._n = _DirectionMaker((form,), moments), rows
+        self.columns = np.zeros((rows, 0), dtype=np.float32)
+
+    def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
+        self._rows = rows
+        if not self.columns.size:
+            self.columns = np.zeros((self._n, backward.size), dtype=np.float32)
+
+    def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
+        (values,) = self._directions(part, gradient)
+        self.columns[self._rows[rows], part.offset : part.offset + part.size] = values.cpu().numpy()
+
+    def finish(self) -> None: ...
+
+
+class _NormSink:
+    """The gradients' norms: `norms` (n,)."""
+
+    def __init__(self, rows: int) -> None:
+        self.norms = np.zeros(rows, dtype=np.float32)
+
+    def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
+        self._rows, self._squares = rows, _Squares(1, len(rows), backward)
+
+    def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
+        self._squares.add(part, rows, [gradient])
+
+    def finish(self) -> None:
+        self.norms[self._rows] = self._squares.norms()[0]
+
+
+class _MeanSink:
+    """Sums of gradients and of unit gradients weighted by membership (n, J): `sums` (2, J, P)."""
+
+    def __init__(self, membership: np.ndarray, norms: np.ndarray) -> None:
+        self._weights = np.stack([membership, membership / norms[:, None]])  # (2, n, J)
+        self.sums = np.zeros((2, membership.shape[1], 0), dtype=np.float32)
+
+    def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
+        self._batch = torch.from_numpy(self._weights[:, rows]).to(backward.device)
+        if not self.sums.size:
+            self.sums = np.zeros((*self.sums.shape[:2], backward.size), dtype=np.float32)
+
+    def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
+        self.sums[..., part.offset : part.offset + part.size] += (self._batch[:, rows].mT @ gradient).cpu().numpy()
+
+    def finish(self) -> None: ...
+
+
+class _InnerProductSink:
+    """Inner products with target directions: `dots` (forms, n, D) and `norms` (forms, n)."""
+
+    def __init__(self, forms: Sequence[str], moments: AdamMoments | None, targets: np.ndarray, rows: int) -> None:
+        self._directions, self._targets = _DirectionMaker(forms, moments), targets
+        self.dots = np.zeros((len(forms), rows, len(targets)), dtype=np.float32)
+        self.norms = np.zeros((len(forms), rows), dtype=np.float32)
+
+    def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
+        if self._targets.shape[1] != backward.size:
+            raise ValueError(f"target directions have {self._targets.shape[1]} columns, the adapter {backward.size}")
+        self._rows = rows
+        self._sums = torch.zeros((len(self.dots), len(rows), self.dots.shape[2]), device=backward.device)
+        self._squares = _Squares(len(self.dots), len(rows), backward)
+
+    def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
+        columns = np.ascontiguousarray(self._targets[:, part.offset : part.offset + part.size], dtype=np.float32)
+        targets = torch.from_numpy(columns).to(gradient.device)
+        directions = self._directions(part, gradient)
+        self._squares.add(part, rows, directions)
+        for index, values in enumerate(directions):
+            self._sums[index, rows] += values @ targets.T
+
+    def finish(self) -> None:
+        self.dots[:, self._rows] = self._sums.cpu().numpy()
+        self.norms[:, self._rows] = self._squares.norms()
