@@ -127,11 +127,6 @@ def sealed_features(tmp_path):
     return folder
 
 
-def data_files(tmp_path) -> list[str]:
-    folder = sealed_features(tmp_path / "list")
-    return [name for name in folder.manifest().files]
-
-
 def read_everything(folder) -> None:
     reader = open_features(folder)
     for form in reader.forms:
@@ -167,8 +162,7 @@ def test_damaged_chunks_are_found_without_a_manifest_and_written_again(tmp_path)
         data = (path / name).read_bytes()
         (path / name).write_bytes(data[:7] + bytes([data[7] ^ 1]) + data[8:] if len(data) > 8 else b"")
         with pytest.raises(CorruptArtifactError):
-            for form in FORMS:
-                read_features(FeatureReader(path), form)
+            [read_features(FeatureReader(path), form) for form in FORMS]
         writer = open_writer(path)
         missing = set(range(writer.blocks)) - writer.finished_blocks()
         assert missing

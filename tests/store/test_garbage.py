@@ -10,7 +10,7 @@ from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import list_files
 from less_assets.store.garbage import collect_garbage
 
-A, B, C = ("%016x" % number for number in (1, 2, 3))
+A, B, C = (f"{number:016x}" for number in (1, 2, 3))
 
 
 def put(store, key, fingerprint, publish=True, at=None):
