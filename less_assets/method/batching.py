@@ -7,15 +7,12 @@ Belongs here: pure functions from lengths to batches and from encoded examples t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from less_assets.method.chat import EncodedExample
-
-IGNORED_LABEL = -100
+from less_assets.method.chat import IGNORED, EncodedExample
 
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
@@ -64,7 +61,7 @@ def collate(
     shape = (len(examples), max(len(example.input_ids) for example in examples))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         columns = slice(0, length) if padding_side == "right" else slice(shape[1] - length, shape[1])

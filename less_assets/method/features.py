@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from less_assets.errors import LessAssetsError
-from less_assets.method.batching import IGNORED_LABEL, collate, plan_batches
+from less_assets.method.batching import collate, plan_batches
+from less_assets.method.chat import IGNORED, EncodedExample
 from less_assets.method.directions import AdamMoments, Directions
 from less_assets.method.gradients import LoraSlice, PerExampleBackward, lora_slices
 from less_assets.method.sketch import Sketch
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from less_assets.method.chat import EncodedExample
 
 
 class RowStatus(IntEnum):
@@ -354,8 +353,8 @@ def _first_difference(found: list, expected: list) -> str:
 def _trim(example: EncodedExample) -> EncodedExample:
     """The example up to its last loss token: what follows has no influence on loss or gradient."""
     labels = np.array(example.labels)
-    labels[0] = IGNORED_LABEL  # nothing comes before it to predict it from, but left padding would
-    length = int(np.flatnonzero(labels != IGNORED_LABEL)[-1]) + 1
+    labels[0] = IGNORED  # nothing comes before it to predict it from, but left padding would
+    length = int(np.flatnonzero(labels != IGNORED)[-1]) + 1
     return replace(example, input_ids=example.input_ids[:length], labels=labels[:length])
 
 
@@ -387,7 +386,7 @@ def _backpropagate(
             status[row] = RowStatus.QUARANTINED
             continue
         # The first token has no prediction before it, so a loss on it cannot be taken.
-        loss_tokens[row] = np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED_LABEL)
+        loss_tokens[row] = np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED)
         if loss_tokens[row] == 0:
             status[row] = RowStatus.NO_LOSS_TOKENS
             continue

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from less_assets.errors import LessAssetsError, UnsupportedModelError
-from less_assets.method.batching import IGNORED_LABEL
+from less_assets.method.chat import IGNORED
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -287,8 +287,8 @@ class PerExampleBackward:
             inputs["attention_mask"] = mask.to(self.device)
             if self._takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0).to(self.device)
-        loss_positions = (targets != IGNORED_LABEL).flatten().nonzero().squeeze(1)
-        counts = (targets != IGNORED_LABEL).sum(1)
+        loss_positions = (targets != IGNORED).flatten().nonzero().squeeze(1)
+        counts = (targets != IGNORED).sum(1)
         row_of = loss_positions // targets.shape[1]
         wanted = targets.flatten()[loss_positions].to(self.device)
         weights = (1.0 / counts)[row_of].to(self.device)

@@ -16,10 +16,8 @@ STORAGES = ("float16", "int8", "int4", "int1")
 BITS = {"float16": 16, "int8": 8, "int4": 4, "int1": 1}
 
 _ROWS_AT_A_TIME = 32  # bounds the temporary arrays of encoding
-_CLIPS = {  # largest representable value in units of the row's root mean square; the best one is kept row by row
-    "int8": (3.5, 4.5, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0),
-    "int4": (2.0, 2.35, 2.6, 3.0, 3.7, 4.6, 6.0, 9.0, 14.0),
-}
+_INT4_CLIPS = (2.0, 2.51, 3.0, 3.7, 4.6, 6.0, 9.0, 14.0)
+"""Outermost 4-bit level in root mean squares of the row, the best of which is kept (2.51 is that of a Gaussian)."""
 
 
 def bytes_per_row(storage: str, dimension: int) -> int:
@@ -59,6 +57,7 @@ def encode(features: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         codes: float16 (n, k), int8 (n, k), or uint8 (n, ceil(k·bits/8)) with the first number in the lowest bits.
+            Only `decode` knows what they mean.
         scale: float32 (n,); 0 for a row of zeros.
 
     Raises:
@@ -73,16 +72,11 @@ def encode(features: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
     if storage == "int1":
         # The scale of least squared error for the signs is the mean magnitude.
         return np.packbits(features >= 0, axis=1, bitorder="little"), np.abs(features).mean(axis=1, dtype=np.float32)
-    if storage == "int8":
-        return _encode_uniform(features, "int8", levels=127, half=0.0)
-    if storage == "int4":
-        # 16 levels at ±0.5, ±1.5, … ±7.5 steps, stored as 0 … 15, two numbers a byte.
-        codes, scale = _encode_uniform(features, "int4", levels=7.5, half=0.5)
-        nibbles = (codes + 8).astype(np.uint8)
-        if nibbles.shape[1] % 2:
-            nibbles = np.pad(nibbles, ((0, 0), (0, 1)))
-        return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale
-    raise ValueError(f"unknown storage {storage!r}; known are {list(STORAGES)}")
+    if storage not in ("int8", "int4"):
+        raise ValueError(f"unknown storage {storage!r}; known are {list(STORAGES)}")
+    blocks = [features[start : start + _ROWS_AT_A_TIME] for start in range(0, max(1, len(features)), _ROWS_AT_A_TIME)]
+    encoded = [(_encode_int8 if storage == "int8" else _encode_int4)(block) for block in blocks]
+    return np.concatenate([codes for codes, _ in encoded]), np.concatenate([scale for _, scale in encoded])
 
 
 def decode(codes: np.ndarray, scale: np.ndarray, storage: str, dimension: int) -> np.ndarray:
@@ -98,51 +92,53 @@ def decode(codes: np.ndarray, scale: np.ndarray, storage: str, dimension: int) -
         float32 (n, k).
     """
     factor = np.asarray(scale, dtype=np.float32)[:, None]
-    if storage in ("float16", "int8"):
+    if storage == "float16":
         return codes.astype(np.float32) * factor
-    table = _INT4_TABLE if storage == "int4" else _INT1_TABLE
-    values = table[codes].reshape(len(codes), -1)[:, :dimension]
-    return values * factor
+    table = {"int8": _INT8_TABLE, "int4": _INT4_TABLE, "int1": _INT1_TABLE}[storage]
+    values = table[codes.view(np.uint8)].reshape(len(codes), codes.shape[1] * table.shape[1])
+    return values[:, :dimension] * factor
 
 
-# What each byte decodes to.
-_INT4_TABLE = np.stack([np.arange(256) % 16 - 7.5, np.arange(256) // 16 - 7.5], axis=1).astype(np.float32)
-_INT1_TABLE = (2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") - 1.0).astype(
-    np.float32
-)
+# What each byte, read as an unsigned one, decodes to.
+_BYTES = np.arange(256, dtype=np.uint8)
+_INT8_TABLE = (_BYTES.view(np.int8).astype(np.float32) * np.abs(_BYTES.view(np.int8).astype(np.float32)))[:, None]
+_INT4_TABLE = np.stack([_BYTES % 16 - np.float32(7.5), _BYTES // 16 - np.float32(7.5)], axis=1)
+_INT1_TABLE = 2 * np.unpackbits(_BYTES[:, None], axis=1, bitorder="little").astype(np.float32) - 1
 
 
 def _divided(features: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return features / np.where(scale > 0, scale, 1)[:, None]
 
 
-def _encode_uniform(features: np.ndarray, storage: str, *, levels: float, half: float) -> tuple[np.ndarray, np.ndarray]:
-    """Codes q and scale s that minimise |x − s·(q + half)|² over the clips of `storage`, row by row.
+def _encode_int8(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes c with value s·c·|c|: fine steps for small numbers, range for the heavy tails of plain gradients."""
+    largest = np.abs(features).max(axis=1, initial=0.0)
+    codes = np.rint(127 * np.sqrt(np.abs(_divided(features, largest)))) * np.sign(features)
+    values = codes * np.abs(codes)
+    return codes.astype(np.int8), _least_squares_scale(features, values)
 
-    Returns:
-        codes: int8 (n, k), such that the decoded value is scale × (code + half).
-        scale: float32 (n,).
-    """
-    codes = np.zeros(features.shape, dtype=np.int8)
-    scale = np.zeros(len(features), dtype=np.float32)
-    for start in range(0, len(features), _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
-        block = features[rows]
-        energy = _dot(block, block)
-        rms = np.sqrt(energy / features.shape[1]).astype(np.float32)
-        least = np.full(len(block), np.inf)
-        for clip in _CLIPS[storage]:
-            steps = _divided(block, rms * np.float32(clip / levels))
-            rounded = np.clip(np.rint(steps - np.float32(half)), -levels - half, levels - half)
-            values = rounded + np.float32(half)
-            # For these codes the scale of least squared error is <x, q>/<q, q>.
-            along, square = _dot(block, values), np.maximum(_dot(values, values), 1e-30)
-            error = energy - along**2 / square
-            better = (error < least) & (rms > 0)
-            codes[rows][better] = rounded[better].astype(np.int8)
-            scale[rows][better] = (along / square)[better].astype(np.float32)
-            least[better] = error[better]
-    return codes, scale
+
+def _encode_int4(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sixteen equal steps, levels at ±0.5, ±1.5, … ±7.5, with the clip of least squared error for each row."""
+    energy = _dot(features, features)
+    rms = np.sqrt(energy / features.shape[1]).astype(np.float32)
+    least = np.full(len(features), np.inf)
+    values = np.empty_like(features)
+    for clip in _INT4_CLIPS:
+        steps = _divided(features, rms * np.float32(clip / 7.5))
+        candidate = np.clip(np.floor(steps) + np.float32(0.5), -7.5, 7.5)
+        error = energy - _dot(features, candidate) ** 2 / _dot(candidate, candidate)
+        better = error < least
+        values[better], least[better] = candidate[better], error[better]
+    nibbles = (values + np.float32(7.5)).astype(np.uint8)
+    if nibbles.shape[1] % 2:
+        nibbles = np.pad(nibbles, ((0, 0), (0, 1)))
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), _least_squares_scale(features, values)
+
+
+def _least_squares_scale(features: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The scale s that minimises |x − s·q|²: <x, q>/<q, q>."""
+    return (_dot(features, values) / np.maximum(_dot(values, values), 1e-30)).astype(np.float32)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -21,18 +20,12 @@ from transformers import (
 )
 
 from less_assets.errors import LessAssetsError, UnsupportedModelError
+from less_assets.method.chat import EncodedExample
 from less_assets.method.features import Batching, RowStatus, extract_features, per_example_gradients
 from less_assets.method.gradients import PerExampleBackward, lora_parameters, lora_slices
 from less_assets.method.sketch import Sketch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-@dataclass(frozen=True)
-class Row:
-    example_id: str
-    input_ids: np.ndarray
-    labels: np.ndarray
 
 
 SMALL = {
@@ -91,7 +84,7 @@ def rows(lengths, seed=1, vocabulary=97):
         labels[length // 2] = ids[length // 2]
         labels[-1 - index % 2 :] = -100
         labels[length // 2 + 1] = ids[length // 2 + 1]
-        made.append(Row(f"row-{index}", ids, labels))
+        made.append(EncodedExample(f"row-{index}", ids, labels))
     return made
 
 
@@ -197,7 +190,7 @@ def test_bfloat16_gradients_point_the_same_way_as_float32():
 def test_a_nan_row_does_not_poison_its_batch():
     model = tiny_model()
     good = rows([10, 12, 9])
-    bad = Row("bad", np.full(11, 96, np.int32), np.full(11, 96, np.int32))
+    bad = EncodedExample("bad", np.full(11, 96, np.int32), np.full(11, 96, np.int32))
     for row in good:
         row.input_ids[row.input_ids == 96] = 5
     sketch = Sketch("sparse", 64, 0, lora_parameters(model))
@@ -292,7 +285,7 @@ def test_a_layer_used_twice_is_refused():
     model = tiny_model(targets=["q_proj"])
     layers = model.get_base_model().model.layers
     layers[1] = layers[0]
-    with pytest.raises(UnsupportedModelError, match="shared|more than once"):
+    with pytest.raises(UnsupportedModelError, match=r"shared|more than once"):
         per_example_gradients(model, rows([9]))
 
 
