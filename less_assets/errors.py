@@ -55,6 +55,10 @@ class UnsupportedModelError(LessAssetsError):
     """The model or adapter has a part whose per-example gradients would not be exact."""
 
 
+class TrainingError(LessAssetsError):
+    """A training cannot start or go on: nothing to learn, no finite loss, no memory."""
+
+
 class CheckpointImportError(LessAssetsError):
     """A foreign checkpoint cannot be imported without guessing."""
 
