@@ -3,13 +3,33 @@
 Belongs here: which partition of which asset feeds which. Does not belong here: what assets compute.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 import dagster as dg
 
 from less_assets.project import Project
 
+# The axes of every asset, in Dagster's order: by name.
+ASSET_AXES: dict[str, tuple[str, ...]] = {
+    "base_model": (),
+    "instruction_pool": ("shard",),
+    "pool_index": (),
+    "warmup_sample": (),
+    "warmup_checkpoints": ("checkpoint",),
+    "train_gradients": ("checkpoint", "shard"),
+    "gradient_datastore": ("checkpoint",),
+    "target_examples": ("task",),
+    "target_gradients": ("checkpoint", "task"),
+    "influence_scores": ("task",),
+    "recipe_settings": ("recipe",),
+    "selected_subset": ("recipe", "task"),
+    "finetuned_model": ("recipe", "task"),
+    "eval_results": ("recipe", "task"),
+    "task_results": ("task",),
+    "leaderboard": (),
+}
 SHARDS = dg.DynamicPartitionsDefinition(name="shard")
 
 
@@ -23,26 +43,29 @@ class Axes:
     """
 
     project: Project
-    checkpoint: dg.StaticPartitionsDefinition = field(init=False)
-    task: dg.StaticPartitionsDefinition = field(init=False)
-    recipe: dg.StaticPartitionsDefinition = field(init=False)
-    checkpoint_shard: dg.MultiPartitionsDefinition = field(init=False)
-    checkpoint_task: dg.MultiPartitionsDefinition = field(init=False)
-    recipe_task: dg.MultiPartitionsDefinition = field(init=False)
 
-    def __post_init__(self) -> None:
-        checkpoint = dg.StaticPartitionsDefinition(list(self.project.checkpoints))
-        task = dg.StaticPartitionsDefinition(list(self.project.task_names))
-        recipe = dg.StaticPartitionsDefinition(list(self.project.recipe_keys))
-        for name, value in {
-            "checkpoint": checkpoint,
-            "task": task,
-            "recipe": recipe,
-            "checkpoint_shard": dg.MultiPartitionsDefinition({"checkpoint": checkpoint, "shard": SHARDS}),
-            "checkpoint_task": dg.MultiPartitionsDefinition({"checkpoint": checkpoint, "task": task}),
-            "recipe_task": dg.MultiPartitionsDefinition({"recipe": recipe, "task": task}),
-        }.items():
-            object.__setattr__(self, name, value)
+    @cached_property
+    def _single(self) -> dict[str, dg.PartitionsDefinition]:
+        return {
+            "checkpoint": dg.StaticPartitionsDefinition(list(self.project.checkpoints)),
+            "task": dg.StaticPartitionsDefinition(list(self.project.task_names)),
+            "recipe": dg.StaticPartitionsDefinition(list(self.project.recipe_keys)),
+            "shard": SHARDS,
+        }
+
+    @cached_property
+    def _definitions(self) -> dict[tuple[str, ...], dg.PartitionsDefinition]:
+        return {
+            axes: self._single[axes[0]]
+            if len(axes) == 1
+            else dg.MultiPartitionsDefinition({axis: self._single[axis] for axis in axes})
+            for axes in set(ASSET_AXES.values())
+            if axes
+        }
+
+    def of(self, asset: str) -> dg.PartitionsDefinition | None:
+        """Partitions definition of an asset; None if it is unpartitioned."""
+        return self._definitions.get(ASSET_AXES[asset])
 
     def by_task(self, asset: str) -> dg.AssetDep:
         """Dependency of a recipe x task grid on the `task` partition of an asset partitioned by task."""
@@ -75,28 +98,3 @@ def _single_to_grid(dimension: str) -> dg.PartitionMapping:
     # Beta in Dagster 1.13 and what it infers itself where it can; written out because grids can hide it.
     with disable_dagster_warnings():
         return dg.MultiToSingleDimensionPartitionMapping(partition_dimension_name=dimension)
-
-
-def by_checkpoint(partition_keys: Sequence[str], other: str) -> dict[str, list[dg.MultiPartitionKey]]:
-    """Group the keys of a checkpoint grid by checkpoint, however Dagster cut the range.
-
-    Args:
-        partition_keys: Keys of a run, as `context.partition_keys` gives them.
-        other: Name of the second dimension (`shard` or `task`); only used to check the keys.
-
-    Returns:
-        checkpoint → its keys, both in the order given: so that each checkpoint is loaded once.
-    """
-    grouped: dict[str, list[dg.MultiPartitionKey]] = {}
-    for key in partition_keys:
-        if not isinstance(key, dg.MultiPartitionKey) or other not in key.keys_by_dimension:
-            raise TypeError(f"not a key of the checkpoint x {other} grid: {key!r}")
-        grouped.setdefault(key.keys_by_dimension["checkpoint"], []).append(key)
-    return grouped
-
-
-def dimensions(partition_key: str) -> dict[str, str]:
-    """The parts of a grid key by dimension name: `{"recipe": "less", "task": "bbh"}`."""
-    if not isinstance(partition_key, dg.MultiPartitionKey):
-        raise TypeError(f"not a grid key: {partition_key!r}")
-    return dict(partition_key.keys_by_dimension)

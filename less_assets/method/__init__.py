@@ -1,1 +1,1 @@
-"""LESS itself: plain Python on torch, numpy and polars. Never imports dagster and never knows where artifacts are kept."""
+"""LESS itself: plain Python on torch, numpy and polars. Never imports dagster, never knows where artifacts lie."""

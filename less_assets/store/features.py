@@ -8,6 +8,7 @@ marks it finished. `scale` decodes `features`; `norm` is the exact norm of the d
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -30,21 +31,27 @@ METADATA_BYTES = 1 << 20  # larger files of the group are chunks, which carry th
 
 
 class FeatureRows(Protocol):
-    """Features of consecutive rows, as `method.features.extract_features` returns them.
+    """Features of consecutive rows, as `method.features.extract_features` returns them."""
 
-    Attributes:
-        features: Form -> float32 (n, k).
-        norms: Form -> float32 (n,), exact norm of the direction.
-        loss: float32 (n,), mean cross-entropy over the loss tokens.
-        loss_tokens: int32 (n,).
-        status: uint8 (n,), a `RowStatus`; 0 is OK. Features of other rows are stored as zeros.
-    """
+    @property
+    def features(self) -> Mapping[str, np.ndarray]:
+        """Form -> float32 (n, k)."""
 
-    features: Mapping[str, np.ndarray]
-    norms: Mapping[str, np.ndarray]
-    loss: np.ndarray
-    loss_tokens: np.ndarray
-    status: np.ndarray
+    @property
+    def norms(self) -> Mapping[str, np.ndarray]:
+        """Form -> float32 (n,), exact norm of the direction."""
+
+    @property
+    def loss(self) -> np.ndarray:
+        """float32 (n,), mean cross-entropy over the loss tokens."""
+
+    @property
+    def loss_tokens(self) -> np.ndarray:
+        """int32 (n,)."""
+
+    @property
+    def status(self) -> np.ndarray:
+        """uint8 (n,), a `RowStatus`; 0 is OK. Features of other rows are stored as zeros."""
 
 
 class FeatureWriter:
@@ -248,36 +255,43 @@ class FeatureReader:
         return self._column(f"{form}/norm")
 
     def blocks(self, form: str, rows: int = DECODE_ROWS) -> Iterator[tuple[int, np.ndarray]]:
-        """Decoded features of all rows in order; the next block is read while the caller works on this one.
+        """Decoded features of all rows in order, read and decoded while the caller works on those before.
 
         Args:
             form: Direction form.
             rows: At most this many decoded rows at once.
 
-        Yields:
-            First row and float32 (n, k), n ≤ `rows`. Rows whose status is not 0 are zeros.
+        Returns:
+            First row and float32 (n, k), n ≤ `rows`, until all rows are through. Rows whose status is not 0 are zeros.
 
         Raises:
             CorruptArtifactError: A chunk is damaged; the error names its file.
         """
         array, scales = self._arrays[f"{form}/features"], self._column(f"{form}/scale")
 
-        def read(start: int) -> np.ndarray:
-            return _read(
-                array, self.path, f"{form}/features", start, min(start + self.block_rows, self.rows), self._asset
-            )
+        def codes() -> Iterator[tuple[int, np.ndarray]]:
+            for start in range(0, self.rows, self.block_rows):
+                stop = min(start + self.block_rows, self.rows)
+                yield start, _read(array, self.path, f"{form}/features", start, stop, self._asset)
 
-        starts = range(0, self.rows, self.block_rows)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="features") as prefetch:
-            pending = [prefetch.submit(read, start) for start in starts[:1]]
-            for start in starts:
-                codes = pending.pop().result()
-                if start + self.block_rows < self.rows:
-                    pending.append(prefetch.submit(read, start + self.block_rows))
-                for first in range(0, len(codes), rows):
-                    part = codes[first : first + rows]
+        def decoded() -> Iterator[tuple[int, np.ndarray]]:
+            for start, block in _ahead(codes(), 1):
+                for first in range(0, len(block), rows):
+                    part = block[first : first + rows]
                     scale = scales[start + first : start + first + len(part)]
                     yield start + first, decode(part, scale, self.storage, self.dimension)
+
+        # Reading, decoding and the caller's arithmetic run at the same time: NumPy and the disk release the GIL.
+        return _ahead(decoded(), 2)
+
+
+def _ahead(items: Iterator[tuple[int, np.ndarray]], depth: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The same items, computed by a thread up to `depth` items before they are asked for."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="features") as thread:
+        pending = deque(thread.submit(next, items, None) for _ in range(depth))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, items, None))
+            yield item
 
 
 def open_features(folder: ArtifactFolder, name: str = "features.zarr") -> FeatureReader:

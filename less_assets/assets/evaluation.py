@@ -1,0 +1,134 @@
+"""Evaluation of fine-tuned models, tables per task, and the leaderboard.
+
+Belongs here: wiring only. Asking and grading is `method/evaluation.py`, comparing recipes `method/leaderboard.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from less_assets import metadata
+from less_assets.lineage import split
+from less_assets.materialization import Computed, Work, materialize_one
+from less_assets.partitions import Axes
+from less_assets.project import Project, Task
+from less_assets.resources import ModelLoader
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.manifest import Manifest
+from less_assets.store.tables import read_parquet, write_parquet
+
+SAMPLES = "samples.parquet"
+METRICS = "metrics.parquet"
+
+
+def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
+    """The assets `eval_results`, `task_results` and `leaderboard`."""
+
+    @dg.asset(
+        group_name="evaluation",
+        kinds={"pytorch", "parquet"},
+        pool="gpu",
+        partitions_def=axes.of("eval_results"),
+        deps=["finetuned_model", axes.by_task("target_examples")],
+    )
+    def eval_results(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """Held-out loss and the task's metrics with intervals; every sample's prompt, output and verdict."""
+        return materialize_one(context, project, store, models, evaluate, describe_evaluation)
+
+    return [eval_results]
+
+
+def evaluate(work: Work) -> Computed:
+    """Evaluate the recipe's model on the task, or on every member of a group."""
+    recipe_key, task = split(work.partition)
+    recipe = work.project.recipe(recipe_key)
+    model, tokenizer = work.models.base(recipe.model)
+    stored = work.line.folder("finetuned_model", work.partition)
+    if work.line.fresh("finetuned_model", work.partition).summary["trained"]:
+        from less_assets.method.models import load_adapter
+
+        with stored.local(write=False) as folder:
+            model = load_adapter(model, folder)
+    samples, metrics = [], []
+    for member in work.project.member_tasks(task):
+        if member.evaluation is not None:
+            found = _evaluate_task(work, member, model, tokenizer)
+            samples.append(found.samples.with_columns(pl.lit(member.name).alias("task")))
+            metrics.append(found.metrics.with_columns(pl.lit(member.name).alias("task")))
+    if not metrics:
+        return Computed({"evaluated": False})
+    write_parquet(work.folder, SAMPLES, pl.concat(samples))
+    table = pl.concat(metrics)
+    write_parquet(work.folder, METRICS, table)
+    totals = table.filter(pl.col("subtask").is_null())
+    return Computed(
+        {
+            "evaluated": True,
+            "samples": sum(part.height for part in samples),
+            "metrics": {f"{row['task']}/{row['metric']}": row["value"] for row in totals.iter_rows(named=True)},
+        }
+    )
+
+
+def _evaluate_task(work: Work, task: Task, model: Any, tokenizer: Any) -> Any:
+    from less_assets.method.evaluation import EvaluationSettings, evaluate_examples, evaluate_with_harness
+    from less_assets.method.targets import read_evaluation
+
+    settings, evaluated = work.project.model, task.evaluation
+    assert evaluated is not None
+    assert task.examples is not None
+    asked = EvaluationSettings(
+        rule=evaluated.format or "exact_match",
+        max_new_tokens=evaluated.max_new_tokens,
+        chat_format=settings.chat_format,
+        max_length=evaluated.max_length or settings.max_length,
+        token_budget=evaluated.token_budget,
+    )
+    if evaluated.harness is not None:
+        return evaluate_with_harness(
+            model,
+            tokenizer,
+            evaluated.harness,
+            asked,
+            limit=evaluated.limit,
+            num_fewshot=evaluated.num_fewshot,
+            apply_chat_template=evaluated.apply_chat_template,
+            on_progress=work.progress(0, "requests"),
+        )
+    examples = read_evaluation(
+        evaluated.format or "messages",
+        evaluated.path or str(evaluated.held_out),
+        evaluated.limit,
+        shots_path=task.examples.path,
+    )
+    requests = sum(1 + max(1, len(example.choices)) for example in examples)
+    return evaluate_examples(
+        model, tokenizer, examples, asked, name=task.name, on_progress=work.progress(requests, "requests")
+    )
+
+
+def describe_evaluation(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """Metrics in all and per subtask, and some samples with their verdicts."""
+    shown = dict(metadata.summary(folder, manifest))
+    if not manifest.summary["evaluated"]:
+        return shown
+    metrics = read_parquet(folder, METRICS)
+    shown["results"] = metadata.table(metrics.filter(pl.col("subtask").is_null()).drop("subtask"))
+    shown["results_by_subtask"] = metadata.table(metrics.filter(pl.col("subtask").is_not_null()).head(100))
+    samples = read_parquet(
+        folder, SAMPLES, ["example_id", "subtask", "prompt", "output", "reference", "correct", "loss"]
+    )
+    shown["samples"] = metadata.table(
+        samples.head(metadata.TABLE_ROWS).with_columns(pl.col("prompt").str.tail(metadata.PREVIEW_CHARACTERS))
+    )
+    for name, value in dict(manifest.summary["metrics"]).items():  # type: ignore[arg-type]
+        if value is not None:
+            shown[f"metric {name}"] = value
+    return shown

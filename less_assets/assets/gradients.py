@@ -1,0 +1,238 @@
+"""Gradient features: of the pool per checkpoint and shard, of the targets per checkpoint and task, and the gate.
+
+Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `store/features.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import numpy as np
+
+from less_assets import metadata
+from less_assets.assets.pool import EXAMPLES
+from less_assets.assets.targets import TARGETS
+from less_assets.errors import TargetFormatError
+from less_assets.lineage import split
+from less_assets.materialization import Computed, Work, materialize_one, materialize_range
+from less_assets.partitions import Axes
+from less_assets.project import Project
+from less_assets.resources import ModelLoader
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.features import FeatureWriter, open_features
+from less_assets.store.manifest import Manifest
+from less_assets.store.tables import read_parquet, write_json, write_parquet
+
+FEATURES = "features.zarr"
+TARGET_FEATURES = "features.parquet"
+
+
+def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
+    """The assets `train_gradients`, `gradient_datastore` and `target_gradients`."""
+
+    @dg.asset(
+        group_name="gradients",
+        kinds={"pytorch", "zarr"},
+        pool="gpu",
+        partitions_def=axes.of("train_gradients"),
+        deps=["warmup_checkpoints", "instruction_pool"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def train_gradients(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> None:
+        """Sketched Adam directions of every example of a shard at a checkpoint, with exact norms and losses."""
+        materialize_range(context, project, store, models, extract_train_gradients, describe_train_gradients)
+
+    @dg.asset(
+        group_name="gradients",
+        partitions_def=axes.of("gradient_datastore"),
+        deps=["train_gradients", "pool_index"],
+    )
+    def gradient_datastore(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """The gate before scoring: every shard of the pool has features at this checkpoint, all of one making."""
+        return materialize_one(context, project, store, models, close_datastore, metadata.summary)
+
+    @dg.asset(
+        group_name="gradients",
+        kinds={"pytorch"},
+        pool="gpu",
+        partitions_def=axes.of("target_gradients"),
+        deps=["warmup_checkpoints", "target_examples"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def target_gradients(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> None:
+        """Sketched plain gradients of a task's target examples at a checkpoint."""
+        materialize_range(context, project, store, models, extract_target_gradients, metadata.summary)
+
+    return [train_gradients, gradient_datastore, target_gradients]
+
+
+def extract_train_gradients(work: Work) -> Computed:
+    """Extract a shard's features block by block; blocks that an interrupted run finished are kept."""
+    from less_assets.method.chat import encode_messages
+    from less_assets.method.features import RowStatus, extract_features
+
+    checkpoint, shard = split(work.partition)
+    table = read_parquet(work.line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages", "status"])
+    settings, model = work.project.gradients, work.project.model
+    loaded = work.models.checkpoint(work.line, checkpoint)
+    examples = [
+        encode_messages(
+            row["example_id"],
+            row["messages"],
+            loaded.tokenizer,
+            chat_format=model.chat_format,
+            max_length=model.max_length,
+        )
+        if row["status"] == "ok"
+        else None
+        for row in table.iter_rows(named=True)
+    ]
+    writer = FeatureWriter(
+        work.folder.path(FEATURES),
+        settings.forms,
+        len(examples),
+        settings.dimension,
+        settings.storage,
+        settings.block_rows,
+    )
+    longest = max((len(example.input_ids) for example in examples if example), default=1)
+    budget = loaded.token_budget(settings, longest)
+    finished = writer.finished_blocks()
+    done = sum(stop - start for start, stop in map(writer.bounds, finished))
+    progress = work.progress(len(examples), "rows", done)
+    for block in range(writer.blocks):
+        if block not in finished:
+            start, stop = writer.bounds(block)
+            features = extract_features(
+                loaded.model,
+                examples[start:stop],
+                forms=settings.forms,
+                moments=loaded.moments,
+                sketch=loaded.sketch(settings),
+                token_budget=budget,
+                pad_token_id=loaded.pad_token_id,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                on_progress=progress,
+            )
+            writer.write_block(block, features)
+    return Computed(_feature_summary(work, RowStatus))
+
+
+def _feature_summary(work: Work, statuses: Any) -> dict[str, Any]:
+    from less_assets.store.features import FeatureReader
+
+    reader = FeatureReader(work.folder.path(FEATURES))
+    usable = reader.status == statuses.OK
+    counts = {
+        statuses(code).name.lower(): int(count)
+        for code, count in zip(*np.unique(reader.status, return_counts=True), strict=True)
+    }
+    return {
+        "rows": reader.rows,
+        "usable": int(usable.sum()),
+        "status": counts,
+        "loss_tokens": int(reader.loss_tokens[usable].sum()),
+        "mean_loss": float(reader.loss[usable].mean()) if usable.any() else None,
+        "dimension": reader.dimension,
+        "storage": reader.storage,
+        "forms": list(reader.forms),
+        "median_norm": {form: float(np.median(reader.norms(form)[usable])) for form in reader.forms}
+        if usable.any()
+        else {},
+    }
+
+
+def describe_train_gradients(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """The shard's figures, and its row count where the UI plots it over partitions."""
+    return {**metadata.summary(folder, manifest), "dagster/partition_row_count": manifest.summary["rows"]}
+
+
+def close_datastore(work: Work) -> Computed:
+    """Check that every shard's features are whole, and list them."""
+    checkpoint = work.partition
+    rows: dict[str, int] = {}
+    usable = loss_tokens = 0
+    for shard in work.line.shards():
+        key = f"{checkpoint}|{shard}"
+        found = work.line.summary("train_gradients", key)
+        open_features(work.line.folder("train_gradients", key), FEATURES)
+        rows[shard] = found["rows"]
+        usable += found["usable"]
+        loss_tokens += found["loss_tokens"]
+    summary = {"shards": len(rows), "rows": sum(rows.values()), "usable": usable, "loss_tokens": loss_tokens}
+    write_json(work.folder, "shards.json", {"rows": rows})  # type: ignore[dict-item]
+    return Computed(summary)
+
+
+def extract_target_gradients(work: Work) -> Computed:
+    """Sketch the plain gradient of each target example."""
+    import polars as pl
+
+    from less_assets.method.chat import encode_target
+    from less_assets.method.features import RowStatus, extract_features
+    from less_assets.method.targets import targets_from_table
+
+    checkpoint, task = split(work.partition)
+    table = read_parquet(work.line.folder("target_examples", task), TARGETS)
+    settings, model = work.project.gradients, work.project.model
+    loaded = work.models.checkpoint(work.line, checkpoint)
+    longest_of = {
+        member.name: (member.examples.max_length if member.examples else None) or model.max_length
+        for member in work.project.member_tasks(task)
+    }
+    examples = [
+        encode_target(target, loaded.tokenizer, chat_format=model.chat_format, max_length=longest_of[member])
+        for target, member in zip(targets_from_table(table), table["member"], strict=True)
+    ]
+    longest = max(len(example.input_ids) for example in examples)
+    block = extract_features(
+        loaded.model,
+        examples,
+        forms=("sgd",),
+        moments=None,
+        sketch=loaded.sketch(settings),
+        token_budget=loaded.token_budget(settings, longest),
+        pad_token_id=loaded.pad_token_id,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        on_progress=work.progress(len(examples), "target examples"),
+    )
+    bad = np.flatnonzero(block.status != RowStatus.OK)
+    if len(bad):
+        raise TargetFormatError(
+            f"{len(bad)} target examples have no usable gradient: {RowStatus(block.status[bad[0]]).name.lower()}.",
+            where=f"task {task}, example {table['example_id'][int(bad[0])]}",
+            fix="look at the example's completion; a target is never left out silently",
+        )
+    stored = table.select("example_id", "subtask").with_columns(
+        pl.Series("loss", block.loss),
+        pl.Series("loss_tokens", block.loss_tokens),
+        pl.Series("norm", block.norms["sgd"]),
+        pl.Series("features", block.features["sgd"]),
+    )
+    write_parquet(work.folder, TARGET_FEATURES, stored)
+    subtasks = dict(sorted(table["subtask"].value_counts().iter_rows()))
+    return Computed(
+        {
+            "examples": table.height,
+            "subtasks": subtasks,
+            "mean_loss": float(block.loss.mean()),
+            "loss_tokens": int(block.loss_tokens.sum()),
+        }
+    )

@@ -1,0 +1,150 @@
+"""The base model and the instruction pool: read, normalised, indexed.
+
+Belongs here: wiring only. Formats are `method/examples.py`, files and shards `ledger.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from less_assets import metadata
+from less_assets.materialization import Computed, Work, materialize_one, materialize_range
+from less_assets.partitions import Axes
+from less_assets.project import Project
+from less_assets.provenance import digest
+from less_assets.resources import ModelLoader
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.manifest import Manifest
+from less_assets.store.tables import read_parquet, write_parquet
+
+EXAMPLES = "examples.parquet"
+INDEX = "index.parquet"
+
+
+def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
+    """The assets `base_model`, `instruction_pool` and `pool_index`."""
+
+    @dg.asset(group_name="model", kinds={"huggingface"}, pool="gpu")
+    def base_model(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """The base model and its tokenizer, by content digest: a Hugging Face id, a folder, or a GGUF in a package."""
+        return materialize_one(context, project, store, models, record_base_model, metadata.summary)
+
+    @dg.asset(
+        group_name="pool",
+        kinds={"polars", "parquet"},
+        partitions_def=axes.of("instruction_pool"),
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def instruction_pool(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> None:
+        """Examples of one shard of the pool, normalised, with content-derived ids; bad rows are quarantined."""
+        materialize_range(context, project, store, models, read_shard, describe_shard)
+
+    @dg.asset(group_name="pool", kinds={"polars", "parquet"}, deps=["instruction_pool"])
+    def pool_index(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """Where every example of the pool stands, how often, and which copy counts."""
+        return materialize_one(context, project, store, models, index_pool, metadata.summary)
+
+    return [base_model, instruction_pool, pool_index]
+
+
+def record_base_model(work: Work) -> Computed:
+    """Load the base model once and record what it is."""
+    description = work.models.describe_base(work.project.model.base)
+    return Computed(description, data_version=description["digest"])
+
+
+def read_shard(work: Work) -> Computed:
+    """Read the rows of a shard, normalise them and quarantine the bad ones."""
+    from less_assets.method.examples import pool_table, read_rows
+
+    shard = work.line.ledger.shard(work.partition)
+    source = work.project.source(shard.source)
+    tables = [
+        table
+        for segment in shard.segments
+        for table in read_rows(segment.path, source.name, source.format, segment.first_row, segment.rows)
+    ]
+    table = pl.concat([pool_table([]), *tables])
+    write_parquet(work.folder, EXAMPLES, table)
+    bad = table.filter(pl.col("status") != "ok")
+    reasons = dict(sorted(bad["status"].value_counts().iter_rows()))
+    summary = {
+        "source": source.name,
+        "rows": table.height,
+        "usable": table.height - bad.height,
+        "quarantined": bad.height - reasons.get("blank", 0),
+        "reasons": reasons,
+    }
+    rows = table.select("example_id", "source_file", "source_row", "status").rows()
+    return Computed(summary, data_version=digest([list(row) for row in rows]))
+
+
+def describe_shard(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """Counts, the first examples, and every quarantined row with its reason."""
+    table = read_parquet(folder, EXAMPLES)
+    bad = table.filter(~pl.col("status").is_in(["ok", "blank"]))
+    shown = {
+        **metadata.summary(folder, manifest),
+        "dagster/partition_row_count": table.height,
+        "examples": metadata.example_table(table.filter(pl.col("status") == "ok").head(5)),
+        "dagster/column_schema": metadata.column_schema(table),
+    }
+    if bad.height:
+        columns = ["source_file", "source_row", "status", "detail"]
+        shown["quarantine"] = metadata.table(bad.select(columns).head(metadata.TABLE_ROWS))
+    return shown
+
+
+def index_pool(work: Work) -> Computed:
+    """List every usable row of every shard; of equal examples the first one is canonical."""
+    parts = []
+    shards = work.line.ledger.shard_keys()
+    for shard in shards:
+        table = read_parquet(work.line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
+        rows = table.with_row_index("row").filter(pl.col("status") == "ok")
+        parts.append(rows.select("example_id", "source", pl.lit(shard).alias("shard"), pl.col("row").cast(pl.Int64)))
+    index = pl.concat(parts) if parts else pl.DataFrame(schema=INDEX_SCHEMA).drop("copies", "canonical")
+    index = index.with_columns(
+        pl.len().over("example_id").cast(pl.Int64).alias("copies"),
+        pl.col("example_id").is_first_distinct().alias("canonical"),
+    )
+    write_parquet(work.folder, INDEX, index)
+    unique = index.filter("canonical")
+    summary = {
+        "shards": shards,
+        "usable": index.height,
+        "unique": unique.height,
+        "copies": index.height - unique.height,
+        "sources": dict(sorted(unique["source"].value_counts().iter_rows())),
+    }
+    return Computed(summary)
+
+
+INDEX_SCHEMA = pl.Schema(
+    {
+        "example_id": pl.String,
+        "source": pl.String,
+        "shard": pl.String,
+        "row": pl.Int64,  # 0-based row of the shard
+        "copies": pl.Int64,  # rows of the pool with this id
+        "canonical": pl.Boolean,  # whether this is the copy that counts
+    }
+)

@@ -1,0 +1,304 @@
+"""From features to a ranked subset: influence scores per task, the recipe as resolved, the selected rows.
+
+Belongs here: wiring only. Mathematics is `method/influence.py`, ranking `method/selection.py`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import polars as pl
+
+from less_assets import metadata
+from less_assets.assets.gradients import FEATURES, TARGET_FEATURES
+from less_assets.assets.pool import EXAMPLES, INDEX
+from less_assets.lineage import Lineage, split
+from less_assets.materialization import Computed, Work, materialize_one
+from less_assets.partitions import Axes
+from less_assets.project import Project, ResolvedRecipe
+from less_assets.provenance import digest
+from less_assets.resources import ModelLoader
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.features import open_features
+from less_assets.store.manifest import Manifest
+from less_assets.store.tables import read_parquet, write_json, write_parquet
+
+SUBSET = "subset.parquet"
+SUBSET_JSONL = "subset.jsonl"
+POOL_SCORES = "pool_scores.parquet"
+SUBTASKS = "subtasks.json"
+CHART_SCORES = 20_000
+"""Scores kept for the histogram: enough for its bins, small for any pool."""
+
+
+def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
+    """The assets `influence_scores`, `recipe_settings` and `selected_subset`."""
+    readers = [key for key in axes.project.recipe_keys if axes.project.reads_scores(key)]
+
+    @dg.asset(
+        group_name="selection",
+        kinds={"numpy", "parquet"},
+        partitions_def=axes.of("influence_scores"),
+        deps=[axes.all_partitions("gradient_datastore"), "target_gradients", "pool_index"],
+    )
+    def influence_scores(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint."""
+        return materialize_one(context, project, store, models, score_pool, metadata.summary)
+
+    @dg.asset(group_name="selection", partitions_def=axes.of("recipe_settings"))
+    def recipe_settings(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """The recipe with every default filled in; changes downstream only if it really changed."""
+        return materialize_one(context, project, store, models, resolve_recipe, metadata.summary)
+
+    scores = [axes.for_recipes("influence_scores", readers)] if readers else []
+
+    @dg.asset(
+        group_name="selection",
+        kinds={"polars", "parquet"},
+        partitions_def=axes.of("selected_subset"),
+        deps=[axes.by_recipe("recipe_settings"), "pool_index", *scores],
+    )
+    def selected_subset(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """The rows that a recipe selects for a task, ranked, with their messages: Parquet and JSON lines."""
+        return materialize_one(context, project, store, models, select_subset, describe_subset)
+
+    return [influence_scores, recipe_settings, selected_subset]
+
+
+def score_file(shard: str) -> str:
+    """Name of a shard's score table inside `influence_scores`."""
+    return f"scores/{shard}.parquet"
+
+
+def score_pool(work: Work) -> Computed:
+    """Score the pool shard by shard, all checkpoints, forms and subtask rules in one pass over the features."""
+    from less_assets.method.influence import normalised_weights, row_statuses, score_shard, score_table
+
+    line, task = work.line, work.partition
+    checkpoints = work.project.checkpoints
+    weights = normalised_weights(
+        {name: line.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
+    )
+    labels, directions = _directions(line, task)
+    scored = rows = 0
+    progress = work.progress(line.summary("pool_index")["usable"], "rows")
+    for shard in line.shards():
+        features = {
+            name: open_features(line.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in checkpoints
+        }
+        pool = read_parquet(line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
+        status = row_statuses(pool["status"].to_list(), {name: reader.status for name, reader in features.items()})
+        table = pool.with_columns(
+            pl.lit(shard).alias("shard"),
+            pl.int_range(pl.len(), dtype=pl.Int64).alias("row"),
+            pl.Series("status", status),
+            pl.Series("loss_tokens", features[checkpoints[0]].loss_tokens),
+        )
+        found = score_shard(features, directions, weights, work.project.gradients.forms)[task]
+        write_parquet(work.folder, score_file(shard), score_table(table, found))
+        rows, usable = rows + table.height, table.filter(pl.col("status") == "ok").height
+        scored += usable
+        progress(usable)
+    write_json(work.folder, SUBTASKS, labels)  # type: ignore[arg-type]
+    summary = {"rows": rows, "scored": scored, "subtasks": labels, "weights": weights}
+    return Computed({**summary, "forms": list(work.project.gradients.forms)})
+
+
+def _directions(line: Lineage, task: str) -> tuple[list[str], dict[str, dict[tuple[str, str], np.ndarray]]]:
+    """Target directions of every checkpoint and subtask rule, from the sketched target gradients."""
+    from less_assets.method.influence import SUBTASK_RULES, target_directions
+
+    labels: list[str] = []
+    directions: dict[str, dict[tuple[str, str], np.ndarray]] = {}
+    for checkpoint in line.project.checkpoints:
+        table = read_parquet(line.folder("target_gradients", f"{checkpoint}|{task}"), TARGET_FEATURES)
+        features = np.stack(list(table["features"].to_numpy()))
+        directions[checkpoint] = {}
+        for rule in SUBTASK_RULES:
+            labels, directions[checkpoint][task, rule] = target_directions(features, table["subtask"].to_list(), rule)
+    return labels, directions
+
+
+def resolve_recipe(work: Work) -> Computed:
+    """Write the resolved recipe; its version is its content."""
+    settings = work.project.recipe_settings(work.partition)
+    write_json(work.folder, "recipe.json", settings)
+    return Computed({"recipe": settings}, data_version=digest(settings))
+
+
+def select_subset(work: Work) -> Computed:
+    """Rank the pool by the recipe, cut at the budget, and add the messages."""
+    recipe_key, task = split(work.partition)
+    recipe = work.project.recipe(recipe_key)
+    selection = _select(work, recipe, task)
+    if selection is None:
+        table, counts = pl.DataFrame(schema=_subset_schema()), {}
+    else:
+        table = _with_messages(work.line, selection.table)
+        found = selection.summary
+        counts = {
+            "usable": found.usable,
+            "loss_tokens": found.loss_tokens,
+            "sources": found.rows_per_source,
+            "subtasks": found.rows_per_subtask,
+            "cut_scores": found.cut_scores,
+            "removed": found.removed,
+        }
+    write_parquet(work.folder, SUBSET, table)
+    lines = [
+        json.dumps(row, ensure_ascii=False)
+        for row in table.select("example_id", "source", "rank", "score", "messages").iter_rows(named=True)
+    ]
+    work.folder.write_bytes(SUBSET_JSONL, "".join(f"{text}\n" for text in lines).encode())
+    pool_sources = work.line.summary("pool_index")["sources"] if selection else {}
+    summary = {"recipe": recipe.name, "rows": table.height, **counts, "pool_sources": pool_sources}
+    return Computed(summary, data_version=digest(["selected", *table["example_id"].to_list()]))
+
+
+def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:
+    from less_assets.method import selection
+
+    if recipe.strategy == "none":
+        return None
+    budget = selection.Budget(recipe.budget.unit, recipe.budget.amount) if recipe.budget else None
+    if recipe.strategy == "full":
+        return selection.select_all(_pool_rows(work, tokens=False))
+    assert budget is not None
+    if recipe.strategy == "random":
+        assert recipe.seed is not None
+        return selection.select_at_random(_pool_rows(work, tokens=budget.kind == "tokens"), budget, recipe.seed)
+    if recipe.strategy == "less":
+        candidates = _candidates(work.line, recipe, task)
+        _keep_pool_scores(work, candidates, str(recipe.aggregate))
+        return selection.select_by_score(candidates, budget, str(recipe.aggregate))
+    raise NotImplementedError(recipe.strategy)
+
+
+def _pool_rows(work: Work, *, tokens: bool) -> Callable[[], Iterator[pl.DataFrame]]:
+    """The pool's usable rows by shard; with their loss tokens if a budget counts those."""
+    index = read_parquet(work.line.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+
+    def shards() -> Iterator[pl.DataFrame]:
+        for shard in work.line.shards():
+            rows = index.filter(pl.col("shard") == shard)
+            yield rows.with_columns(_loss_tokens(work, shard, rows)) if tokens else rows
+
+    return shards
+
+
+def _loss_tokens(work: Work, shard: str, rows: pl.DataFrame) -> pl.Series:
+    from less_assets.method.chat import encode_messages
+
+    table = read_parquet(work.line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+    tokenizer, model = work.models.tokenizer(), work.project.model
+    counts = [
+        encode_messages(
+            each["example_id"], each["messages"], tokenizer, chat_format=model.chat_format, max_length=model.max_length
+        ).loss_tokens
+        for each in table[rows["row"].to_list()].iter_rows(named=True)
+    ]
+    return pl.Series("loss_tokens", counts, pl.Int32)
+
+
+def _candidates(line: Lineage, recipe: ResolvedRecipe, task: str) -> list[Any]:
+    """The scored pool: once for a task, once for each member of a group (whose labels are `member/subtask`)."""
+    from less_assets.method.selection import Candidates
+
+    folder = line.folder("influence_scores", task)
+    labels = [str(label) for label in line.summary("influence_scores", task)["subtasks"]]
+    column = f"{recipe.form}.{recipe.subtask}"
+    canonical = read_parquet(line.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
+
+    def shards(places: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
+        def read() -> Iterator[pl.DataFrame]:
+            for shard in line.shards():
+                columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
+                table = read_parquet(folder, score_file(shard), columns)
+                if len(places) < len(labels):
+                    part = pl.concat_arr(pl.col(column).arr.get(place) for place in places)
+                    table = table.with_columns(pl.when(pl.col(column).is_not_null()).then(part).alias(column))
+                yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
+                    pl.col("canonical").fill_null(False)
+                )
+
+        return read
+
+    if line.project.task(task).members is None:
+        return [Candidates(task, column, tuple(labels), shards(list(range(len(labels)))))]
+    members = []
+    for member in line.project.member_tasks(task):
+        places = [place for place, label in enumerate(labels) if label.startswith(f"{member.name}/")]
+        own = tuple(labels[place].removeprefix(f"{member.name}/") for place in places)
+        members.append(Candidates(member.name, column, own, shards(places)))
+    return members
+
+
+def _keep_pool_scores(work: Work, candidates: list[Any], aggregate: str) -> None:
+    """Store an even sample of the pool's scores, each row's mean or best over its subtasks, for the histogram."""
+    parts = []
+    for member in candidates:
+        for table in member.shards():
+            usable = table.filter((pl.col("status") == "ok") & pl.col("canonical"))[member.column]
+            best = usable.arr.mean() if aggregate == "mean" else usable.arr.max()
+            parts.append(best.cast(pl.Float32))
+    scores = pl.concat(parts).drop_nans().sort()
+    kept = scores.gather_every(max(1, -(-len(scores) // CHART_SCORES)))
+    write_parquet(work.folder, POOL_SCORES, pl.DataFrame({"score": kept}))
+
+
+def _subset_schema() -> pl.Schema:
+    from less_assets.method.examples import POOL_SCHEMA
+    from less_assets.method.selection import SELECTION_SCHEMA
+
+    return pl.Schema({**SELECTION_SCHEMA, "messages": POOL_SCHEMA["messages"]})
+
+
+def _with_messages(line: Lineage, ranked: pl.DataFrame) -> pl.DataFrame:
+    """Add each selected row's messages, by id."""
+    parts = []
+    for shard in ranked["shard"].unique(maintain_order=True):
+        table = read_parquet(line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+        wanted = ranked.filter(pl.col("shard") == shard)
+        parts.append(wanted.join(table.unique("example_id"), on="example_id", how="left"))
+    return pl.concat(parts).sort("rank") if parts else pl.DataFrame(schema=_subset_schema())
+
+
+def describe_subset(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """The best rows, what the subset is made of against the pool, and where the cut lies among the scores."""
+    from less_assets.report import charts
+
+    table = read_parquet(folder, SUBSET)
+    shown: dict[str, Any] = {**metadata.summary(folder, manifest), "dagster/partition_row_count": table.height}
+    if table.is_empty():
+        return shown
+    top = table.head(metadata.TABLE_ROWS).select("rank", "score", "subtask", "source", "example_id", "messages")
+    shown["top_rows"] = metadata.example_table(top)
+    shown["dagster/column_schema"] = metadata.column_schema(table)
+    sources = dict(table["source"].value_counts().iter_rows())
+    pool: Any = manifest.summary["pool_sources"]
+    shown["shares_by_source"] = metadata.picture(charts.share_comparison(sources, pool), "share of each source")
+    subtasks = dict(table["subtask"].drop_nulls().value_counts().iter_rows())
+    if len(subtasks) > 1:
+        shown["shares_by_subtask"] = metadata.picture(charts.share_bars(subtasks), "share of each subtask")
+    if POOL_SCORES in manifest.files:
+        scores = read_parquet(folder, POOL_SCORES)["score"].to_numpy()
+        cut = float(table["score"].min())  # type: ignore[arg-type]
+        shown["scores"] = metadata.picture(charts.score_histogram(scores, cut), "scores of the pool and the cut")
+    return shown

@@ -1,0 +1,195 @@
+"""Step 1: the warm-up sample, drawn once, and the checkpoints that gradients are taken at.
+
+Belongs here: wiring only. Training is `method/warmup.py`, foreign checkpoints `method/checkpoints.py`.
+"""
+
+import shutil
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from less_assets import metadata
+from less_assets.assets.pool import EXAMPLES, INDEX
+from less_assets.errors import MissingArtifactError
+from less_assets.lineage import Lineage
+from less_assets.materialization import Computed, Work, materialize_one, materialize_range
+from less_assets.partitions import Axes
+from less_assets.project import Project
+from less_assets.provenance import digest
+from less_assets.resources import ModelLoader
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.tables import read_parquet, write_parquet
+
+SAMPLE = "sample.parquet"
+
+
+def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
+    """The assets `warmup_sample` and `warmup_checkpoints`."""
+
+    @dg.asset(group_name="warmup", deps=["pool_index"])
+    def warmup_sample(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again."""
+        result = materialize_one(context, project, store, models, draw_warmup_sample, metadata.summary)
+        check_sample(Lineage(project, store))
+        return result
+
+    @dg.asset(
+        group_name="warmup",
+        kinds={"pytorch", "huggingface"},
+        pool="gpu",
+        partitions_def=axes.of("warmup_checkpoints"),
+        deps=["base_model", "warmup_sample"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def warmup_checkpoints(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> None:
+        """Adapter, Adam's moments by parameter name, and mean learning rate after an epoch of the warm-up training."""
+        materialize_range(context, project, store, models, make_checkpoint, metadata.summary)
+
+    return [warmup_sample, warmup_checkpoints]
+
+
+def draw_warmup_sample(work: Work) -> Computed:
+    """Draw the sample by a keyed hash of the ids, independent of the pool's order."""
+    from less_assets.method.selection import Budget, select_at_random
+
+    settings = work.project.sample_settings()
+    if not settings:  # imported checkpoints were trained on data of their own
+        write_parquet(work.folder, SAMPLE, pl.DataFrame(schema={"example_id": pl.String, "shard": pl.String}))
+        return Computed({"rows": 0}, data_version=digest([]))
+    index = read_parquet(work.line.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+    draw = work.line.plan("warmup_sample").settings["draw"]
+    seed = settings["seed"] + 1_000_003 * draw
+    sample = select_at_random(lambda: [index], Budget("fraction", settings["fraction"]), seed).table
+    write_parquet(work.folder, SAMPLE, sample.select("example_id", "shard"))
+    sources = dict(sorted(sample["source"].value_counts().iter_rows()))
+    return Computed({"rows": sample.height, "sources": sources}, data_version=digest(sample["example_id"].to_list()))
+
+
+def check_sample(line: Lineage) -> None:
+    """Refuse to go on with a frozen sample of which a row has vanished from the pool.
+
+    Raises:
+        MissingArtifactError: A row of the sample is not in the pool any more.
+    """
+    sample = read_parquet(line.folder("warmup_sample"), SAMPLE)["example_id"]
+    index = read_parquet(line.folder("pool_index"), INDEX, ["example_id"])["example_id"]
+    gone = sample.filter(~sample.is_in(index.implode()))
+    if len(gone):
+        raise MissingArtifactError(
+            f"{len(gone)} of {len(sample)} warm-up examples are not in the pool any more, the first is {gone[0]}",
+            fix="put the rows back, or draw and train again with `less-assets run --resample-warmup`",
+        )
+
+
+def make_checkpoint(work: Work) -> Computed:
+    """Train (or go on training) up to the partition's epoch, or import the checkpoint that stands in its place."""
+    if work.project.warmup.imported:
+        raise NotImplementedError
+    return train_checkpoint(work)
+
+
+def train_checkpoint(work: Work) -> Computed:
+    """Train epochs 1 to k under the schedule of all epochs; finished epochs are taken from earlier runs."""
+    from less_assets.method.training import TrainingSettings, steps_per_epoch
+    from less_assets.method.warmup import warm_up
+
+    line, epoch = work.line, work.project.checkpoints.index(work.partition) + 1
+    settings = TrainingSettings(**work.project.warmup_settings()["warmup"])
+    examples = warmup_examples(work)
+    model, tokenizer = work.models.base()
+    folder = work.models.scratch(training_fingerprint(line))
+    restore_epochs(line, folder, epoch - 1)
+    steps = steps_per_epoch(len(examples), settings.batch_size)
+    progress = work.progress(steps * epoch, "steps", done=steps * _finished(folder, epoch))
+    checkpoint = warm_up(
+        model,
+        tokenizer,
+        examples,
+        settings,
+        folder,
+        lora=lora_settings(work.project),
+        until_epoch=epoch,
+        on_progress=lambda _: progress(1),
+    )[epoch - 1]
+    copy_files(checkpoint.folder, work.folder)
+    return Computed(
+        {
+            "step": checkpoint.step,
+            "mean_learning_rate": checkpoint.mean_learning_rate,
+            "mean_loss": fmean(checkpoint.losses),
+            "examples": len(examples),
+        }
+    )
+
+
+def warmup_examples(work: Work) -> list[Any]:
+    """The warm-up sample, encoded, in the order it was drawn; rows without loss tokens are left out."""
+    from less_assets.method.chat import encode_messages
+
+    sample = read_parquet(work.line.folder("warmup_sample"), SAMPLE)
+    tokenizer, model = work.models.tokenizer(), work.project.model
+    messages: dict[str, Any] = {}
+    for shard in sample["shard"].unique(maintain_order=True):
+        table = read_parquet(work.line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+        wanted = table.filter(pl.col("example_id").is_in(sample["example_id"].implode()))
+        messages |= dict(wanted.iter_rows())
+    encoded = [
+        encode_messages(name, messages[name], tokenizer, chat_format=model.chat_format, max_length=model.max_length)
+        for name in sample["example_id"]
+    ]
+    return [example for example in encoded if example.loss_tokens]
+
+
+def training_fingerprint(line: Lineage) -> str:
+    """One fingerprint for all epochs of the warm-up: what its scratch folder is called."""
+    plan = line.plan("warmup_checkpoints", line.project.checkpoints[0])
+    settings = {name: value for name, value in plan.settings.items() if name != "checkpoint"}
+    return digest([settings, dict(plan.inputs)])
+
+
+def restore_epochs(line: Lineage, folder: Path, epochs: int) -> None:
+    """Bring finished epochs from the store into an empty scratch folder (a new machine, a cleared cache)."""
+    for checkpoint in line.project.checkpoints[:epochs]:
+        plan = line.plan("warmup_checkpoints", checkpoint)
+        stored = line.store.artifact(plan.folder, plan.fingerprint)
+        if stored.exists() and not (folder / checkpoint).exists():
+            with stored.local(write=False) as source:
+                names = list(stored.manifest().files)
+                (folder / checkpoint).mkdir(parents=True)
+                for name in names:
+                    shutil.copyfile(source / name, folder / checkpoint / name)
+
+
+def _finished(folder: Path, epoch: int) -> int:
+    from less_assets.method.training import finished_epochs
+
+    return min(finished_epochs(folder), epoch)
+
+
+def copy_files(source: Path, folder: ArtifactFolder) -> None:
+    """Copy the files of a local folder into an artifact."""
+    with folder.local() as target:
+        for file in sorted(source.iterdir()):
+            shutil.copyfile(file, target / file.name)
+
+
+def lora_settings(project: Project) -> Any:
+    """The project's adapter in the method's words."""
+    from less_assets.method.models import LoraSettings
+
+    lora = project.lora
+    return LoraSettings(lora.rank, lora.alpha, lora.dropout, tuple(lora.target_modules))

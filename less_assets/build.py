@@ -1,0 +1,54 @@
+"""From a project file to Dagster definitions; `definitions.py` only calls it, tests call it with their own resources.
+
+Belongs here: putting assets, checks, sensors and resources together. Does not belong here: any of them.
+"""
+
+import warnings
+from typing import Any
+
+import dagster as dg
+
+from less_assets.assets import evaluation, finetuning, gradients, pool, selection, targets, warmup
+from less_assets.lineage import shared_settings
+from less_assets.logs import compact_console
+from less_assets.partitions import Axes
+from less_assets.project import Project
+from less_assets.provenance import FORMAT_VERSION, digest
+from less_assets.resources import open_resources
+from less_assets.sensors import shard_sensor
+
+
+def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definitions:
+    """The whole graph of a project.
+
+    Args:
+        project: The project file, loaded.
+        **resource_overrides: Replace a resource by name: `project`, `store`, `models`.
+
+    Returns:
+        Definitions that load without torch.
+    """
+    axes = Axes(project)
+    assets: list[dg.AssetsDefinition] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # backfill policies; their behaviour is pinned by our tests
+        for module in (pool, warmup, gradients, targets, selection, finetuning, evaluation):
+            assets += module.build_assets(axes)
+    versions = code_versions(project)
+    versioned = dg.map_asset_specs(
+        lambda spec: spec.replace_attributes(code_version=versions.get(spec.key.to_user_string(), versions["*"])),
+        assets,
+    )
+    return dg.Definitions(
+        assets=versioned,
+        resources=open_resources(project) | resource_overrides,
+        sensors=[shard_sensor(project)],
+        loggers={"console": compact_console},
+        executor=dg.in_process_executor,
+    )
+
+
+def code_versions(project: Project) -> dict[str, str]:
+    """`code_version` of each asset: the artifacts' format and the settings all partitions share; `*`: the rest."""
+    versions = {asset: digest([FORMAT_VERSION, shared])[:12] for asset, shared in shared_settings(project).items()}
+    return {"*": digest([FORMAT_VERSION])[:12], **versions}

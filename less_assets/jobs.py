@@ -1,0 +1,232 @@
+"""Running the graph from the command line: what is missing or stale, asset after asset, through Dagster.
+
+Belongs here: which partitions to run, in which runs, and in which order. Does not belong here: what they compute, or
+how results are printed (`cli.py`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import dagster as dg
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.events import DagsterEventType
+
+from less_assets.ledger import Ledger
+from less_assets.lineage import Lineage, Status
+from less_assets.partitions import ASSET_AXES
+from less_assets.project import Project
+from less_assets.store.artifacts import ArtifactStore
+
+RANGE_START_TAG = "dagster/asset_partition_range_start"
+RANGE_END_TAG = "dagster/asset_partition_range_end"
+Partition = str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for.
+
+    Attributes:
+        tasks: Only these tasks; empty for all.
+        recipes: Only these recipe keys; empty for all.
+        until: Stop with this asset; None runs everything.
+    """
+
+    tasks: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
+    until: str | None = None
+
+
+@dataclass
+class Outcome:
+    """What a run of the graph did.
+
+    Attributes:
+        materialized: Asset → partitions that were materialized (None: the asset is unpartitioned).
+        fresh: Number of artifacts that were there already and matched.
+    """
+
+    materialized: dict[str, list[Partition]] = field(default_factory=dict)
+    fresh: int = 0
+
+
+class GraphRunner:
+    """Brings a project's graph up to date in this process, on a persistent Dagster instance.
+
+    Args:
+        definitions: The project's definitions.
+        project: The project file.
+        store: Where artifacts are kept.
+        instance: Receives runs and events; the UI on the same DAGSTER_HOME shows them.
+        log: Receives one line for each asset that has something to do.
+    """
+
+    def __init__(
+        self,
+        definitions: dg.Definitions,
+        project: Project,
+        store: ArtifactStore,
+        instance: dg.DagsterInstance,
+        log: Callable[[str], object],
+    ) -> None:
+        self._project, self._store, self._instance, self._log = project, store, instance, log
+        self._graph = definitions.resolve_asset_graph()
+        self._job = definitions.resolve_implicit_global_asset_job_def()
+
+    def run(self, request: Request) -> Outcome:
+        """Materialize what is missing or stale, in order; status is looked at again after each asset.
+
+        Raises:
+            LessAssetsError: What was asked for does not exist, or a step cannot go on. What is done stays done.
+        """
+        outcome = Outcome()
+        for asset, partitions in self.needed(request).items():
+            line = Lineage(self._project, self._store)
+            due = [partition for partition in partitions if not self._is_current(line, asset, partition)]
+            outcome.fresh += len(partitions) - len(due)
+            if not due:
+                continue
+            outcome.materialized[asset] = due
+            self._log(f"{asset}: {_count(due, partitions)}")
+            for chunk in self._runs(asset, due):
+                self._execute(asset, chunk)
+        return outcome
+
+    def status(self, request: Request) -> Iterator[tuple[str, Partition, Status]]:
+        """Status of every artifact that a request needs, in order; computes nothing."""
+        line = Lineage(self._project, self._store)
+        for asset, partitions in self.needed(request).items():
+            for partition in partitions:
+                yield asset, partition, line.status(asset, partition)
+
+    def needed(self, request: Request) -> dict[str, list[Partition]]:
+        """Which partitions of which assets a request needs, in topological order of the assets.
+
+        Follows the graph upwards from what was asked for, partition by partition: `--recipe random` needs no
+        gradients, `--task bbh` no other task's.
+        """
+        order = self._graph.toposorted_asset_keys
+        needed: dict[dg.AssetKey, set[Partition]] = {key: set() for key in order}
+        with partition_loading_context(dynamic_partitions_store=self._instance):
+            for key in order:
+                if request.until in (None, key.to_user_string()):
+                    needed[key] = {part for part in self._partitions(key) if self._asked_for(key, part, request)}
+            for key in reversed(order):
+                for parent in self._graph.get(key).parent_keys:
+                    for partition in needed[key]:
+                        needed[parent] |= self._upstream(key, partition, parent)
+            return {
+                key.to_user_string(): [part for part in self._partitions(key) if part in needed[key]]
+                for key in order
+                if needed[key]
+            }
+
+    def _partitions(self, key: dg.AssetKey) -> Sequence[Partition]:
+        definition = self._graph.get(key).partitions_def
+        if definition is None:
+            return [None]
+        shards = set(Ledger.load(self._store).shard_keys())
+        keys = definition.get_partition_keys(dynamic_partitions_store=self._instance)
+        # Shards of a source that was removed stay registered with Dagster; they need nothing any more.
+        return [k for k in keys if "shard" not in ASSET_AXES[key.to_user_string()] or _part(k, "shard") in shards]
+
+    def _upstream(self, key: dg.AssetKey, partition: Partition, parent: dg.AssetKey) -> set[Partition]:
+        definition = self._graph.get(parent).partitions_def
+        if definition is None:
+            return {None}
+        if partition is None:
+            return set(self._partitions(parent))
+        found = self._graph.get_parent_partition_keys_for_child(partition, parent, key)
+        upstream: set[Partition] = set(found.partitions_subset.get_partition_keys())
+        return upstream & set(self._partitions(parent))
+
+    def _asked_for(self, key: dg.AssetKey, partition: Partition, request: Request) -> bool:
+        """Whether a partition is among those named: on every axis that the request names, it has one of the names."""
+        axes = ASSET_AXES[key.to_user_string()]
+        filters = {axis: names for axis, names in (("task", request.tasks), ("recipe", request.recipes)) if names}
+        if request.until is None and not filters.keys() <= set(axes):
+            return False  # it covers more than was asked for; what is needed of it follows from the graph
+        return all(_part(partition, axis) in names for axis, names in filters.items() if axis in axes)
+
+    def _is_current(self, line: Lineage, asset: str, partition: Partition) -> bool:
+        """Whether the stored artifact matches its plan and Dagster has recorded just this version of it."""
+        if line.status(asset, partition).state != "fresh":
+            return False
+        return self._recorded_version(asset, partition) == line.fresh(asset, partition).data_version
+
+    def _recorded_version(self, asset: str, partition: Partition) -> str | None:
+        key = dg.AssetKey(asset)
+        if partition is None:
+            event = self._instance.get_latest_materialization_event(key)
+            found = event.asset_materialization if event else None
+            return (found.tags or {}).get(DATA_VERSION_TAG) if found else None
+        tags = self._instance.event_log_storage.get_latest_tags_by_partition(
+            key, DagsterEventType.ASSET_MATERIALIZATION, [DATA_VERSION_TAG], asset_partitions=[partition]
+        )
+        return tags.get(partition, {}).get(DATA_VERSION_TAG)
+
+    def _runs(self, asset: str, due: Sequence[Partition]) -> list[list[Partition]]:
+        """Cut what is due into runs: neighbours in one run where the asset takes ranges, else one run each."""
+        key = dg.AssetKey(asset)
+        policy = self._graph.get(key).backfill_policy
+        if policy is None or due == [None]:
+            return [[partition] for partition in due]
+        with partition_loading_context(dynamic_partitions_store=self._instance):
+            definition = self._graph.get(key).partitions_def
+            assert definition is not None
+            every = list(definition.get_partition_keys(dynamic_partitions_store=self._instance))
+        position = {partition: index for index, partition in enumerate(every)}
+        grid = isinstance(definition, dg.MultiPartitionsDefinition)
+        runs: list[list[Partition]] = []
+        for partition in sorted(due, key=lambda name: position[str(name)]):
+            previous = runs[-1][-1] if runs else None
+            neighbours = previous is not None and position[str(partition)] == position[str(previous)] + 1
+            # A range of a grid is a product of two ranges: it must stay within one checkpoint.
+            same_row = not grid or (previous is not None and _row(previous) == _row(partition))
+            if neighbours and same_row:
+                runs[-1].append(partition)
+            else:
+                runs.append([partition])
+        return runs
+
+    def _execute(self, asset: str, partitions: Sequence[Partition]) -> None:
+        tags = {"less-assets/command": "run"}
+        partition_key = None
+        if len(partitions) > 1:
+            tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
+        else:
+            partition_key = partitions[0]
+        self._job.execute_in_process(
+            asset_selection=[dg.AssetKey(asset)],
+            partition_key=partition_key,
+            tags=tags,
+            instance=self._instance,
+            raise_on_error=True,
+        )
+
+
+def register_shards(project: Project, store: ArtifactStore, instance: dg.DagsterInstance) -> Ledger:
+    """Scan the pool's files, write the ledger, and register new shards with Dagster."""
+    ledger = Ledger.scan(project, store)
+    known = set(instance.get_dynamic_partitions("shard"))
+    new = [key for key in ledger.shard_keys() if key not in known]
+    if new:
+        instance.add_dynamic_partitions("shard", new)
+    return ledger
+
+
+def _part(partition: Partition, axis: str) -> str:
+    if isinstance(partition, dg.MultiPartitionKey):
+        return partition.keys_by_dimension[axis]
+    return str(partition)
+
+
+def _row(partition: Partition) -> str:
+    return str(partition).partition("|")[0]
+
+
+def _count(due: Sequence[Partition], every: Sequence[Partition]) -> str:
+    if due == [None]:
+        return "to make"
+    return f"{len(due)} of {len(every)} partitions to make"

@@ -1,0 +1,376 @@
+"""What every artifact is made from: its settings, its inputs, its place in the store. One function an asset.
+
+Belongs here: the plan of each asset, and whether what is stored still matches it. Does not belong here: computing
+anything, or Dagster; `assets/` do the work, `provenance.py` has the machinery.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError, TargetFormatError
+from less_assets.ledger import Ledger
+from less_assets.project import Project
+from less_assets.provenance import ArtifactPlan, digest
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.files import read_bytes, write_atomically
+from less_assets.store.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether an artifact is there and matches its plan.
+
+    Attributes:
+        state: `missing`: never made, or its data is gone. `stale`: made from something else. `blocked`: what it needs
+            is itself missing or stale.
+        reasons: One line each; empty when fresh.
+    """
+
+    state: Literal["fresh", "stale", "missing", "blocked"]
+    reasons: tuple[str, ...] = ()
+
+
+class Lineage:
+    """The plans of one project against one store, as they stand now; make a new one after anything was materialized.
+
+    Args:
+        project: The project file.
+        store: Where artifacts are kept.
+    """
+
+    def __init__(self, project: Project, store: ArtifactStore) -> None:
+        self.project, self.store = project, store
+        self._plans: dict[tuple[str, str | None], ArtifactPlan] = {}
+        self._fresh: dict[tuple[str, str | None], Manifest] = {}
+        self._ledger: Ledger | None = None
+
+    @property
+    def ledger(self) -> Ledger:
+        """The pool's files and shards as last scanned."""
+        if self._ledger is None:
+            self._ledger = Ledger.load(self.store)
+        return self._ledger
+
+    def plan(self, asset: str, partition: str | None = None) -> ArtifactPlan:
+        """What the artifact is going to be made from.
+
+        Raises:
+            MissingArtifactError: Something it needs was never made.
+            StaleArtifactError: Something it needs was made from other settings or inputs than the ones in force.
+        """
+        key = (asset, partition)
+        if key not in self._plans:
+            self._plans[key] = PLANS[asset](self, partition)
+        return self._plans[key]
+
+    def fresh(self, asset: str, partition: str | None = None) -> Manifest:
+        """The manifest of an artifact that may be read: present, and made from what is in force.
+
+        Raises:
+            MissingArtifactError, StaleArtifactError: It is not; the message names the command that makes it.
+        """
+        key = (asset, partition)
+        if key not in self._fresh:
+            plan = self.plan(asset, partition)
+            manifest = self.store.current(plan.pointer)
+            if manifest is None:
+                raise MissingArtifactError(
+                    f"{asset} has not been materialized", where=partition, fix=f"less-assets run --until {asset}"
+                )
+            differences = plan.differences(manifest)
+            if differences:
+                raise StaleArtifactError(
+                    f"{asset} was made from something else than what is in force now: {'; '.join(differences)}",
+                    where=partition,
+                    fix=f"less-assets run --until {asset}",
+                )
+            self._fresh[key] = manifest
+        return self._fresh[key]
+
+    def status(self, asset: str, partition: str | None = None) -> Status:
+        """Whether the artifact is there and matches its plan, and if not, why."""
+        try:
+            plan = self.plan(asset, partition)
+        except (MissingArtifactError, StaleArtifactError) as error:
+            return Status("blocked", (error.what,))
+        try:
+            manifest = self.store.current(plan.pointer)
+        except MissingArtifactError as error:
+            return Status("missing", (error.what,))
+        if manifest is None:
+            return Status("missing", ("never materialized",))
+        differences = plan.differences(manifest)
+        return Status("stale", tuple(differences)) if differences else Status("fresh")
+
+    def version(self, asset: str, partition: str | None = None) -> dict[str, str]:
+        """One entry of a plan's inputs: `asset` or `asset/partition` → data version of the artifact in force."""
+        name = asset if partition is None else f"{asset}/{partition}"
+        return {name: self.fresh(asset, partition).data_version}
+
+    def summary(self, asset: str, partition: str | None = None) -> dict[str, Any]:
+        """The figures of an artifact that may be read."""
+        return dict(self.fresh(asset, partition).summary)
+
+    def shards(self) -> list[str]:
+        """Keys of the shards that the pool index lists, in its order."""
+        return list(self.summary("pool_index")["shards"])
+
+    def folder(self, asset: str, partition: str | None = None) -> ArtifactFolder:
+        """The stored files of an artifact that may be read."""
+        manifest = self.fresh(asset, partition)
+        return self.store.artifact(manifest.key, manifest.fingerprint)
+
+
+DRAW_FILE = "warmup_sample/draw.json"
+
+
+def sample_draw(store: ArtifactStore) -> int:
+    """How often the warm-up sample was asked to be drawn again."""
+    try:
+        return int(json.loads(read_bytes(store.root / DRAW_FILE)))
+    except FileNotFoundError:
+        return 0
+    except (ValueError, TypeError) as error:
+        raise CorruptArtifactError(
+            "The record of warm-up draws is damaged.",
+            where=str(store.root / DRAW_FILE),
+            fix="delete it, or draw again with `less-assets run --resample-warmup`",
+        ) from error
+
+
+def draw_sample_again(store: ArtifactStore) -> None:
+    """Make the next run draw another warm-up sample."""
+    write_atomically(store.root / DRAW_FILE, json.dumps(sample_draw(store) + 1).encode())
+
+
+def split(partition: str | None) -> tuple[str, str]:
+    """The two parts of a grid key, in the order of their dimension names."""
+    first, _, second = str(partition).partition("|")
+    return first, second
+
+
+def shared_settings(project: Project) -> dict[str, Any]:
+    """Settings that all partitions of an asset share, by asset: what its `code_version` folds in."""
+    model, gradients = project.model_settings(), project.gradient_settings()
+    return {
+        "warmup_sample": project.sample_settings(),
+        "warmup_checkpoints": {"model": model, **project.warmup_settings()},
+        "train_gradients": {"model": model, **gradients},
+        "target_gradients": {"model": model, **gradients},
+        "finetuned_model": project.finetuning_settings(),
+    }
+
+
+def files_digest(paths: list[str]) -> str:
+    """Hash of the content of files and folders, whatever they are called.
+
+    Raises:
+        TargetFormatError: One does not exist.
+    """
+    import fsspec
+
+    from less_assets.method.row_files import file_digest
+
+    digests = []
+    for path in paths:
+        filesystem, stripped = fsspec.url_to_fs(path)
+        files = sorted(filesystem.find(stripped))
+        if not files:
+            raise TargetFormatError("A task's file or folder does not exist.", where=path, fix="correct the path")
+        digests.append([file_digest(filesystem.unstrip_protocol(file)) for file in files])
+    return digest(digests)
+
+
+def _model_stamp(base: str) -> str:
+    """Tells cheaply whether a model's files may have changed; what they are is `base_model`'s data version."""
+    if base.startswith("gguf:"):
+        package, _, file = base.removeprefix("gguf:").partition("/")
+        spec = importlib.util.find_spec(package)
+        places = list(spec.submodule_search_locations or []) if spec else []
+        found = [Path(place) / file for place in places if (Path(place) / file).is_file()]
+        return f"{found[0].stat().st_size} bytes" if found else "not installed"
+    folder = Path(base)
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    return base
+
+
+def _base_model(line: Lineage, _: str | None) -> ArtifactPlan:
+    settings = {"model": line.project.model_settings(), "stamp": _model_stamp(line.project.model.base)}
+    return ArtifactPlan("base_model", None, "model", "model", settings, {})
+
+
+def _instruction_pool(line: Lineage, shard: str | None) -> ArtifactPlan:
+    entry = line.ledger.shard(str(shard))
+    settings = line.project.source_settings(entry.source)
+    return ArtifactPlan("instruction_pool", shard, f"pool/{shard}", f"pool/{shard}", settings, {"files": entry.digest})
+
+
+def _pool_index(line: Lineage, _: str | None) -> ArtifactPlan:
+    inputs: dict[str, str] = {}
+    for shard in line.ledger.shard_keys():
+        inputs |= line.version("instruction_pool", shard)
+    return ArtifactPlan("pool_index", None, "pool_index", "pool_index", {}, inputs)
+
+
+def _warmup_sample(line: Lineage, _: str | None) -> ArtifactPlan:
+    # Drawn once and frozen: the pool's version is recorded, but an appended shard never draws again.
+    return ArtifactPlan(
+        "warmup_sample",
+        None,
+        "warmup_sample",
+        "warmup_sample",
+        line.project.sample_settings() | {"draw": sample_draw(line.store)},
+        line.version("pool_index"),
+        determined_by={},
+    )
+
+
+def _warmup_checkpoints(line: Lineage, checkpoint: str | None) -> ArtifactPlan:
+    settings = {"model": line.project.model_settings(), **line.project.warmup_settings(), "checkpoint": checkpoint}
+    inputs = line.version("base_model") | line.version("warmup_sample")
+    folder = f"warmup/{checkpoint}"
+    return ArtifactPlan("warmup_checkpoints", checkpoint, folder, folder, settings, inputs)
+
+
+def _train_gradients(line: Lineage, key: str | None) -> ArtifactPlan:
+    checkpoint, shard = split(key)
+    folder = f"gradients/train/{checkpoint}/{shard}"
+    settings = {"model": line.project.model_settings(), **line.project.gradient_settings()}
+    inputs = line.version("warmup_checkpoints", checkpoint) | line.version("instruction_pool", shard)
+    return ArtifactPlan("train_gradients", key, folder, folder, settings, inputs)
+
+
+def _gradient_datastore(line: Lineage, checkpoint: str | None) -> ArtifactPlan:
+    inputs = line.version("pool_index")
+    for shard in line.shards():
+        inputs |= line.version("train_gradients", f"{checkpoint}|{shard}")
+    folder = f"gradients/datastore/{checkpoint}"
+    return ArtifactPlan("gradient_datastore", checkpoint, folder, folder, {}, inputs)
+
+
+def _target_examples(line: Lineage, task: str | None) -> ArtifactPlan:
+    folder = f"targets/{task}"
+    paths: list[str] = []
+    for member in line.project.member_tasks(str(task)):
+        assert member.examples is not None
+        paths.append(member.examples.path)
+        if member.evaluation:
+            harness = member.evaluation.harness
+            named = [harness] if isinstance(harness, str) and harness.endswith((".yaml", ".yml")) else []
+            paths += [path for path in (member.evaluation.path, member.evaluation.held_out, *named) if path]
+    settings = line.project.task_settings(str(task))
+    return ArtifactPlan("target_examples", task, folder, folder, settings, {"files": files_digest(paths)})
+
+
+def _target_gradients(line: Lineage, key: str | None) -> ArtifactPlan:
+    checkpoint, task = split(key)
+    folder = f"gradients/target/{checkpoint}/{task}"
+    settings = {"model": line.project.model_settings(), **line.project.gradient_settings()}
+    checkpoint_version = line.version("warmup_checkpoints", checkpoint)
+    examples = line.summary("target_examples", task)["examples_digest"]
+    return ArtifactPlan(
+        "target_gradients",
+        key,
+        folder,
+        folder,
+        settings,
+        checkpoint_version | line.version("target_examples", task),
+        # Another way to evaluate the task leaves its gradients as they are.
+        determined_by=checkpoint_version | {"examples": examples},
+    )
+
+
+def _influence_scores(line: Lineage, task: str | None) -> ArtifactPlan:
+    inputs = line.version("pool_index")
+    for checkpoint in line.project.checkpoints:
+        inputs |= line.version("gradient_datastore", checkpoint)
+        inputs |= line.version("target_gradients", f"{checkpoint}|{task}")
+    folder = f"selection/{task}/influence"
+    return ArtifactPlan("influence_scores", task, folder, folder, {}, inputs)
+
+
+def _recipe_settings(line: Lineage, recipe: str | None) -> ArtifactPlan:
+    folder = f"recipes/{recipe}"
+    return ArtifactPlan("recipe_settings", recipe, folder, folder, line.project.recipe_settings(str(recipe)), {})
+
+
+def _selected_subset(line: Lineage, key: str | None) -> ArtifactPlan:
+    recipe, task = split(key)
+    inputs = line.version("recipe_settings", recipe) | line.version("pool_index")
+    if line.project.reads_scores(recipe):
+        inputs |= line.version("influence_scores", task)
+    folder = f"selection/{task}/{recipe}"
+    return ArtifactPlan("selected_subset", key, folder, folder, {}, inputs)
+
+
+def _finetuned_model(line: Lineage, key: str | None) -> ArtifactPlan:
+    recipe, task = split(key)
+    inputs = line.version("base_model") | line.version("selected_subset", key)
+    subset = line.fresh("selected_subset", key)
+    return ArtifactPlan(
+        "finetuned_model",
+        key,
+        f"models/of/{recipe}/{task}",
+        "models",  # by fingerprint alone: `full`, `random` and the base model are trained once for all tasks
+        line.project.finetuning_settings(recipe),
+        inputs,
+        determined_by=line.version("base_model") | {"rows": subset.data_version},
+    )
+
+
+def _eval_results(line: Lineage, key: str | None) -> ArtifactPlan:
+    recipe, task = split(key)
+    model = line.fresh("finetuned_model", key)
+    folder = f"evaluation/{recipe}/{task}"
+    inputs = line.version("finetuned_model", key) | line.version("target_examples", task)
+    evaluation = line.summary("target_examples", task)["evaluation_digest"]
+    return ArtifactPlan(
+        "eval_results",
+        key,
+        folder,
+        folder,
+        {},
+        inputs,
+        determined_by={"finetuned_model": model.data_version, "evaluation": evaluation},
+    )
+
+
+def _task_results(line: Lineage, task: str | None) -> ArtifactPlan:
+    inputs: dict[str, str] = {}
+    for recipe in line.project.recipe_keys:
+        inputs |= line.version("eval_results", f"{recipe}|{task}")
+    folder = f"evaluation/tasks/{task}"
+    return ArtifactPlan("task_results", task, folder, folder, {}, inputs)
+
+
+def _leaderboard(line: Lineage, _: str | None) -> ArtifactPlan:
+    inputs: dict[str, str] = {}
+    for task in line.project.task_names:
+        inputs |= line.version("task_results", task)
+    return ArtifactPlan("leaderboard", None, "evaluation/leaderboard", "evaluation/leaderboard", {}, inputs)
+
+
+PLANS: dict[str, Callable[[Lineage, str | None], ArtifactPlan]] = {
+    "base_model": _base_model,
+    "instruction_pool": _instruction_pool,
+    "pool_index": _pool_index,
+    "warmup_sample": _warmup_sample,
+    "warmup_checkpoints": _warmup_checkpoints,
+    "train_gradients": _train_gradients,
+    "gradient_datastore": _gradient_datastore,
+    "target_examples": _target_examples,
+    "target_gradients": _target_gradients,
+    "influence_scores": _influence_scores,
+    "recipe_settings": _recipe_settings,
+    "selected_subset": _selected_subset,
+    "finetuned_model": _finetuned_model,
+    "eval_results": _eval_results,
+    "task_results": _task_results,
+    "leaderboard": _leaderboard,
+}

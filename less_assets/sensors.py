@@ -1,0 +1,39 @@
+"""The sensor that registers new shards of the pool, so that they appear as partitions without anybody asking.
+
+Belongs here: sensors only; scanning is `ledger.py`.
+"""
+
+import dagster as dg
+
+from less_assets.errors import LessAssetsError
+from less_assets.ledger import Ledger
+from less_assets.partitions import SHARDS
+from less_assets.project import Project
+from less_assets.store.artifacts import ArtifactStore
+
+INTERVAL_SECONDS = 60
+
+
+def shard_sensor(project: Project) -> dg.SensorDefinition:
+    """A sensor, on by default, that scans the pool's files and adds partitions for new shards."""
+
+    @dg.sensor(
+        name="pool_shards",
+        minimum_interval_seconds=INTERVAL_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Looks for new files and rows of the pool and registers their shards. Launches nothing.",
+    )
+    def pool_shards(
+        context: dg.SensorEvaluationContext, store: dg.ResourceParam[ArtifactStore]
+    ) -> dg.SensorResult | dg.SkipReason:
+        try:
+            ledger = Ledger.scan(project, store)
+        except LessAssetsError as error:
+            return dg.SkipReason(str(error))
+        known = set(context.instance.get_dynamic_partitions(str(SHARDS.name)))
+        new = [key for key in ledger.shard_keys() if key not in known]
+        if not new:
+            return dg.SkipReason(f"the pool has {len(known)} shards, none of them new")
+        return dg.SensorResult(dynamic_partitions_requests=[SHARDS.build_add_request(new)])
+
+    return pool_shards
