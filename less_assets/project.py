@@ -235,6 +235,23 @@ class Training(Section):
         1.0, "Clip the gradient's norm to this; 0: never", source="transformers' default, which LESS uses", ge=0
     )
     seed: int = setting(0, "Seed of the adapter's start, the order of examples and dropout", ge=0, le=MAX_SEED)
+    micro_batch_tokens: int = setting(
+        2048,
+        "Padded tokens that go through the model at once; bounds memory, not the optimizer step",
+        unit="tokens",
+        ge=1,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, a third more time"
+    )
+
+    def training_values(self) -> dict[str, Any]:
+        """Keyword arguments of `method.training.TrainingSettings`."""
+        return self.model_dump(include=set(Training.model_fields))
+
+    def training_settings(self) -> dict[str, Any]:
+        """Those of them that can change numbers, for fingerprints."""
+        return self.model_dump(include=set(Training.model_fields) - {"gradient_checkpointing"})
 
 
 class Warmup(Training):
@@ -394,7 +411,10 @@ class Task(Section):
     name: Name = setting(..., "Name of the task; a partition key", type="name")
     examples: TargetExamples | None = setting(None, "Target examples")
     members: list[Name] | None = setting(
-        None, "Instead of examples: other tasks, to select one subset for all of them, round-robin", min_length=1
+        None,
+        "Instead of examples: other tasks, to select one subset for all of them, round-robin",
+        type="list of names",
+        min_length=1,
     )
     evaluation: Evaluation | None = setting(
         None, "How models are judged; null: selection only (a group is judged by its members' evaluations)"
@@ -624,7 +644,7 @@ class Project(Section):
         if self.warmup.imported:
             paths = [self.as_written(path) for path in self.warmup.imported]
             return {"import": paths, "mean_learning_rates": self.warmup.mean_learning_rates}
-        return {"lora": self.lora.model_dump(), "warmup": self.warmup.model_dump(include=set(Training.model_fields))}
+        return {"lora": self.lora.model_dump(), "warmup": self.warmup.training_settings()}
 
     def gradient_settings(self) -> dict[str, Any]:
         """Settings of features, except the token budget, which is resolved and recorded with them."""
@@ -665,7 +685,7 @@ class Project(Section):
             model["base"] = self.as_written(recipe.model)
         if recipe and recipe.strategy == "none":
             return {"model": model, "training": None}
-        return {"model": model, "lora": self.lora.model_dump(), "training": self.finetuning.model_dump()}
+        return {"model": model, "lora": self.lora.model_dump(), "training": self.finetuning.training_settings()}
 
 
 def load_project(path: str | os.PathLike[str]) -> Project:

@@ -79,8 +79,12 @@ def explain(error: ValidationError, marked: MarkedData, schema: type[Section]) -
         marked: The data that was validated, with its lines.
         schema: The section that stands for the whole file.
     """
-    for each in error.errors(include_url=False):
+    errors = error.errors(include_url=False)
+    unknown = [each["loc"] for each in errors if each["type"] == "extra_forbidden"]
+    for each in errors:
         path: KeyPath = each["loc"]
+        if each["type"] == "missing" and any(_is_misspelt(path, other) for other in unknown):
+            continue
         if each["type"] == "rules":
             for rule in each["ctx"]["broken"]:
                 full = (*path, *rule.path)
@@ -90,6 +94,13 @@ def explain(error: ValidationError, marked: MarkedData, schema: type[Section]) -
             path = (*path[:-1], str(path[-1])) if path else path
         what, fix = _in_words(each, path, schema)
         yield Problem(marked.where(path), f"{shown_path(path)}: {what}", fix)
+
+
+def _is_misspelt(path: KeyPath, unknown: KeyPath) -> bool:
+    """Whether an unknown key of the same section is probably the one that is missing."""
+    return path[:-1] == unknown[:-1] and bool(
+        difflib.get_close_matches(str(unknown[-1])[:100], [str(path[-1])], cutoff=0.5)
+    )
 
 
 def _in_words(error: Mapping[str, Any], path: KeyPath, schema: type[Section]) -> tuple[str, str]:

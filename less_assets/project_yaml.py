@@ -21,6 +21,8 @@ MAX_NODES = 100_000
 
 KeyPath = tuple[str | int, ...]
 
+_KEYS_WITH_A_MEANING = {"tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"}  # << and =, no data by themselves
+
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which knows only data; `2e-5` is a number, as in YAML 1.2, JSON and Python."""
@@ -233,7 +235,7 @@ def _duplicate_keys(node: yaml.Node, file: str) -> Iterator[Problem]:
 
 def _unreadable_scalar(loader: _Loader, node: yaml.Node, file: str) -> Iterator[Problem]:
     """What YAML takes for a date or number that is none: 2024-99-99, an integer of 5,000 digits."""
-    if isinstance(node, yaml.ScalarNode):
+    if isinstance(node, yaml.ScalarNode) and node.tag not in _KEYS_WITH_A_MEANING:
         try:
             loader.construct_object(node)
         except yaml.MarkedYAMLError:
