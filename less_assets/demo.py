@@ -81,14 +81,14 @@ KINDS: dict[str, Kind] = {
     "spell_backward": Kind({"min_word_len": 3, "max_word_len": 5}),
     # unrelated to either
     "base_conversion": Kind({"min_value": 2, "max_value": 200}, _PREAMBLE),
-    "caesar_cipher": Kind({"min_words": 2, "max_words": 2}, _ONLY),
+    "caesar_cipher": Kind({"min_words": 2, "max_words": 3}, _ONLY),
     "calendar_arithmetic": Kind(),
     "coin_flip": Kind({"min_trials": 2, "max_trials": 6}),
+    "count_bits": Kind({"max_n": 200}),
     "fraction_simplification": Kind(
         {"min_value": 1, "max_value": 9, "min_factor": 2, "max_factor": 9, "styles": ("plain",)}, _ONLY
     ),
     "gcd": Kind({"min_value": 2, "max_value": 60}, _ONLY),
-    "isomorphic_strings": Kind({"min_string_length": 2, "max_string_length": 4}, r"^.*\n\n(?=Return)"),
     "leg_counting": Kind({"min_animals": 2, "max_animals": 2}, _PREAMBLE),
     "letter_counting": Kind({"min_words": 3, "max_words": 6}),
     "number_sequence": Kind({"min_terms": 4, "max_terms": 5, "min_value": 0, "max_value": 20}),
