@@ -7,7 +7,7 @@ model lives in `generation.py` and `harness.py`, grading in `answers.py`, the bo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,19 +17,18 @@ from torch.nn.functional import cross_entropy
 
 from less_assets.errors import EvaluationError
 from less_assets.method.answers import RULES, AnswerRule, RuleName
-from less_assets.method.batching import IGNORED_LABEL
-from less_assets.method.chat import ChatFormat, EncodedExample, encode_target
+from less_assets.method.chat import IGNORED, ChatFormat, EncodedExample, encode_target
 from less_assets.method.generation import logits_at
 from less_assets.method.intervals import CONFIDENCE, REPLICATES, clustered_bootstrap
+from less_assets.method.targets import EvaluationExample, TargetExample
 
 if TYPE_CHECKING:
     from less_assets.method.harness import HarnessModel
-    from less_assets.method.targets import TargetExample
 
 # A generation needs some room beyond the longest reference: models put words before the answer.
 SPARE_NEW_TOKENS = 8
 
-_SCORES: pl.DataType = pl.List(pl.Struct({"metric": pl.String, "value": pl.Float64}))
+_SCORES: Any = pl.List(pl.Struct({"metric": pl.String, "value": pl.Float64}))
 
 SAMPLE_SCHEMA = pl.Schema(
     {
@@ -58,23 +57,9 @@ METRIC_SCHEMA = pl.Schema(
         "n": pl.Int64,  # samples
         "higher_is_better": pl.Boolean,
         "primary": pl.Boolean,  # the task's score: the first metric
+        "average": pl.String,  # what counts the same in a total: samples or subtasks
     }
 )
-
-
-@dataclass(frozen=True)
-class EvaluationExample:
-    """One held-out example: a prompt, the completion whose loss counts, and the answers that are right.
-
-    Attributes:
-        target: Prompt turns, begun assistant turn and reference completion, as for target examples.
-        references: Accepted answers, at least one.
-        choices: Continuations to compare by likelihood, one of them `target.completion`; empty: generate.
-    """
-
-    target: TargetExample
-    references: tuple[str, ...]
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,7 @@ class EvaluationSettings:
     """How examples are asked and graded.
 
     Attributes:
-        rule: Format whose extraction and metrics apply; see `answers.RULES`.
+        rule: Name of the rule in `answers.RULES` that extracts and grades; None: the examples' own.
         max_new_tokens: Longest generation in tokens; None: the rule's, or enough for the longest reference.
         chat_format: How turns become text; see `chat.py`.
         max_length: Longest prompt and completion together, in tokens; prompts are cut from the left.
@@ -92,7 +77,7 @@ class EvaluationSettings:
         seed: Seed of the bootstrap and of few-shot sampling.
     """
 
-    rule: RuleName = "exact_match"
+    rule: RuleName | None = None
     max_new_tokens: int | None = None
     chat_format: ChatFormat = "template"
     max_length: int = 2048
@@ -135,7 +120,7 @@ def held_out_loss(
     Raises:
         EvaluationError: If an example has no loss token.
     """
-    positions = [np.flatnonzero(np.asarray(example.labels)[1:] != IGNORED_LABEL) for example in examples]
+    positions = [np.flatnonzero(np.asarray(example.labels)[1:] != IGNORED) for example in examples]
     for example, wanted in zip(examples, positions, strict=True):
         if len(wanted) == 0:
             raise EvaluationError("An evaluation example has no token to take the loss of.", where=example.example_id)
@@ -169,7 +154,7 @@ def evaluate_examples(
     Args:
         model: A causal language model, with or without an adapter.
         tokenizer: Its tokenizer.
-        examples: What to ask; at least one.
+        examples: What to ask; at least one, all graded by the same rule.
         settings: How to ask and grade.
         name: Name of the generated harness task.
         on_progress: Called with the number of requests done since the last call; each example is one request for its
@@ -183,11 +168,8 @@ def evaluate_examples(
     settings = settings or EvaluationSettings()
     if not examples:
         raise EvaluationError("There are no evaluation examples.", where=name, fix="give a file with at least one row")
-    rule = RULES[settings.rule]
-    encoded = [
-        encode_target(each.target, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
-        for each in examples
-    ]
+    rule = _common_rule(examples, settings, name)
+    encoded = [_encode(each, each.completion, tokenizer, settings) for each in examples]
     losses, loss_tokens = held_out_loss(
         model,
         encoded,
@@ -214,12 +196,12 @@ def evaluate_examples(
         scores = {metric: float(sample[metric]) for metric in rule.metrics}
         records.append(
             _record(
-                example_id=example.target.example_id,
-                subtask=example.target.subtask,
+                example_id=example.example_id,
+                subtask=example.subtask,
                 prompt=prompt,
                 output=output,
                 answer=answer,
-                reference="\n".join(example.references),
+                reference="\n".join(example.answers),
                 scores=scores,
                 loss=float(loss),
                 loss_tokens=int(tokens),
@@ -253,12 +235,12 @@ def harness_task(
         raise EvaluationError("Some evaluation examples have choices and some have not.", where=name)
     documents = [
         {
-            "example_id": each.target.example_id,
-            "subtask": each.target.subtask,
+            "example_id": each.example_id,
+            "subtask": each.subtask,
             "prompt": prompt,
-            "references": list(each.references),
+            "answers": list(each.answers),
             "choices": list(each.choices),
-            "gold": each.target.completion,
+            "gold": each.completion,
         }
         for each, prompt in zip(examples, prompts, strict=True)
     ]
@@ -285,7 +267,7 @@ def harness_task(
             "doc_to_choice": lambda document: document["choices"],
             "doc_to_target": lambda document: document["choices"].index(document["gold"]),
             "process_results": lambda document, results: rule.grade(
-                rule.extract(document["choices"][_most_likely(results)]), document["references"]
+                rule.extract(document["choices"][_most_likely(results)]), document["answers"]
             ),
         }
     return {
@@ -305,7 +287,7 @@ def harness_task(
                 ],
             }
         ],
-        "process_results": lambda document, results: rule.grade(results[0], document["references"]),
+        "process_results": lambda document, results: rule.grade(results[0], document["answers"]),
     }
 
 
@@ -413,9 +395,26 @@ def summarize(
                     "n": len(part),
                     "higher_is_better": metric != "loss",
                     "primary": metric in primary,
+                    "average": average,
                 }
             )
     return pl.DataFrame(rows, schema=METRIC_SCHEMA)
+
+
+def _common_rule(examples: Sequence[EvaluationExample], settings: EvaluationSettings, name: str) -> AnswerRule:
+    rules = {settings.rule} if settings.rule else {each.metric for each in examples}
+    if len(rules) > 1:
+        raise EvaluationError(
+            f"Evaluation examples of different kinds cannot be mixed: {', '.join(sorted(rules))}.", where=name
+        )
+    return RULES[rules.pop()]
+
+
+def _encode(
+    example: EvaluationExample, completion: str, tokenizer: Any, settings: EvaluationSettings
+) -> EncodedExample:
+    target = TargetExample(example.example_id, example.subtask, example.messages, example.assistant_prefix, completion)
+    return encode_target(target, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
 
 
 def _context_length(model: Any) -> int:
@@ -423,7 +422,7 @@ def _context_length(model: Any) -> int:
 
 
 def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: Any) -> int:
-    references = {reference for each in examples for reference in each.references}
+    references = {answer for each in examples for answer in each.answers}
     return SPARE_NEW_TOKENS + max(len(tokenizer(each, add_special_tokens=False).input_ids) for each in references)
 
 
@@ -443,16 +442,17 @@ def _encode_requests(
         prompt_ids, _ = _split(full)
         prompt = tokenizer.decode(prompt_ids)
         prompts.append(prompt)
-        for continuation in example.choices or (example.target.completion,):
-            target = replace(example.target, completion=continuation)
-            choice = encode_target(target, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
-            encodings[prompt, continuation] = (prompt_ids, _split(choice)[1])
+        for continuation in example.choices or (example.completion,):
+            encodings[prompt, continuation] = (
+                prompt_ids,
+                _split(_encode(example, continuation, tokenizer, settings))[1],
+            )
     return prompts, encodings
 
 
 def _split(encoded: EncodedExample) -> tuple[list[int], list[int]]:
     """Split an encoded target into the ids before its first loss token and the rest."""
-    start = int(np.argmax(np.asarray(encoded.labels) != IGNORED_LABEL))
+    start = int(np.argmax(np.asarray(encoded.labels) != IGNORED))
     ids = np.asarray(encoded.input_ids).tolist()
     return ids[:start], ids[start:]
 
@@ -593,6 +593,7 @@ def _harness_figures(
                     "n": int(results.get("sample_len") or 0),
                     "higher_is_better": higher_is_better[metric],
                     "primary": False,
+                    "average": "samples",
                 }
             )
     return rows
