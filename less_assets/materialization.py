@@ -4,7 +4,7 @@ Belongs here: the order of these steps, the same for every asset, and the one he
 materializations. What an asset is made from stands in `lineage.py`; the work itself in `assets/` and `method/`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,8 +178,12 @@ def materialize_range(
     models: ModelLoader,
     compute: Compute,
     describe: Describe,
-) -> None:
-    """Materialize every partition of a range run, in the run's order; what is finished stays if a later one fails."""
+) -> Iterator[dg.MaterializeResult]:
+    """Materialize every partition of a range run, in the run's order; what is finished stays if a later one fails.
+
+    Yields nothing: an asset that returns, even None, has its event logged again by Dagster, over the ones logged here.
+    """
+    yield from ()
     run = RangeRun(context)
     line = Lineage(project, store)
     # Grid keys come grouped by their first dimension, the checkpoint, so each checkpoint's model is loaded once.

@@ -3,7 +3,7 @@
 Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `store/features.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
@@ -44,9 +44,9 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> None:
+    ) -> Iterator[dg.MaterializeResult]:
         """Sketched Adam directions of every example of a shard at a checkpoint, with exact norms and losses."""
-        materialize_range(context, project, store, models, extract_train_gradients, describe_train_gradients)
+        yield from materialize_range(context, project, store, models, extract_train_gradients, describe_train_gradients)
 
     @dg.asset(
         group_name="gradients",
@@ -76,9 +76,9 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> None:
+    ) -> Iterator[dg.MaterializeResult]:
         """Sketched plain gradients of a task's target examples at a checkpoint."""
-        materialize_range(context, project, store, models, extract_target_gradients, metadata.summary)
+        yield from materialize_range(context, project, store, models, extract_target_gradients, metadata.summary)
 
     return [train_gradients, gradient_datastore, target_gradients]
 

@@ -3,7 +3,7 @@
 Belongs here: wiring only. Formats are `method/examples.py`, files and shards `ledger.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
@@ -48,9 +48,9 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> None:
+    ) -> Iterator[dg.MaterializeResult]:
         """Examples of one shard of the pool, normalised, with content-derived ids; bad rows are quarantined."""
-        materialize_range(context, project, store, models, read_shard, describe_shard)
+        yield from materialize_range(context, project, store, models, read_shard, describe_shard)
 
     @dg.asset(group_name="pool", kinds={"polars", "parquet"}, deps=["instruction_pool"])
     def pool_index(

@@ -4,6 +4,7 @@ Belongs here: wiring only. Training is `method/warmup.py`, foreign checkpoints `
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -55,9 +56,9 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> None:
+    ) -> Iterator[dg.MaterializeResult]:
         """Adapter, Adam's moments by parameter name, and mean learning rate after an epoch of the warm-up training."""
-        materialize_range(context, project, store, models, make_checkpoint, metadata.summary)
+        yield from materialize_range(context, project, store, models, make_checkpoint, metadata.summary)
 
     return [warmup_sample, warmup_checkpoints]
 
