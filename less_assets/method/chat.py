@@ -69,7 +69,8 @@ def encode_messages(
     `tulu`: `<|user|>\n{content}\n<|assistant|>\n{content}{eos}\n` with stripped contents and the tokenizer's begin
     token, as in LESS's `encode_with_messages_format`; like there the newline after the end token has loss.
 
-    A token that is partly header and partly content has no loss.
+    A token that is partly header and partly content has no loss, unless the header's part is mere white space and the
+    content's is not: after a header that ends with a space, the first word is such a token.
 
     Args:
         example_id: Goes into the result.
@@ -322,13 +323,15 @@ def _cut_left(ids: list[int], length: int, tokenizer: Any) -> list[int]:
 def _tokenize_spans(
     text: str, spans: Sequence[tuple[int, int]], tokenizer: Any, *, begin: bool
 ) -> tuple[list[int], np.ndarray]:
-    """Return the ids (n,) of a text and whether each token begins inside one of the spans of characters, bool (n,)."""
+    """Return the ids (n,) of a text and whether each token belongs to one of the spans of characters, bool (n,)."""
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         inside = np.zeros(len(starts), dtype=bool)
         for start, end in spans:
             inside |= (starts >= start) & (starts < end) & (ends > starts)
+            for token in np.flatnonzero((starts < start) & (ends > start)):
+                inside[token] = not text[starts[token] : start].strip() and bool(text[start : ends[token]].strip())
         before = _begin_ids(tokenizer) if begin else ()
         return [*before, *encoding["input_ids"]], np.concatenate([np.zeros(len(before), dtype=bool), inside])
     ids = _tokenize(text, tokenizer, begin=begin)

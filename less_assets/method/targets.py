@@ -87,7 +87,8 @@ class TargetExample:
     """What the selection is to be good for: a prompt and the completion that carries the loss.
 
     Attributes:
-        example_id: Content-derived id of the whole conversation.
+        example_id: Content-derived id of the whole conversation. Not a key: some of BBH's subtasks share examples,
+            and MMLU has a question twice; each counts in its place.
         subtask: Group within the task; the task's only one is "all" where the format has none.
         messages: The turns before the final assistant turn; the last one is the user's.
         assistant_prefix: How the final assistant turn starts, without loss; may be empty.
@@ -340,7 +341,7 @@ def _bbh_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[Eval
 def _mmlu_rows(file: UPath) -> list[list[str]]:
     rows = [row for row in csv.reader(io.StringIO(_read_text(file), newline="")) if row]
     for number, row in enumerate(rows, start=1):
-        if len(row) != 6 or row[5] not in _CHOICES:
+        if len(row) != 6 or row[5] not in set(_CHOICES):
             raise TargetFormatError(
                 "A row must have six fields: question, A, B, C, D and the answer's letter.",
                 where=f"{file}, record {number}",

@@ -1,0 +1,95 @@
+"""The demo's data: many kinds, nothing twice, the same bytes every time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("reasoning_gym", reason="the extra `demo` is not installed")
+
+import polars as pl
+
+from less_assets.demo import HELD_OUT_PER_TASK, KINDS, ROWS_PER_KIND, TARGETS_PER_TASK, TASKS, write_demo_data
+from less_assets.method.examples import read_rows
+from less_assets.method.targets import read_evaluation, read_targets
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_demo_data(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def pool(data):
+    return pl.concat([table for kind, path in data.pool.items() for table in read_rows(str(path), kind)])
+
+
+def question_of(messages) -> str:
+    return messages[0]["content"]
+
+
+def test_the_pool_is_large_and_varied_enough(pool):
+    assert set(pool["status"]) == {"ok"}
+    assert pool.height == len(KINDS) * ROWS_PER_KIND >= 600
+    assert pool["source"].n_unique() == len(KINDS) >= 15
+    assert pool["example_id"].n_unique() == pool.height
+
+
+def test_rows_are_short(pool):
+    turns = pool["messages"].to_list()
+    # The prompt and template of SmolLM2 take some 36 tokens; digits are a token each.
+    assert max(len(question["content"]) + len(answer["content"]) for question, answer in turns) <= 115
+    assert max(len(answer["content"]) for _, answer in turns) <= 60
+
+
+def test_each_task_has_its_targets_and_held_out_rows(data):
+    for task, subtasks in TASKS.items():
+        targets = read_targets("messages", str(data.targets[task]))
+        held_out = read_evaluation("messages", str(data.held_out[task]))
+        assert len(targets) == TARGETS_PER_TASK
+        assert len(held_out) == HELD_OUT_PER_TASK <= 50
+        for examples in (targets, held_out):
+            assert [each.subtask for each in examples] == sorted(each.subtask for each in examples)
+            assert {each.subtask for each in examples} == set(subtasks) <= set(KINDS)
+
+
+def test_no_question_stands_in_two_places(data, pool):
+    asked = [question_of(messages) for messages in pool["messages"].to_list()]
+    for task in TASKS:
+        asked += [question_of(each.messages) for each in read_targets("messages", str(data.targets[task]))]
+        asked += [question_of(each.messages) for each in read_evaluation("messages", str(data.held_out[task]))]
+    assert len(asked) == len(set(asked))
+
+
+def test_shortened_questions_still_state_the_problem_and_its_answer_is_right(pool):
+    rows = {kind: [] for kind in KINDS}
+    for source, (question, answer) in pool.select("source", "messages").iter_rows():
+        rows[source].append((question["content"], answer["content"]))
+    for question, answer in rows["word_sequence_reversal"]:
+        assert question.removeprefix("Reverse this list of words: ").split(", ") == answer.split(", ")[::-1]
+    for question, answer in rows["word_sorting"]:
+        order, words = question.removeprefix("Sort these words in ").split(" order (using ASCII/Unicode ordering): ")
+        assert answer.split(", ") == sorted(words.split(", "), reverse=order == "descending")
+    for question, answer in rows["products"]:
+        first, second = question.removeprefix("Solve the following multiplication: ").removesuffix(".").split(" * ")
+        assert int(first) * int(second) == int(answer)
+    for question, answer in rows["basic_arithmetic"]:
+        assert eval(question.removeprefix("Calculate ").removesuffix(".")) == int(answer)
+
+
+def test_the_bytes_depend_on_the_seed_only(data, tmp_path):
+    command = [sys.executable, "-m", "less_assets.demo", str(tmp_path / "again")]
+    shown = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "12345"}
+    )
+    assert f"{len(KINDS)} kinds" in shown.stdout
+    other = write_demo_data(tmp_path / "other", seed=8)
+    for field in ("pool", "targets", "held_out"):
+        for name, path in getattr(data, field).items():
+            again = tmp_path / "again" / field / f"{name}.jsonl"
+            assert again.read_bytes() == path.read_bytes()
+            assert getattr(other, field)[name].read_bytes() != path.read_bytes()
+            for line in path.read_text(encoding="utf-8").splitlines():
+                assert set(json.loads(line)) == {"kind" if field == "pool" else "subtask", "messages"}
