@@ -199,6 +199,7 @@ class GraphRunner:
             partition_key = partitions[0]
         self._job.execute_in_process(
             asset_selection=[dg.AssetKey(asset)],
+            run_config={"loggers": {"console": {"config": {}}}},
             partition_key=partition_key,
             tags=tags,
             instance=self._instance,

@@ -21,6 +21,8 @@ from less_assets.store.tables import read_parquet, write_parquet
 
 SAMPLES = "samples.parquet"
 METRICS = "metrics.parquet"
+BOARD = "leaderboard.parquet"
+BOARD_MARKDOWN = "leaderboard.md"
 
 
 def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
@@ -42,7 +44,32 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         """Held-out loss and the task's metrics with intervals; every sample's prompt, output and verdict."""
         return materialize_one(context, project, store, models, evaluate, describe_evaluation)
 
-    return [eval_results]
+    @dg.asset(
+        group_name="evaluation",
+        kinds={"polars", "parquet"},
+        partitions_def=axes.of("task_results"),
+        deps=["eval_results"],
+    )
+    def task_results(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """All recipes on one task: values, spread over seeds, paired differences from base, random and full."""
+        return materialize_one(context, project, store, models, compare, describe_board)
+
+    @dg.asset(group_name="evaluation", kinds={"polars", "parquet"}, deps=["task_results"])
+    def leaderboard(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """Recipes by tasks, against base, random and full: was the selection worth it?"""
+        return materialize_one(context, project, store, models, merge_tasks, describe_board)
+
+    return [eval_results, task_results, leaderboard]
 
 
 def evaluate(work: Work) -> Computed:
@@ -131,4 +158,60 @@ def describe_evaluation(folder: ArtifactFolder, manifest: Manifest) -> Mapping[s
     for name, value in dict(manifest.summary["metrics"]).items():  # type: ignore[arg-type]
         if value is not None:
             shown[f"metric {name}"] = value
+    return shown
+
+
+def compare(work: Work) -> Computed:
+    """Put the recipes of a task side by side, paired sample by sample."""
+    from less_assets.method.leaderboard import LEADERBOARD_SCHEMA, RecipeResult, compare_recipes
+
+    line, task = work.line, work.partition
+    results = []
+    for key, recipe in work.project.recipe_keys.items():
+        partition = f"{key}|{task}"
+        if not line.summary("eval_results", partition)["evaluated"]:
+            continue
+        stored, trained = line.folder("eval_results", partition), line.summary("finetuned_model", partition)
+        budget = f"{recipe.budget.unit} {recipe.budget.amount}" if recipe.budget else None
+        results.append(
+            RecipeResult(
+                recipe.name,
+                recipe.strategy,
+                read_parquet(stored, SAMPLES),
+                read_parquet(stored, METRICS),
+                seed=recipe.seed,
+                model=recipe.model or work.project.model.base,
+                budget=budget,
+                rows=trained["examples"],
+                tokens=trained.get("tokens"),
+            )
+        )
+    board = compare_recipes(task, results) if results else pl.DataFrame(schema=LEADERBOARD_SCHEMA)
+    write_parquet(work.folder, BOARD, board)
+    return Computed({"recipes": len(results), "rows": board.height})
+
+
+def merge_tasks(work: Work) -> Computed:
+    """Put the tables of all tasks together."""
+    from less_assets.method.leaderboard import merge, to_markdown
+
+    tables = [read_parquet(work.line.folder("task_results", task), BOARD) for task in work.project.task_names]
+    board = merge(tables)
+    write_parquet(work.folder, BOARD, board)
+    work.folder.write_bytes(BOARD_MARKDOWN, (to_markdown(board) + "\n").encode())
+    return Computed({"tasks": len(tables), "rows": board.height})
+
+
+def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """The table as Markdown, and a chart of the held-out loss."""
+    from less_assets.method.leaderboard import to_markdown
+    from less_assets.report import charts
+
+    board = read_parquet(folder, BOARD)
+    shown = dict(metadata.summary(folder, manifest))
+    if board.height:
+        shown["results"] = dg.MetadataValue.md(to_markdown(board))
+        losses = board.filter(pl.col("metric") == "loss")
+        drawn = charts.leaderboard_chart(losses, value_title="held-out loss (lower is better)")
+        shown["held_out_loss"] = metadata.picture(drawn, "held-out loss of each recipe")
     return shown
