@@ -234,6 +234,9 @@ def _warmup_sample(line: Lineage, _: str | None) -> ArtifactPlan:
 def _warmup_checkpoints(line: Lineage, checkpoint: str | None) -> ArtifactPlan:
     settings = {"model": line.project.model_settings(), **line.project.warmup_settings(), "checkpoint": checkpoint}
     inputs = line.version("base_model") | line.version("warmup_sample")
+    if line.project.warmup.imported:
+        place = line.project.checkpoints.index(str(checkpoint))
+        inputs |= {"files": files_digest([line.project.warmup.imported[place]])}
     folder = f"warmup/{checkpoint}"
     return ArtifactPlan("warmup_checkpoints", checkpoint, folder, folder, settings, inputs)
 

@@ -4,6 +4,7 @@ Belongs here: wiring only. Training is `method/warmup.py`, foreign checkpoints `
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -99,7 +100,7 @@ def check_sample(line: Lineage) -> None:
 def make_checkpoint(work: Work) -> Computed:
     """Train (or go on training) up to the partition's epoch, or import the checkpoint that stands in its place."""
     if work.project.warmup.imported:
-        raise NotImplementedError
+        return adopt_checkpoint(work)
     return train_checkpoint(work)
 
 
@@ -133,6 +134,34 @@ def train_checkpoint(work: Work) -> Computed:
             "mean_learning_rate": checkpoint.mean_learning_rate,
             "mean_loss": fmean(checkpoint.losses),
             "examples": len(examples),
+        }
+    )
+
+
+def adopt_checkpoint(work: Work) -> Computed:
+    """Import the checkpoint that the project file names in this epoch's place; it is verified, never guessed."""
+    from less_assets.method.checkpoints import import_checkpoint
+
+    settings = work.project.warmup
+    place = work.project.checkpoints.index(work.partition)
+    rates = settings.mean_learning_rates
+    model, _ = work.models.base()
+    source = Path(settings.imported[place])  # type: ignore[index]
+    with tempfile.TemporaryDirectory(prefix="less-assets-") as temporary:
+        checkpoint = import_checkpoint(
+            source,
+            model,
+            Path(temporary) / work.partition,
+            epoch=place + 1,
+            mean_learning_rate=rates[place] if rates else None,
+        )
+        copy_files(checkpoint.folder, work.folder)
+    return Computed(
+        {
+            "imported_from": source.name,
+            "step": checkpoint.step,
+            "mean_learning_rate": checkpoint.mean_learning_rate,
+            "mean_loss": fmean(checkpoint.losses) if checkpoint.losses else None,
         }
     )
 
