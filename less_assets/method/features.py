@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from less_assets.errors import LessAssetsError
+from less_assets.errors import LessAssetsError, TargetFormatError
 from less_assets.method.batching import collate, plan_batches
 from less_assets.method.chat import IGNORED, EncodedExample
 from less_assets.method.directions import AdamMoments, Directions
@@ -202,24 +202,36 @@ def mean_target_directions(
         on_progress: Called with the rows of each finished batch, of both passes.
 
     Raises:
-        LessAssetsError: If a target's gradient is zero or not finite.
+        TargetFormatError: If a target's gradient is zero or not finite.
         UnsupportedModelError: As `extract_features`.
     """
+    labels, membership, norms = _check_targets(model, examples, subtasks, batching, on_progress)
+    sink = _MeanSink(np.stack([membership, membership / norms[:, None]]))
+    _backpropagate(model, examples, batching, sink, on_progress)
+    return MeanDirections(labels, sink.sums[0], sink.sums[1])
+
+
+def _check_targets(
+    model: PeftModel,
+    examples: Sequence[EncodedExample],
+    subtasks: Sequence[str],
+    batching: Batching,
+    on_progress: Callable[[int], None] | None,
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Sorted labels, the weights (n, J) whose product with gradients is their mean per label, and gradient norms."""
     norm_sink = _NormSink(len(examples))
     *_, status = _backpropagate(model, examples, batching, norm_sink, on_progress)
     if (status != RowStatus.OK).any():
         row = int(np.argmax(status != RowStatus.OK))
-        raise LessAssetsError(
+        raise TargetFormatError(
             f"A target example has no usable gradient: {RowStatus(status[row]).name}.",
-            where=f"target example {row} (subtask {subtasks[row]})",
+            where=f"target example {examples[row].example_id} (subtask {subtasks[row]})",
             fix="Correct or remove the example.",
         )
     labels = sorted(set(subtasks))
     members = np.array([labels.index(subtask) for subtask in subtasks])
     membership = np.eye(len(labels), dtype=np.float32)[members] / np.bincount(members)[members, None].astype(np.float32)
-    sink = _MeanSink(membership, norm_sink.norms)
-    _backpropagate(model, examples, batching, sink, on_progress)
-    return MeanDirections(labels, sink.sums[0], sink.sums[1])
+    return labels, membership, norm_sink.norms
 
 
 @dataclass(frozen=True)
@@ -266,7 +278,10 @@ def score_exactly(
 
     Raises:
         UnsupportedModelError: As `extract_features`.
+        ValueError: If the directions have another number of columns than the adapter.
     """
+    if (size := sum(part.size for part in lora_slices(model))) != target_directions.shape[1]:
+        raise ValueError(f"target directions have {target_directions.shape[1]} columns, the adapter {size}")
     sink = _InnerProductSink(forms, moments, target_directions, len(examples))
     *_, status = _backpropagate(model, examples, batching, sink, on_progress)
     bad = status != RowStatus.OK
@@ -276,6 +291,75 @@ def score_exactly(
         sink.norms[index][bad] = 0
         dots[form], norms[form] = sink.dots[index], sink.norms[index]
     return ExactScores(dots, norms, status)
+
+
+def exact_influence(
+    model: PeftModel,
+    examples: Sequence[EncodedExample | None],
+    targets: Sequence[EncodedExample],
+    subtasks: Sequence[str],
+    *,
+    rule: str,
+    forms: Sequence[str],
+    moments: AdamMoments | None,
+    batching: Batching = Batching(),
+    directions_limit: int = 2 << 30,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Unprojected influence at one checkpoint, with directions that need not fit into memory.
+
+    As many layers as fit the limit are taken at a time: their mean target directions, then the rows' inner products
+    with them. If all layers fit (J·P·4 bytes) that is one pass over the rows, else ceil(J·P·4 / limit) passes.
+
+    Args:
+        model: As for `extract_features`.
+        examples: n rows; None is a quarantined one.
+        targets: Target examples.
+        subtasks: Label of each target.
+        rule: `mean_cosine` or `cosine_of_mean`.
+        forms: Direction forms of the rows.
+        moments: Adam's state; None if the only form is `sgd`.
+        batching: How rows are batched.
+        directions_limit: Bytes of target directions in memory at a time.
+        on_progress: Called with the rows of each finished batch, of every pass.
+
+    Returns:
+        The J labels, sorted, and per form the influence, float32 (n, J); NaN for rows without a usable gradient.
+
+    Raises:
+        TargetFormatError: If a target's gradient is zero or not finite.
+        UnsupportedModelError: As `extract_features`.
+    """
+    labels, weights, target_norms = _check_targets(model, targets, subtasks, batching, on_progress)
+    if rule == "mean_cosine":
+        weights = weights / target_norms[:, None]
+    dots = np.zeros((len(forms), len(examples), len(labels)))
+    squares, target_squares = np.zeros((len(forms), len(examples))), np.zeros(len(labels))
+    for start, stop in _layer_groups(lora_slices(model), directions_limit // (4 * len(labels))):
+        mean = _MeanSink(weights[None], start, stop)
+        _backpropagate(model, targets, batching, mean, on_progress)
+        sink = _InnerProductSink(forms, moments, mean.sums[0], len(examples), start)
+        *_, status = _backpropagate(model, examples, batching, sink, on_progress)
+        dots += sink.dots
+        squares += np.square(sink.norms, dtype=np.float64)
+        target_squares += np.square(mean.sums[0], dtype=np.float64).sum(1)
+    squares[:, status != RowStatus.OK] = np.nan
+    scores = dots / np.sqrt(squares)[:, :, None]
+    if rule == "cosine_of_mean":
+        scores /= np.sqrt(target_squares)
+    return labels, {form: scores[index].astype(np.float32) for index, form in enumerate(forms)}
+
+
+def _layer_groups(slices: Sequence[LoraSlice], columns: int) -> list[tuple[int, int]]:
+    """Ranges of columns of at most so many (at least one layer) that end where layers end."""
+    groups: list[tuple[int, int]] = []
+    for part in slices:
+        stop = part.offset + part.size
+        if groups and stop - groups[-1][0] <= columns:
+            groups[-1] = (groups[-1][0], stop)
+        else:
+            groups.append((part.offset, stop))
+    return groups
 
 
 def resolve_token_budget(
@@ -534,40 +618,50 @@ class _NormSink:
 
 
 class _MeanSink:
-    """Sums of gradients and of unit gradients weighted by membership (n, J): `sums` (2, J, P)."""
+    """Weighted sums of gradients, weights (R, n, J), in columns [start, stop): `sums` (R, J, columns)."""
 
-    def __init__(self, membership: np.ndarray, norms: np.ndarray) -> None:
-        self._weights = np.stack([membership, membership / norms[:, None]])  # (2, n, J)
-        self.sums = np.zeros((2, membership.shape[1], 0), dtype=np.float32)
+    def __init__(self, weights: np.ndarray, start: int = 0, stop: int | None = None) -> None:
+        self._weights, self._first, self._last = weights, start, stop
+        self.sums = np.zeros((weights.shape[0], weights.shape[2], 0), dtype=np.float32)
 
     def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
         self._batch = torch.from_numpy(self._weights[:, rows]).to(backward.device)
         if not self.sums.size:
-            self.sums = np.zeros((*self.sums.shape[:2], backward.size), dtype=np.float32)
+            self._last = backward.size if self._last is None else self._last
+            self.sums = np.zeros((*self.sums.shape[:2], self._last - self._first), dtype=np.float32)
 
     def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
-        self.sums[..., part.offset : part.offset + part.size] += (self._batch[:, rows].mT @ gradient).cpu().numpy()
+        assert self._last is not None
+        if self._first <= part.offset < self._last:
+            columns = slice(part.offset - self._first, part.offset - self._first + part.size)
+            self.sums[..., columns] += (self._batch[:, rows].mT @ gradient).cpu().numpy()
 
     def finish(self) -> None: ...
 
 
 class _InnerProductSink:
-    """Inner products with target directions: `dots` (forms, n, D) and `norms` (forms, n)."""
+    """Inner products with target directions, `dots` (forms, n, D), and `norms` (forms, n), over some columns.
 
-    def __init__(self, forms: Sequence[str], moments: AdamMoments | None, targets: np.ndarray, rows: int) -> None:
-        self._directions, self._targets = _DirectionMaker(forms, moments), targets
+    The columns are those that `targets` (D, columns) has, beginning at column `first` of all.
+    """
+
+    def __init__(
+        self, forms: Sequence[str], moments: AdamMoments | None, targets: np.ndarray, rows: int, first: int = 0
+    ) -> None:
+        self._directions, self._targets, self._first = _DirectionMaker(forms, moments), targets, first
         self.dots = np.zeros((len(forms), rows, len(targets)), dtype=np.float32)
         self.norms = np.zeros((len(forms), rows), dtype=np.float32)
 
     def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
-        if self._targets.shape[1] != backward.size:
-            raise ValueError(f"target directions have {self._targets.shape[1]} columns, the adapter {backward.size}")
         self._rows = rows
         self._sums = torch.zeros((len(self.dots), len(rows), self.dots.shape[2]), device=backward.device)
         self._squares = _Squares(len(self.dots), len(rows), backward)
 
     def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
-        columns = np.ascontiguousarray(self._targets[:, part.offset : part.offset + part.size], dtype=np.float32)
+        place = part.offset - self._first
+        if not 0 <= place < self._targets.shape[1]:
+            return
+        columns = np.ascontiguousarray(self._targets[:, place : place + part.size], dtype=np.float32)
         targets = torch.from_numpy(columns).to(gradient.device)
         directions = self._directions(part, gradient)
         self._squares.add(part, rows, directions)
