@@ -158,7 +158,8 @@ def range_digests(path: str, ranges: Sequence[tuple[int, int]]) -> list[str]:
     r"""Return a digest of the content of each range of rows, in one pass over the file.
 
     Equal content gives equal digests wherever the rows stand, so the first range whose digest changed holds the first
-    edited row. JSON lines are hashed as bytes without their `\n`, CSV records as bytes, Parquet rows by their values.
+    edited row. JSON lines are hashed as bytes without their `\n`, CSV records as bytes together with the header,
+    Parquet rows by name and value.
 
     Args:
         path: Local path or fsspec URL.
@@ -199,8 +200,10 @@ def _row_digests(path: str) -> Iterator[bytes]:
             for line in _Lines(stream):
                 yield line.digest
         else:
-            for row in itertools.islice(_CsvRecords(stream, kind), 1, None):
-                yield row.digest
+            records = _CsvRecords(stream, kind)
+            header = next(records, None)
+            for row in records:  # the header is part of what each of them says
+                yield (header.digest if header else b"") + row.digest
 
 
 # ---- files ----

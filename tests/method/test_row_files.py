@@ -330,6 +330,12 @@ def test_range_digests_depend_on_the_rows_of_the_range_only(folder, rows, data):
     assert (first == second) == (rows[:cut] == rows[cut:])
 
 
+def test_another_csv_header_changes_every_range(folder):
+    before = range_digests(write(folder / "h1.csv", b"prompt,completion\na,b\nc,d\n"), [(0, 1), (1, 1)])
+    after = range_digests(write(folder / "h2.csv", b"completion,prompt\na,b\nc,d\n"), [(0, 1), (1, 1)])
+    assert not set(before) & set(after)
+
+
 def test_ranges_out_of_order_are_a_mistake_of_the_caller(folder):
     path = write(folder / "order.jsonl", b"{}\n{}\n")
     with pytest.raises(ValueError, match="ascend"):
