@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from less_assets.assets import evaluation, finetuning, gradients, pool, selection, targets, warmup
+from less_assets.assets import evaluation, finetuning, gradients, pool, rescoring, selection, targets, warmup
 from less_assets.lineage import shared_settings
 from less_assets.logs import compact_console
 from less_assets.partitions import Axes
@@ -32,7 +32,7 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
     assets: list[dg.AssetsDefinition] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)  # backfill policies; their behaviour is pinned by our tests
-        for module in (pool, warmup, gradients, targets, selection, finetuning, evaluation):
+        for module in (pool, warmup, gradients, targets, selection, rescoring, finetuning, evaluation):
             assets += module.build_assets(axes)
     versions = code_versions(project)
     versioned = dg.map_asset_specs(

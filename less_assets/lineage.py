@@ -308,8 +308,20 @@ def _selected_subset(line: Lineage, key: str | None) -> ArtifactPlan:
     inputs = line.version("recipe_settings", recipe) | line.version("pool_index")
     if line.project.reads_scores(recipe):
         inputs |= line.version("influence_scores", task)
-    folder = f"selection/{task}/{recipe}"
+    if line.project.recipe(recipe).candidates is not None:
+        inputs |= line.version("exact_scores", key)
+    folder = f"selection/{task}/recipes/{recipe}"
     return ArtifactPlan("selected_subset", key, folder, folder, {}, inputs)
+
+
+def _exact_scores(line: Lineage, key: str | None) -> ArtifactPlan:
+    recipe, task = split(key)
+    inputs = line.version("influence_scores", task) | line.version("recipe_settings", recipe)
+    inputs |= line.version("target_examples", task) | line.version("pool_index")
+    for checkpoint in line.project.checkpoints:
+        inputs |= line.version("warmup_checkpoints", checkpoint)
+    folder = f"selection/{task}/exact/{recipe}"
+    return ArtifactPlan("exact_scores", key, folder, folder, {}, inputs)
 
 
 def _finetuned_model(line: Lineage, key: str | None) -> ArtifactPlan:
@@ -371,6 +383,7 @@ PLANS: dict[str, Callable[[Lineage, str | None], ArtifactPlan]] = {
     "target_gradients": _target_gradients,
     "influence_scores": _influence_scores,
     "recipe_settings": _recipe_settings,
+    "exact_scores": _exact_scores,
     "selected_subset": _selected_subset,
     "finetuned_model": _finetuned_model,
     "eval_results": _eval_results,

@@ -24,6 +24,7 @@ ASSET_AXES: dict[str, tuple[str, ...]] = {
     "target_gradients": ("checkpoint", "task"),
     "influence_scores": ("task",),
     "recipe_settings": ("recipe",),
+    "exact_scores": ("recipe", "task"),
     "selected_subset": ("recipe", "task"),
     "finetuned_model": ("recipe", "task"),
     "eval_results": ("recipe", "task"),
@@ -65,7 +66,24 @@ class Axes:
 
     def of(self, asset: str) -> dg.PartitionsDefinition | None:
         """Partitions definition of an asset; None if it is unpartitioned."""
+        if asset == "exact_scores":
+            return self._rescoring
         return self._definitions.get(ASSET_AXES[asset])
+
+    @cached_property
+    def _rescoring(self) -> dg.PartitionsDefinition | None:
+        """The recipe × task grid of the recipes that rescore exactly; None if there are none."""
+        recipes = self.rescoring_recipes
+        if not recipes:
+            return None
+        return dg.MultiPartitionsDefinition(
+            {"recipe": dg.StaticPartitionsDefinition(recipes), "task": self._single["task"]}
+        )
+
+    @cached_property
+    def rescoring_recipes(self) -> list[str]:
+        """Keys of the recipes that rescore exactly."""
+        return [key for key, recipe in self.project.recipe_keys.items() if recipe.candidates is not None]
 
     def by_task(self, asset: str) -> dg.AssetDep:
         """Dependency of a recipe x task grid on the `task` partition of an asset partitioned by task."""
@@ -75,9 +93,28 @@ class Axes:
         """Dependency of a recipe x task grid on the `recipe` partition of an asset partitioned by recipe."""
         return dg.AssetDep(asset, partition_mapping=_single_to_grid("recipe"))
 
+    def by_rescoring_recipe(self, asset: str) -> dg.AssetDep:
+        """Dependency of the grid of rescoring recipes on the `recipe` partition of an asset partitioned by recipe."""
+        downstream = {
+            recipe: [dg.MultiPartitionKey({"recipe": recipe, "task": task}) for task in self.project.task_names]
+            for recipe in self.rescoring_recipes
+        }
+        return dg.AssetDep(asset, partition_mapping=dg.StaticPartitionMapping(downstream))
+
     def all_partitions(self, asset: str) -> dg.AssetDep:
         """Dependency on every partition of an asset whose axes this one does not share."""
         return dg.AssetDep(asset, partition_mapping=dg.AllPartitionMapping())
+
+    def same_recipes(self, asset: str) -> dg.AssetDep:
+        """Dependency of the recipe x task grid on a grid of some of its recipes: equal keys, none for the others."""
+        recipes = {key: key for key in self.rescoring_recipes}
+        mapping = dg.MultiPartitionMapping(
+            {
+                "recipe": dg.DimensionPartitionMapping("recipe", dg.StaticPartitionMapping(recipes)),
+                "task": dg.DimensionPartitionMapping("task", dg.IdentityPartitionMapping()),
+            }
+        )
+        return dg.AssetDep(asset, partition_mapping=mapping)
 
     def for_recipes(self, asset: str, recipes: Iterable[str]) -> dg.AssetDep:
         """Dependency of a recipe x task grid on a task's partition, for the recipes that read it and no others.

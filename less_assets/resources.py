@@ -18,9 +18,8 @@ from less_assets.store.files import local_path
 
 if TYPE_CHECKING:
     from less_assets.method.directions import AdamMoments
+    from less_assets.method.features import Batching
     from less_assets.method.sketch import Sketch
-
-MAX_TOKEN_BUDGET = 16_384
 
 
 @dataclass
@@ -69,6 +68,16 @@ class LoadedCheckpoint:
             forms=settings.forms,
             dimension=settings.dimension,
             longest=longest,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+
+    def batching(self, settings: Gradients, longest: int) -> "Batching":
+        """How rows are batched for gradients."""
+        from less_assets.method.features import Batching
+
+        return Batching(
+            self.token_budget(settings, longest),
+            self.pad_token_id,
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 

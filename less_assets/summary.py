@@ -28,7 +28,7 @@ def results(project: Project, store: ArtifactStore) -> str:
         parts.append("(The leaderboard is made by a run without --until, --task and --recipe.)")
     parts.append(
         f"artifacts   {store.root}\n"
-        f"subsets     {store.root}/selection/TASK/RECIPE/…/subset.jsonl\n"
+        f"subsets     {store.root}/selection/TASK/recipes/RECIPE/…/subset.jsonl\n"
         "look at it  make dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
     )
     return "\n\n".join(part for part in parts if part)

@@ -11,7 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-WORDS = "add sub one two three four five six seven eight nine ten red blue sky sea is the what of and plus".split()
+WORDS = ["add", "sub", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "red", "blue"]
+WORDS += ["sky", "sea", "is", "the", "what", "of", "and", "plus"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -81,9 +82,7 @@ class TinyProject:
         write_rows(folder / "data/plus.jsonl", [question(place, "plus") for place in range(24)])
         write_rows(folder / "data/colors.jsonl", [question(place, "red") for place in range(20)])
         for task, kind in (("sums", "plus"), ("sky", "red")):
-            targets = [
-                {"messages": question(200 + place, kind), "subtask": f"part-{place % 2}"} for place in range(4)
-            ]
+            targets = [{"messages": question(200 + place, kind), "subtask": f"part-{place % 2}"} for place in range(4)]
             write_rows(folder / f"targets/{task}.jsonl", targets)
             write_rows(folder / f"held_out/{task}.jsonl", [question(300 + place, kind) for place in range(4)])
         self.settings = {

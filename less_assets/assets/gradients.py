@@ -17,7 +17,7 @@ from less_assets.lineage import split
 from less_assets.materialization import Computed, Work, materialize_one, materialize_range
 from less_assets.partitions import Axes
 from less_assets.project import Project
-from less_assets.resources import ModelLoader
+from less_assets.resources import LoadedCheckpoint, ModelLoader
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.features import FeatureWriter, open_features
 from less_assets.store.manifest import Manifest
@@ -185,22 +185,13 @@ def extract_target_gradients(work: Work) -> Computed:
     """Sketch the plain gradient of each target example."""
     import polars as pl
 
-    from less_assets.method.chat import encode_target
     from less_assets.method.features import RowStatus, extract_features
-    from less_assets.method.targets import targets_from_table
 
     checkpoint, task = split(work.partition)
     table = read_parquet(work.line.folder("target_examples", task), TARGETS)
-    settings, model = work.project.gradients, work.project.model
+    settings = work.project.gradients
     loaded = work.models.checkpoint(work.line, checkpoint)
-    longest_of = {
-        member.name: (member.examples.max_length if member.examples else None) or model.max_length
-        for member in work.project.member_tasks(task)
-    }
-    examples = [
-        encode_target(target, loaded.tokenizer, chat_format=model.chat_format, max_length=longest_of[member])
-        for target, member in zip(targets_from_table(table), table["member"], strict=True)
-    ]
+    examples, _ = encode_targets(work, task, loaded)
     longest = max(len(example.input_ids) for example in examples)
     block = extract_features(
         loaded.model,
@@ -236,3 +227,21 @@ def extract_target_gradients(work: Work) -> Computed:
             "loss_tokens": int(block.loss_tokens.sum()),
         }
     )
+
+
+def encode_targets(work: Work, task: str, loaded: LoadedCheckpoint) -> tuple[list[Any], list[str]]:
+    """A task's target examples as tokens, and the subtask of each; a group's members keep their own longest length."""
+    from less_assets.method.chat import encode_target
+    from less_assets.method.targets import targets_from_table
+
+    model = work.project.model
+    table = read_parquet(work.line.folder("target_examples", task), TARGETS)
+    longest = {
+        member.name: (member.examples.max_length if member.examples else None) or model.max_length
+        for member in work.project.member_tasks(task)
+    }
+    examples = [
+        encode_target(target, loaded.tokenizer, chat_format=model.chat_format, max_length=longest[member])
+        for target, member in zip(targets_from_table(table), table["member"], strict=True)
+    ]
+    return examples, table["subtask"].to_list()

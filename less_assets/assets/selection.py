@@ -28,6 +28,8 @@ from less_assets.store.tables import read_parquet, write_json, write_parquet
 SUBSET = "subset.parquet"
 SUBSET_JSONL = "subset.jsonl"
 POOL_SCORES = "pool_scores.parquet"
+EXACT = "exact.parquet"
+EXACT_COLUMN = "exact"
 SUBTASKS = "subtasks.json"
 CHART_SCORES = 20_000
 """Scores kept for the histogram: enough for its bins, small for any pool."""
@@ -63,6 +65,8 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         return materialize_one(context, project, store, models, resolve_recipe, metadata.summary)
 
     scores = [axes.for_recipes("influence_scores", readers)] if readers else []
+    if axes.of("exact_scores") is not None:
+        scores.append(axes.same_recipes("exact_scores"))
 
     @dg.asset(
         group_name="selection",
@@ -177,7 +181,7 @@ def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:
 
     if recipe.strategy == "none":
         return None
-    budget = selection.Budget(recipe.budget.unit, recipe.budget.amount) if recipe.budget else None
+    budget = budget_of(recipe) if recipe.budget else None
     if recipe.strategy == "full":
         return selection.select_all(_pool_rows(work, tokens=False))
     assert budget is not None
@@ -185,8 +189,14 @@ def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:
         assert recipe.seed is not None
         return selection.select_at_random(_pool_rows(work, tokens=budget.kind == "tokens"), budget, recipe.seed)
     if recipe.strategy == "less":
-        candidates = _candidates(work.line, recipe, task)
+        candidates = candidates_of(work.line, recipe, task)
         _keep_pool_scores(work, candidates, str(recipe.aggregate))
+        if recipe.candidates is not None:
+            key = f"{recipe.key}|{task}"
+            exact = read_parquet(work.line.folder("exact_scores", key), EXACT)
+            candidates = candidates_of(work.line, recipe, task, exact=exact)
+            rows = work.line.summary("exact_scores", key)["budget_rows"]
+            budget = selection.Budget("rows", rows) if rows else budget
         return selection.select_by_score(candidates, budget, str(recipe.aggregate))
     raise NotImplementedError(recipe.strategy)
 
@@ -217,26 +227,48 @@ def _loss_tokens(work: Work, shard: str, rows: pl.DataFrame) -> pl.Series:
     return pl.Series("loss_tokens", counts, pl.Int32)
 
 
-def _candidates(line: Lineage, recipe: ResolvedRecipe, task: str) -> list[Any]:
-    """The scored pool: once for a task, once for each member of a group (whose labels are `member/subtask`)."""
+def budget_of(recipe: ResolvedRecipe) -> Any:
+    """A recipe's budget in the method's words."""
+    from less_assets.method.selection import Budget
+
+    assert recipe.budget is not None
+    return Budget(recipe.budget.unit, recipe.budget.amount)
+
+
+def candidates_of(line: Lineage, recipe: ResolvedRecipe, task: str, exact: pl.DataFrame | None = None) -> list[Any]:
+    """The scored pool: once for a task, once for each member of a group (whose labels are `member/subtask`).
+
+    Args:
+        line: Reads the scores.
+        recipe: Says which of the scores.
+        task: The task or group.
+        exact: Rows with exact scores, instead of the whole pool with sketched ones.
+    """
     from less_assets.method.selection import Candidates
 
     folder = line.folder("influence_scores", task)
     labels = [str(label) for label in line.summary("influence_scores", task)["subtasks"]]
-    column = f"{recipe.form}.{recipe.subtask}"
+    column = f"{recipe.form}.{recipe.subtask}" if exact is None else EXACT_COLUMN
     canonical = read_parquet(line.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
+
+    def tables() -> Iterator[pl.DataFrame]:
+        if exact is not None:
+            yield exact
+            return
+        columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
+        for shard in line.shards():
+            table = read_parquet(folder, score_file(shard), columns)
+            yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
+                pl.col("canonical").fill_null(False)
+            )
 
     def shards(places: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
         def read() -> Iterator[pl.DataFrame]:
-            for shard in line.shards():
-                columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
-                table = read_parquet(folder, score_file(shard), columns)
+            for table in tables():
                 if len(places) < len(labels):
                     part = pl.concat_arr(pl.col(column).arr.get(place) for place in places)
                     table = table.with_columns(pl.when(pl.col(column).is_not_null()).then(part).alias(column))
-                yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
-                    pl.col("canonical").fill_null(False)
-                )
+                yield table
 
         return read
 

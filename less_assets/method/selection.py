@@ -55,6 +55,11 @@ class Budget:
         if not (0 < self.amount <= highest) or (self.kind != "fraction" and self.amount < 1):
             raise ValueError(f"a budget of {self.amount} {self.kind} selects nothing or too much")
 
+    def times(self, factor: float) -> "Budget":
+        """The budget of `factor` times as much; a fraction is at most the whole pool."""
+        amount = self.amount * factor
+        return Budget(self.kind, min(1.0, amount) if self.kind == "fraction" else amount)
+
     def rows_of(self, usable: int) -> int | None:
         """Number of rows for this many usable ids; None where tokens decide."""
         if self.kind == "tokens":
