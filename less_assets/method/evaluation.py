@@ -99,7 +99,6 @@ def held_out_loss(
     model: Any,
     examples: Sequence[EncodedExample],
     *,
-    pad_token_id: int,
     token_budget: int = 4096,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +109,6 @@ def held_out_loss(
     Args:
         model: A causal language model, with or without an adapter.
         examples: Encoded examples with unshifted labels (-100: no loss).
-        pad_token_id: Any valid id; padding is masked.
         token_budget: Padded tokens per batch.
         on_progress: Called with the number of examples done since the last call.
 
@@ -129,7 +127,6 @@ def held_out_loss(
         model,
         [example.input_ids for example in examples],
         positions,
-        pad_token_id=pad_token_id,
         token_budget=token_budget,
     )
     for i, logits in scored:
@@ -173,7 +170,6 @@ def evaluate_examples(
     losses, loss_tokens = held_out_loss(
         model,
         encoded,
-        pad_token_id=tokenizer.pad_token_id or 0,
         token_budget=settings.token_budget,
         on_progress=on_progress,
     )

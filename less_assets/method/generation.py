@@ -1,11 +1,14 @@
-"""Running a causal language model over many prompts: greedy generation and token log-probabilities in batches.
+"""Running a causal language model over many prompts: greedy generation and logits in batches.
 
-Belongs here: token ids in, text or numbers out, for any Hugging Face causal model, with or without an adapter. Prompts,
-answers and metrics live in `evaluation.py` and `answers.py`.
+Belongs here: token ids in, text or logits out, for any Hugging Face causal model, with or without an adapter. Prompts,
+answers and metrics live in `evaluation.py` and `answers.py`. Evaluation prompts begin alike (system prompt, worked
+examples), so what a group of rows has in common is run once and its key-value cache shared: with GSM8K's eight worked
+examples that is nine tenths of all tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from less_assets.method.batching import plan_batches
+
+# Rows that agree on this many first tokens make a group of their own, if there are enough of them.
+PREFIX_WINDOW = 64
+MIN_GROUP = 4
+# Below this many shared tokens a cache costs more than it saves.
+MIN_PREFIX = 8
+# Cached tokens per batch, in units of its token budget: they cost memory, but no computation.
+CACHED_PER_TOKEN = 4
+
+Tokens = Sequence[int] | np.ndarray
 
 
 @contextmanager
@@ -46,24 +59,10 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
-class _StopStrings(StoppingCriteria):
-    """Ends a row once one of the stop strings is in what it generated."""
-
-    def __init__(self, tokenizer: Any, prompt_length: int, stop: Sequence[str]) -> None:
-        self.tokenizer, self.prompt_length, self.stop = tokenizer, prompt_length, tuple(stop)
-        # A token decodes to at least one byte, so this many tokens always cover the longest stop string.
-        self.window = max(len(each.encode()) for each in stop) + 2
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        tails = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :][:, -self.window :])
-        ended = [any(stop in tail for stop in self.stop) for tail in tails]
-        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
-
-
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Tokens],
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
@@ -72,11 +71,10 @@ def generate(
 ) -> list[str]:
     """Continue every prompt greedily and return the new text, cut before the first stop string.
 
-    Prompts of similar length share a left-padded batch; a batch ends when each of its rows has met an end token or stop
-    string or has `max_new_tokens` tokens.
+    A row ends at an end token, a stop string or `max_new_tokens` tokens; a batch goes on without its ended rows.
 
     Args:
-        model: A causal language model with `generate`; its adapter, if any, is used as it is.
+        model: A causal language model; its adapter, if any, is used as it is.
         tokenizer: Its tokenizer; only decodes.
         prompts: Token ids of each prompt, at least one each.
         max_new_tokens: Longest continuation in tokens.
@@ -88,38 +86,71 @@ def generate(
         One string per prompt, in the order given, without special tokens.
     """
     end_ids = end_token_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0] if end_ids else 0
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        use_cache=True,
-        eos_token_id=end_ids or None,
-        pad_token_id=pad_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
     outputs = [""] * len(prompts)
+    longest_prefixes = [len(prompt) - 1 for prompt in prompts]
     with inference(model):
-        for batch in plan_batches([len(prompt) + max_new_tokens for prompt in prompts], token_budget):
-            longest = max(len(prompts[i]) for i in batch)
-            input_ids = torch.full((len(batch), longest), pad_id, dtype=torch.long)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, i in enumerate(batch):
-                input_ids[row, longest - len(prompts[i]) :] = torch.as_tensor(prompts[i], dtype=torch.long)
-                attention_mask[row, longest - len(prompts[i]) :] = 1
-            generated = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=settings,
-                stopping_criteria=[_StopStrings(tokenizer, longest, stop)] if stop else None,
+        for batch, prefix, cache in _batches(model, prompts, longest_prefixes, max_new_tokens, token_budget):
+            new_ids = _continue(
+                model, tokenizer, [prompts[i][prefix:] for i in batch], cache, prefix, max_new_tokens, end_ids, stop
             )
-            texts = tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                outputs[i] = cut_before(text, stop)
+            for i, ids in zip(batch, new_ids, strict=True):
+                outputs[i] = cut_before(tokenizer.decode(ids, skip_special_tokens=True), stop)
             if on_progress:
                 on_progress(len(batch))
     return outputs
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    suffixes: Sequence[Tokens],
+    cache: DynamicCache | None,
+    prefix: int,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    stop: Sequence[str],
+) -> list[list[int]]:
+    """Return the new token ids of each row, end tokens excluded; `cache` holds the `prefix` tokens before the rows."""
+    input_ids, mask = _pad(suffixes, "left", model.device)
+    mask = torch.cat([mask.new_ones(len(suffixes), prefix), mask], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, prefix:]
+    # A token decodes to at least one byte, so this many tokens always cover the longest stop string.
+    window = max((len(each.encode()) for each in stop), default=0) + 2
+    new_ids: list[list[int]] = [[] for _ in suffixes]
+    rows = list(range(len(suffixes)))  # which row of the batch each row of the tensors is
+    open_rows = set(rows)
+    for _ in range(max_new_tokens):
+        result = model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **({"logits_to_keep": 1} if _keeps_logits(model) else {}),
+        )
+        cache = result.past_key_values
+        next_ids = result.logits[:, -1].argmax(-1)
+        for row, token in zip(rows, next_ids.tolist(), strict=True):
+            if row not in open_rows:
+                continue
+            if token in end_ids:
+                open_rows.remove(row)
+                continue
+            new_ids[row].append(token)
+            if stop and any(each in tokenizer.decode(new_ids[row][-window:]) for each in stop):
+                open_rows.remove(row)
+        if not open_rows:
+            break
+        input_ids = next_ids[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+        # Leaving rows out copies the cache, so not for every single one.
+        if 2 * len(open_rows) <= len(rows) and _can_share(cache):
+            kept = torch.tensor([k for k, row in enumerate(rows) if row in open_rows], device=mask.device)
+            rows = [row for row in rows if row in open_rows]
+            cache.batch_select_indices(kept)
+            input_ids, mask, positions = input_ids[kept], mask[kept], positions[kept]
+    return new_ids
 
 
 def cut_before(text: str, stop: Sequence[str]) -> str:
@@ -134,14 +165,9 @@ def cut_before(text: str, stop: Sequence[str]) -> str:
 
 
 def logits_at(
-    model: Any,
-    sequences: Sequence[Sequence[int] | np.ndarray],
-    positions: Sequence[np.ndarray],
-    *,
-    pad_token_id: int,
-    token_budget: int = 4096,
+    model: Any, sequences: Sequence[Tokens], positions: Sequence[np.ndarray], *, token_budget: int = 4096
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the logits of each sequence at its wanted positions, batch by batch (longest sequences first).
+    """Yield the logits of each sequence at its wanted positions, batch by batch.
 
     Only positions that some row of the batch wants go through the language-model head, if the model can leave out the
     others (`logits_to_keep`); with large vocabularies the head is most of the memory and much of the time.
@@ -151,30 +177,104 @@ def logits_at(
         sequences: Token ids of each sequence.
         positions: For each sequence an increasing int array of input positions, at least one; the logits at position t
             predict token t + 1.
-        pad_token_id: Any valid id; padding is masked.
         token_budget: Padded tokens per batch.
 
     Yields:
         Index of the sequence and its float32 logits (positions, vocabulary) on the model's device.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    keeps = "logits_to_keep" in inspect.signature(core.forward).parameters
+    keeps = _keeps_logits(model)
+    first_wanted = [int(wanted[0]) for wanted in positions]
     with inference(model):
-        for batch in plan_batches([len(ids) for ids in sequences], token_budget):
-            longest = max(len(sequences[i]) for i in batch)
-            input_ids = torch.full((len(batch), longest), pad_token_id, dtype=torch.long)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, i in enumerate(batch):
-                input_ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i], dtype=torch.long)
-                attention_mask[row, : len(sequences[i])] = 1
-            columns = np.unique(np.concatenate([positions[i] for i in batch]))
-            kept = torch.as_tensor(columns, device=model.device)
+        for batch, prefix, cache in _batches(model, sequences, first_wanted, 0, token_budget):
+            input_ids, mask = _pad([sequences[i][prefix:] for i in batch], "right", model.device)
+            columns = np.unique(np.concatenate([positions[i] for i in batch])) - prefix
             logits = model(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                use_cache=False,
-                **({"logits_to_keep": kept} if keeps else {}),
+                input_ids=input_ids,
+                attention_mask=torch.cat([mask.new_ones(len(batch), prefix), mask], dim=1),
+                position_ids=torch.arange(prefix, prefix + input_ids.shape[1], device=model.device)[None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **({"logits_to_keep": torch.as_tensor(columns, device=model.device)} if keeps else {}),
             ).logits
             for row, i in enumerate(batch):
-                wanted = np.searchsorted(columns, positions[i]) if keeps else positions[i]
-                yield int(i), logits[row, torch.as_tensor(wanted, device=logits.device)].float()
+                wanted = positions[i] - prefix
+                kept = np.searchsorted(columns, wanted) if keeps else wanted
+                yield int(i), logits[row, torch.as_tensor(kept, device=logits.device)].float()
+
+
+def _batches(
+    model: Any, sequences: Sequence[Tokens], longest_prefixes: Sequence[int], new_tokens: int, token_budget: int
+) -> Iterator[tuple[np.ndarray, int, DynamicCache | None]]:
+    """Yield batches of rows with the number of tokens that a cache holds for all of them, and that cache.
+
+    A pure function of the sequences and the budget but for the caches, whose batch dimension is that of the rows.
+    """
+    for members, prefix in group_by_prefix(sequences, longest_prefixes):
+        shared = None
+        if prefix:
+            ids = torch.as_tensor(np.asarray(sequences[members[0]][:prefix]), dtype=torch.long, device=model.device)
+            only_last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+            shared = model(input_ids=ids[None], use_cache=True, **only_last).past_key_values
+            if not _can_share(shared):
+                prefix, shared = 0, None
+        lengths = [
+            max(len(sequences[i]) - prefix + new_tokens, (len(sequences[i]) + new_tokens) // CACHED_PER_TOKEN)
+            for i in members
+        ]
+        for batch in plan_batches(lengths, token_budget):
+            cache = copy.deepcopy(shared)
+            if cache is not None:
+                cache.batch_repeat_interleave(len(batch))
+            yield members[batch], prefix, cache
+
+
+def group_by_prefix(sequences: Sequence[Tokens], longest_prefixes: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+    """Group rows that begin alike, and say how many tokens each group's rows have in common.
+
+    Args:
+        sequences: Token ids of each row.
+        longest_prefixes: Most tokens of each row that may be shared.
+
+    Returns:
+        Index arrays, together every row once, each with its number of shared tokens (0: not worth sharing).
+    """
+    groups: dict[bytes, list[int]] = {}
+    for i, ids in enumerate(sequences):
+        start = np.asarray(ids[:PREFIX_WINDOW], dtype=np.int64)
+        groups.setdefault(start.tobytes() if len(start) == PREFIX_WINDOW else b"", []).append(i)
+    small = [i for start, members in groups.items() if not start or len(members) < MIN_GROUP for i in members]
+    large = [members for start, members in groups.items() if start and len(members) >= MIN_GROUP]
+    found = []
+    for members in [*large, sorted(small)]:
+        if members:
+            common = min(longest_prefixes[i] for i in members)
+            first = np.asarray(sequences[members[0]])[:common]
+            for i in members:
+                differs = np.flatnonzero(first != np.asarray(sequences[i])[: len(first)])
+                first = first[: differs[0]] if len(differs) else first
+            worthwhile = len(members) > 1 and len(first) >= MIN_PREFIX
+            found.append((np.array(members), len(first) if worthwhile else 0))
+    return found
+
+
+def _pad(rows: Sequence[Tokens], side: str, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return input ids and attention mask, int64 (rows, longest); the padding's id does not matter, it is masked."""
+    longest = max(len(ids) for ids in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(rows):
+        columns = slice(longest - len(ids), longest) if side == "left" else slice(0, len(ids))
+        input_ids[row, columns] = torch.as_tensor(np.asarray(ids), dtype=torch.long)
+        mask[row, columns] = 1
+    return input_ids.to(device), mask.to(device)
+
+
+def _keeps_logits(model: Any) -> bool:
+    """Whether the model's forward can leave out positions before its head."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(core.forward).parameters
+
+
+def _can_share(cache: Any) -> bool:
+    """Whether rows can be repeated and left out: plain attention caches, not sliding windows or recurrent states."""
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)

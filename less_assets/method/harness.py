@@ -113,7 +113,6 @@ class HarnessModel(HFLM):
             self.model,
             [ids for ids, _ in keys],
             wanted,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
             token_budget=self.token_budget,
         )
         for row, logits in scored:

@@ -4,13 +4,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from less_assets.errors import EvaluationError
-from less_assets.method.batching import collate
-from less_assets.method.chat import EncodedExample, encode_target
+from less_assets.method.chat import EncodedExample
 from less_assets.method.evaluation import (
     METRIC_SCHEMA,
     SAMPLE_SCHEMA,
@@ -20,67 +17,9 @@ from less_assets.method.evaluation import (
     held_out_loss,
     summarize,
 )
-from less_assets.method.generation import cut_before, generate, logits_at
-from less_assets.method.targets import EvaluationExample, TargetExample
+from less_assets.method.targets import EvaluationExample
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 FAST = EvaluationSettings(replicates=50)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Bytes as tokens, so that every text can be encoded and continued."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + letters)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def memorizing_model(model, tokenizer):
-    """The tiny model, trained to say "blue." after "sky?" and "10" after "sum?"."""
-    memorizing = LlamaForCausalLM(model.config)
-    memorizing.load_state_dict(model.state_dict())
-    rows = []
-    for question, answer in (("sky?", "blue."), ("sum?", "10")):
-        asked = TargetExample("", "", [{"role": "user", "content": question}], "", answer)
-        target = encode_target(asked, tokenizer, chat_format="template", max_length=64)
-        end = [tokenizer.eos_token_id]
-        rows.append(encoded([*target.input_ids, *end], [*target.labels, *end]))
-    batch = collate(rows, tokenizer.pad_token_id)
-    optimizer = torch.optim.AdamW(memorizing.parameters(), lr=1e-2)
-    for _ in range(50):
-        optimizer.zero_grad()
-        memorizing(**batch).loss.backward()
-        optimizer.step()
-    return memorizing.eval()
 
 
 def example(question, answer, subtask="all", references=(), choices=(), number=0, metric="exact_match"):
@@ -111,79 +50,46 @@ def random_rows(count, vocabulary, seed=0):
     return rows
 
 
-def test_held_out_loss_equals_the_models_own_for_every_budget(model, tokenizer):
-    rows = random_rows(15, len(tokenizer))
+def test_held_out_loss_equals_the_models_own_for_every_budget(byte_model, byte_tokenizer):
+    rows = random_rows(15, len(byte_tokenizer))
     expected = []
     for row in rows:
         ids, labels = torch.tensor(row.input_ids).long()[None], torch.tensor(row.labels).long()[None]
-        expected.append(model(input_ids=ids, labels=labels).loss.item())
+        expected.append(byte_model(input_ids=ids, labels=labels).loss.item())
     for budget in (1, 64, 10_000):
-        losses, tokens = held_out_loss(model, rows, pad_token_id=0, token_budget=budget)
+        losses, tokens = held_out_loss(byte_model, rows, token_budget=budget)
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
         assert tokens.tolist() == [(row.labels[1:] != -100).sum() for row in rows]
 
 
-def test_held_out_loss_without_partial_head_is_the_same(model, tokenizer):
+def test_held_out_loss_without_partial_head_is_the_same(byte_model, byte_tokenizer):
     class FullHead(torch.nn.Module):
         """A model whose forward cannot leave out positions."""
 
         def __init__(self):
             super().__init__()
-            self.inner, self.config, self.device = model, model.config, model.device
+            self.inner, self.config, self.device = byte_model, byte_model.config, byte_model.device
 
-        def forward(self, input_ids, attention_mask, use_cache):
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        def forward(self, input_ids, **others):
+            return self.inner(input_ids=input_ids, **others)
 
-    rows = random_rows(6, len(tokenizer))
-    np.testing.assert_allclose(
-        held_out_loss(FullHead(), rows, pad_token_id=0)[0], held_out_loss(model, rows, pad_token_id=0)[0], rtol=1e-5
-    )
+    rows = random_rows(6, len(byte_tokenizer))
+    np.testing.assert_allclose(held_out_loss(FullHead(), rows)[0], held_out_loss(byte_model, rows)[0], rtol=1e-5)
 
 
-def test_example_without_loss_tokens_is_named(model):
+def test_example_without_loss_tokens_is_named(byte_model):
     with pytest.raises(EvaluationError, match="lonely"):
-        held_out_loss(model, [encoded([5, 6, 7], [5, -100, -100], "lonely")], pad_token_id=0)
+        held_out_loss(byte_model, [encoded([5, 6, 7], [5, -100, -100], "lonely")])
 
 
-def test_logits_at_are_those_of_a_single_row(model):
-    ids = [7, 9, 11, 13, 15]
-    expected = model(input_ids=torch.tensor([ids])).logits[0, [1, 3]].detach()
-    ((index, logits),) = logits_at(model, [ids], [np.array([1, 3])], pad_token_id=0)
-    assert index == 0
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_generation_is_the_same_alone_and_in_a_batch_and_keeps_the_mode(model, tokenizer):
-    prompts = [tokenizer(text).input_ids for text in ("a", "a longer prompt", "something else entirely", "zz")]
-    model.train()
-    alone = [generate(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
-    assert generate(model, tokenizer, prompts, max_new_tokens=6) == alone
-    assert model.training
-    model.eval()
-
-
-def test_generation_stops_at_the_end_token_and_at_stop_strings(memorizing_model, tokenizer):
-    prompts = [tokenizer(f"<|user|>{question}<|assistant|>").input_ids for question in ("sky?", "sum?")]
-    counted = []
-    texts = generate(memorizing_model, tokenizer, prompts, max_new_tokens=12, on_progress=counted.append)
-    assert texts == ["blue.", "10"]
-    assert sum(counted) == 2
-    assert generate(memorizing_model, tokenizer, prompts, max_new_tokens=12, stop=["ue"]) == ["bl", "10"]
-
-
-def test_cut_before_takes_the_first_stop_string():
-    assert cut_before("one\ntwo\n\nthree", ["\n\n", "\n"]) == "one"
-    assert cut_before("one", []) == "one"
-
-
-def test_generated_answers_are_graded_and_tabled(memorizing_model, tokenizer):
+def test_generated_answers_are_graded_and_tabled(memorizing_model, byte_tokenizer):
     examples = [
         example("sky?", "blue.", "colours", references=["red", "Blue"]),
         example("sum?", "10", "numbers"),
         example("sum?", "11", "numbers", number=1),
     ]
     counted = []
-    result = evaluate_examples(memorizing_model, tokenizer, examples, FAST, on_progress=counted.append)
+    result = evaluate_examples(memorizing_model, byte_tokenizer, examples, FAST, on_progress=counted.append)
     samples, metrics = result.samples, result.metrics
     assert samples.schema == SAMPLE_SCHEMA
     assert metrics.schema == METRIC_SCHEMA
@@ -207,15 +113,15 @@ def test_generated_answers_are_graded_and_tabled(memorizing_model, tokenizer):
     assert value("loss", None)["low"] <= value("loss", None)["value"] <= value("loss", None)["high"]
 
 
-def test_evaluation_is_reproducible(memorizing_model, tokenizer):
+def test_evaluation_is_reproducible(memorizing_model, byte_tokenizer):
     examples = [example("sky?", "blue."), example("sum?", "11")]
-    first = evaluate_examples(memorizing_model, tokenizer, examples, FAST)
-    second = evaluate_examples(memorizing_model, tokenizer, examples, FAST)
+    first = evaluate_examples(memorizing_model, byte_tokenizer, examples, FAST)
+    second = evaluate_examples(memorizing_model, byte_tokenizer, examples, FAST)
     assert first.samples.equals(second.samples)
     assert first.metrics.equals(second.metrics)
 
 
-def test_choices_are_compared_by_likelihood(memorizing_model, tokenizer):
+def test_choices_are_compared_by_likelihood(memorizing_model, byte_tokenizer):
     examples = [
         example("sky?", "blue.", "colours", references=["blue."], choices=["green.", "blue."]),
         example("sum?", "12", "numbers", references=["12"], choices=["10", "12"]),
@@ -223,7 +129,7 @@ def test_choices_are_compared_by_likelihood(memorizing_model, tokenizer):
     counted = []
     result = evaluate_examples(
         memorizing_model,
-        tokenizer,
+        byte_tokenizer,
         examples,
         EvaluationSettings(rule="mmlu", replicates=50),
         on_progress=counted.append,
@@ -234,42 +140,42 @@ def test_choices_are_compared_by_likelihood(memorizing_model, tokenizer):
     assert sum(counted) == 2 + 4
 
 
-def test_choice_likelihoods_are_those_of_the_loss(model, tokenizer):
+def test_choice_likelihoods_are_those_of_the_loss(byte_model, byte_tokenizer):
     """Choices share a row where only their last token differs; the sums must not depend on that."""
     from less_assets.method.harness import HarnessModel
 
-    lm = HarnessModel(model, tokenizer, max_length=256)
+    lm = HarnessModel(byte_model, byte_tokenizer, max_length=256)
     pairs = [("Question: ", " A"), ("Question: ", " B"), ("Question: ", "something longer"), ("Q", "é\n")]
     for (context, continuation), (loss, tokens) in zip(pairs, lm.continuation_losses(pairs), strict=True):
-        ids = torch.tensor([tokenizer(context + continuation).input_ids])
-        expected = cross_entropy(model(input_ids=ids).logits[0, :-1][-tokens:], ids[0, -tokens:]).item()
+        ids = torch.tensor([byte_tokenizer(context + continuation).input_ids])
+        expected = cross_entropy(byte_model(input_ids=ids).logits[0, :-1][-tokens:], ids[0, -tokens:]).item()
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_two_metrics_of_one_format(memorizing_model, tokenizer):
+def test_two_metrics_of_one_format(memorizing_model, byte_tokenizer):
     examples = [example("sky?", "blue.", "english", references=["blue sky"], metric="tydiqa")]
-    result = evaluate_examples(memorizing_model, tokenizer, examples, FAST)
+    result = evaluate_examples(memorizing_model, byte_tokenizer, examples, FAST)
     scores = {each["metric"]: each["value"] for each in result.samples["scores"][0]}
     assert scores == {"f1": pytest.approx(2 / 3), "exact_match": 0.0}
     assert set(result.metrics["metric"]) == {"loss", "f1", "exact_match"}
     assert result.metrics.filter(pl.col("primary"))["metric"].unique().to_list() == ["f1"]
 
 
-def test_prompts_longer_than_the_context_are_cut_from_the_left(model, tokenizer):
+def test_prompts_longer_than_the_context_are_cut_from_the_left(byte_model, byte_tokenizer):
     result = evaluate_examples(
-        model, tokenizer, [example("x" * 900 + "end", "y")], EvaluationSettings(max_length=100, replicates=50)
+        byte_model, byte_tokenizer, [example("x" * 900 + "end", "y")], EvaluationSettings(max_length=100, replicates=50)
     )
     assert result.samples["prompt"][0].endswith("xend<|assistant|>")
     assert len(result.samples["prompt"][0]) < 130
 
 
-def test_nothing_to_evaluate_is_an_error(model, tokenizer):
+def test_nothing_to_evaluate_is_an_error(byte_model, byte_tokenizer):
     with pytest.raises(EvaluationError, match="no evaluation examples"):
-        evaluate_examples(model, tokenizer, [])
+        evaluate_examples(byte_model, byte_tokenizer, [])
     with pytest.raises(EvaluationError, match="different kinds"):
-        evaluate_examples(model, tokenizer, [example("a", "b"), example("a", "b", metric="bbh")], FAST)
+        evaluate_examples(byte_model, byte_tokenizer, [example("a", "b"), example("a", "b", metric="bbh")], FAST)
     with pytest.raises(EvaluationError, match="choices"):
-        evaluate_examples(model, tokenizer, [example("a", "b"), example("a", "b", choices=["b"])], FAST)
+        evaluate_examples(byte_model, byte_tokenizer, [example("a", "b"), example("a", "b", choices=["b"])], FAST)
 
 
 def test_summary_of_known_samples():
@@ -301,7 +207,7 @@ def local_harness_task(tmp_path):
     }
 
 
-def test_harness_task_as_dictionary_generates_and_grades(memorizing_model, tokenizer, local_harness_task):
+def test_harness_task_as_dictionary_generates_and_grades(memorizing_model, byte_tokenizer, local_harness_task):
     task = local_harness_task | {
         "output_type": "generate_until",
         "doc_to_target": "{{a}}",
@@ -310,7 +216,7 @@ def test_harness_task_as_dictionary_generates_and_grades(memorizing_model, token
             {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_punctuation": True}
         ],
     }
-    result = evaluate_with_harness(memorizing_model, tokenizer, task, FAST)
+    result = evaluate_with_harness(memorizing_model, byte_tokenizer, task, FAST)
     assert result.samples.schema == SAMPLE_SCHEMA
     assert result.samples["output"].to_list() == ["blue", "10"]
     assert result.samples["score"].to_list() == [1.0, 0.0]
@@ -320,7 +226,7 @@ def test_harness_task_as_dictionary_generates_and_grades(memorizing_model, token
     assert result.samples["example_id"].n_unique() == 2
 
 
-def test_harness_task_as_yaml_compares_choices(memorizing_model, tokenizer, local_harness_task, tmp_path):
+def test_harness_task_as_yaml_compares_choices(memorizing_model, byte_tokenizer, local_harness_task, tmp_path):
     import yaml
 
     task = local_harness_task | {
@@ -331,7 +237,7 @@ def test_harness_task_as_yaml_compares_choices(memorizing_model, tokenizer, loca
     }
     path = tmp_path / "local.yaml"
     path.write_text(yaml.safe_dump(task))
-    result = evaluate_with_harness(memorizing_model, tokenizer, path, FAST, limit=2)
+    result = evaluate_with_harness(memorizing_model, byte_tokenizer, path, FAST, limit=2)
     assert result.samples["output"].to_list() == ["blue.", "10"]
     assert result.samples["score"].to_list() == [1.0, 0.0]
     assert result.samples["metric"].to_list() == ["acc", "acc"]
@@ -339,14 +245,14 @@ def test_harness_task_as_yaml_compares_choices(memorizing_model, tokenizer, loca
     assert total["value"].to_list() == [0.5]
 
 
-def test_harness_figures_that_are_no_means_keep_the_harness_value(model, tokenizer, local_harness_task):
+def test_harness_figures_that_are_no_means_keep_the_harness_value(byte_model, byte_tokenizer, local_harness_task):
     task = local_harness_task | {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{q}}",
         "metric_list": [{"metric": "byte_perplexity"}],
     }
-    result = evaluate_with_harness(model, tokenizer, task, FAST)
+    result = evaluate_with_harness(byte_model, byte_tokenizer, task, FAST)
     (row,) = result.metrics.filter(pl.col("metric") == "byte_perplexity").rows(named=True)
     # A token is a byte here, so the harness's figure follows from the losses.
     tokens = result.samples["loss_tokens"].to_numpy()
@@ -355,9 +261,11 @@ def test_harness_figures_that_are_no_means_keep_the_harness_value(model, tokeniz
     assert not row["higher_is_better"]
 
 
-def test_unknown_or_unloadable_harness_tasks_are_one_clear_error(model, tokenizer, tmp_path, local_harness_task):
+def test_unknown_or_unloadable_harness_tasks_are_one_clear_error(
+    byte_model, byte_tokenizer, tmp_path, local_harness_task
+):
     with pytest.raises(EvaluationError, match="does not exist"):
-        evaluate_with_harness(model, tokenizer, tmp_path / "nowhere.yaml")
+        evaluate_with_harness(byte_model, byte_tokenizer, tmp_path / "nowhere.yaml")
     broken = local_harness_task | {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "gone.jsonl")}}}
     with pytest.raises(EvaluationError, match="cannot be loaded"):
-        evaluate_with_harness(model, tokenizer, broken)
+        evaluate_with_harness(byte_model, byte_tokenizer, broken)
