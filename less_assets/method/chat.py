@@ -274,12 +274,13 @@ def _turn_end(text: str, start: int, messages: Sequence[Message], tokenizer: Any
     through = _render(messages, tokenizer, generation_prompt=False)
     if text.startswith(through) and len(through) > start:
         return len(through)
-    # Past turns may be rendered otherwise than last ones (Qwen3 drops their thoughts): look for the end-of-turn token.
-    for token in _special_tokens(tokenizer):
-        if through.rstrip().endswith(token):
-            end = text.find(token, start)
-            if end >= 0 and messages[-1]["content"].strip().endswith(text[start:end].strip()):
-                return end + len(token)
+    # A past turn may be rendered otherwise than a last one: Qwen3 drops its thoughts, Phi-4 puts another end token
+    # after the whole conversation. Then the turn ends with the first special token right after its content.
+    content = messages[-1]["content"].strip()
+    for end, token in sorted((text.find(token, start), token) for token in _special_tokens(tokenizer)):
+        said = text[start:end].strip()
+        if end > start and said and content.endswith(said):
+            return end + len(token)
     raise _UnsplittableError(f"the end of assistant turn {len(messages)} cannot be found")
 
 

@@ -49,6 +49,11 @@ OPENED_THOUGHT = (
     "{{ '<|assistant|>' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
+# As Phi-4: turns end with one token, whole conversations with another.
+TWO_ENDS = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
 NO_END_TOKEN = (
     "{% for message in messages %}{{ '### ' + message['role'] + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
@@ -86,6 +91,7 @@ TEMPLATES = {
     "alternating": ALTERNATING,
     "thinking": THINKING,
     "opened thought": OPENED_THOUGHT,
+    "two ends": TWO_ENDS,
     "no end token": NO_END_TOKEN,
 }
 TEMPLATED = {name: make_tokenizer(template=template) for name, template in TEMPLATES.items()}
@@ -203,7 +209,8 @@ def test_loss_is_on_each_answer_and_its_end(name):
     lead = {"alternating": " ", "thinking": ""}.get(name, "")
     last = "<think>\n\n</think>\n\n" if name == "thinking" else lead
     gap = " " if name == "alternating" else ""
-    assert loss_texts(encoded, tokenizer) == [f"{lead}It is 4.{gap}{end}", f"{last}Yes, quite: 4!{gap}{end}"]
+    stop = "</s>" if name == "two ends" else ""
+    assert loss_texts(encoded, tokenizer) == [f"{lead}It is 4.{gap}{end}", f"{last}Yes, quite: 4!{gap}{end}{stop}"]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert encoded.input_ids.tolist() == tokenizer(rendered, add_special_tokens=False).input_ids
 
@@ -224,7 +231,8 @@ def test_any_text_keeps_the_mask_inside_the_answers(contents, name):
         return
     for text, answer in zip(loss_texts(encoded, tokenizer), contents[1::2], strict=True):
         # White space at the edge of an answer may share a token with the header, which has no loss.
-        assert text.removesuffix(END.get(name, "<|im_end|>")).rstrip().endswith(answer.strip())
+        end = END.get(name, "<|im_end|>")
+        assert text.removesuffix("</s>").removesuffix(end).rstrip().endswith(answer.strip())
     # Truth from generation: what comes before the first loss token is what the model would be prompted with.
     first = int(np.flatnonzero(encoded.labels != IGNORED)[0])
     prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
