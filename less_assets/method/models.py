@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -286,7 +287,8 @@ def attach_adapter(model: transformers.PreTrainedModel | PeftModel, lora: LoraSe
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
     try:
-        adapted = get_peft_model(base, config)
+        with _without_future_warnings():
+            adapted = get_peft_model(base, config)
     except ValueError as error:
         linear = {
             name.rpartition(".")[2] for name, part in base.named_modules() if isinstance(part, nn.Linear | Conv1D)
@@ -332,7 +334,8 @@ def load_adapter(
     base = _without_adapter(model)
     fix = f"Check that it was trained on {base.name_or_path}."
     try:
-        adapted = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+        with _without_future_warnings():
+            adapted = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         raise ModelLoadError(
             f"The adapter can't be loaded: {str(error).splitlines()[0]}",
@@ -422,8 +425,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """Write a folder whole or not at all.
 
     Yields:
-        A temporary folder beside `folder`. It gets the name once the block has ended without an error and everything
-        is on the disk. If another process was faster, its folder stays.
+        A temporary folder beside `folder`, `*.partial`. It gets the name once the block has ended without an error and
+        everything is on the disk. If another process was faster, its folder stays. A killed process leaves the
+        temporary folder behind, which nothing reads.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
@@ -571,6 +575,14 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """PEFT and transformers warn each other of renamed attributes, which nobody here can mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _card_licence(folder: Path) -> str | None:
