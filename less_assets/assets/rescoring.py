@@ -56,16 +56,15 @@ def rescore(work: Work) -> Computed:
     """Take the candidates' gradients again and score them without projection."""
     from less_assets.method.exact import exact_influence
     from less_assets.method.influence import normalised_weights
-    from less_assets.method.selection import Budget, select_by_score
+    from less_assets.method.selection import select_by_score
 
     line = work.line
     recipe_key, task = split(work.partition)
     recipe = work.project.recipe(recipe_key)
     assert recipe.candidates is not None
     sketched = candidates_of(line, recipe, task)
-    budget = budget_of(recipe)
+    budget = budget_of(line, recipe)
     found = select_by_score(sketched, budget.times(recipe.candidates), str(recipe.aggregate))
-    rows = budget.rows_of(found.summary.usable)
     ranked = found.table.sort("shard", "row")
     examples = _encode(work, ranked)
     checkpoints = work.project.checkpoints
@@ -100,14 +99,11 @@ def rescore(work: Work) -> Computed:
         pl.Series(EXACT_COLUMN, total, dtype=pl.Array(pl.Float32, len(labels))),
     )
     write_parquet(work.folder, EXACT, table)
-    exact = select_by_score(
-        candidates_of(line, recipe, task, exact=table), Budget("rows", rows) if rows else budget, str(recipe.aggregate)
-    )
+    exact = select_by_score(candidates_of(line, recipe, task, exact=table), budget, str(recipe.aggregate))
     first = set(select_by_score(sketched, budget, str(recipe.aggregate)).table["example_id"])
     kept_rows = exact.table.height
     summary = {
         "candidates": table.height,
-        "budget_rows": rows,
         "subtasks": labels,
         "overlap_with_sketch": len(first & set(exact.table["example_id"])) / max(1, kept_rows),
     }

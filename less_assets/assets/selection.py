@@ -181,7 +181,7 @@ def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:
 
     if recipe.strategy == "none":
         return None
-    budget = budget_of(recipe) if recipe.budget else None
+    budget = budget_of(work.line, recipe) if recipe.budget else None
     if recipe.strategy == "full":
         return selection.select_all(_pool_rows(work, tokens=False))
     assert budget is not None
@@ -195,8 +195,6 @@ def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:
             key = f"{recipe.key}|{task}"
             exact = read_parquet(work.line.folder("exact_scores", key), EXACT)
             candidates = candidates_of(work.line, recipe, task, exact=exact)
-            rows = work.line.summary("exact_scores", key)["budget_rows"]
-            budget = selection.Budget("rows", rows) if rows else budget
         return selection.select_by_score(candidates, budget, str(recipe.aggregate))
     raise NotImplementedError(recipe.strategy)
 
@@ -227,12 +225,18 @@ def _loss_tokens(work: Work, shard: str, rows: pl.DataFrame) -> pl.Series:
     return pl.Series("loss_tokens", counts, pl.Int32)
 
 
-def budget_of(recipe: ResolvedRecipe) -> Any:
-    """A recipe's budget in the method's words."""
+def budget_of(line: Lineage, recipe: ResolvedRecipe) -> Any:
+    """A recipe's budget in the method's words.
+
+    A fraction is one of the pool's distinct examples, for every strategy alike: so that recipes stay comparable where
+    one of them cannot use all rows.
+    """
     from less_assets.method.selection import Budget
 
     assert recipe.budget is not None
-    return Budget(recipe.budget.unit, recipe.budget.amount)
+    budget = Budget(recipe.budget.unit, recipe.budget.amount)
+    rows = budget.rows_of(line.summary("pool_index")["unique"])
+    return Budget("rows", rows) if rows else budget
 
 
 def candidates_of(line: Lineage, recipe: ResolvedRecipe, task: str, exact: pl.DataFrame | None = None) -> list[Any]:
