@@ -18,6 +18,8 @@ MAX_BYTES = 256 * 1024
 """A longer file is no project file."""
 MAX_NODES = 100_000
 """Keys and values with all aliases written out; more is an alias bomb."""
+MAX_DEPTH = 50
+"""Mappings and lists inside one another; whoever walks the data may recurse."""
 
 KeyPath = tuple[str | int, ...]
 
@@ -164,7 +166,10 @@ def _parse(text: str, file: str) -> MarkedData:
             raise ProjectFileError(
                 "The project file is empty.", where=file, fix="start from projects/template.yaml, which shows every key"
             )
-        if _expanded_size(root, {}) > MAX_NODES:
+        size, depth = _expanded(root, {})
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        if size > MAX_NODES:
             raise ProjectFileError(
                 f"The project file has more than {MAX_NODES:,} values once its aliases are written out.",
                 where=file,
@@ -196,13 +201,14 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
-def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below and with this one, counting an aliased node each time that it is used."""
-    if known.get(id(node)) == 0:
-        raise RecursionError  # an alias inside its own anchor
+def _expanded(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Nodes below and with this one, counting an aliased node each time that it is used, and how deep they go."""
     if id(node) not in known:
-        known[id(node)] = 0
-        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in _children(node))
+        known[id(node)] = (0, 0)
+        below = [_expanded(child, known) for child in _children(node)]
+        known[id(node)] = (1 + sum(size for size, _ in below), 1 + max((depth for _, depth in below), default=0))
+    elif known[id(node)] == (0, 0):
+        raise RecursionError  # an alias inside its own anchor
     return known[id(node)]
 
 

@@ -291,6 +291,8 @@ TREES = st.recursive(
     max_leaves=12,
 )
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 def read_or_refuse(content: bytes) -> None:
     """Either a project whose every view works, or the project's own error."""
@@ -306,18 +308,27 @@ def read_or_refuse(content: bytes) -> None:
     json.dumps(views, allow_nan=False, ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize("depth", [10, 60, 150, 250, 2000])
+def test_no_nesting_crashes_the_reader(depth: int):
+    task = "{a: " * depth + "1" + "}" * depth
+    read_or_refuse(with_line("recipes:", f"    evaluation: {{harness: {task}}}\nrecipes:").encode())
+    read_or_refuse(("a: " + "[" * depth + "]" * depth).encode())
+
+
 @given(st.binary(max_size=200))
+@UNHURRIED
 def test_no_bytes_crash_the_reader(content: bytes):
     read_or_refuse(content)
 
 
 @given(st.text(alphabet=st.sampled_from("ab:-[]{}&*!|>%@`'\"#, \n\t\0é\u2028\ud800<?01.~_=e"), max_size=60))
+@UNHURRIED
 def test_no_text_crashes_the_reader(text: str):
     read_or_refuse(text.encode("utf-8", "surrogatepass"))
 
 
 @given(st.sampled_from(sorted(Project.model_fields)), TREES)
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@UNHURRIED
 def test_no_value_of_a_section_crashes_the_reader(section: str, tree: object):
     data = yaml.safe_load(MINIMAL)
     data[section] = tree
@@ -325,14 +336,15 @@ def test_no_value_of_a_section_crashes_the_reader(section: str, tree: object):
 
 
 @given(st.sampled_from(sorted(all_keys(Project))), TREES)
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@UNHURRIED
 def test_no_value_of_a_key_crashes_the_reader(path: str, tree: object):
-    data = yaml.safe_load((PROJECTS / "template.yaml").read_text())
+    data = yaml.safe_load(FULL)
     set_key(data, path, tree)
     read_or_refuse(yaml.safe_dump(data, allow_unicode=True).encode("utf-8", "surrogatepass"))
 
 
 @given(st.data())
+@UNHURRIED
 def test_no_edit_of_a_real_project_file_crashes_the_reader(data: st.DataObject):
     text = (PROJECTS / "template.yaml").read_text()
     start = data.draw(st.integers(0, len(text)))
