@@ -286,6 +286,9 @@ class Warmup(Training):
                 )
             return
         yield from _repeated(("import",), self.imported)
+        for position, path in enumerate(self.imported):
+            if _is_url(path):
+                yield BrokenRule(("import", position), "is a URL", "copy the checkpoint to a local folder first")
         for key in self.given("fraction", *Training.model_fields):
             yield BrokenRule((key,), "has no meaning with `import`: nothing is trained", "leave one of the two out")
         if self.mean_learning_rates is not None and len(self.mean_learning_rates) != len(self.imported):

@@ -99,7 +99,7 @@ def _source(project: Project, source: Source) -> Iterator[Problem]:
 
 
 def _imported_checkpoint(project: Project, path: str) -> Iterator[Problem]:
-    if "://" not in path and not (Path(path) / "adapter_config.json").is_file():
+    if not (Path(path) / "adapter_config.json").is_file():
         yield Problem(
             f"warmup.import ({project.as_written(path)})",
             "there is no adapter_config.json",

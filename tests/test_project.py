@@ -183,6 +183,12 @@ WRONG = {
         "warmup.epochs: has no meaning with `import`",
         "leave one",
     ),
+    "imported from a URL": (
+        MINIMAL + "warmup:\n  import:\n    - a\n    - s3://b/c\n",
+        17,
+        "import[1]: is a URL",
+        "copy",
+    ),
     "wrong number of learning rates": (
         MINIMAL + "warmup: {import: [a, b], mean_learning_rates: [1e-5]}\n",
         14,
