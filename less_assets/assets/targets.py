@@ -50,7 +50,8 @@ def read_task(work: Work) -> Computed:
         assert member.examples is not None
         table = target_table(read_targets(member.examples.format, member.examples.path))
         prefix = f"{member.name}/" if group else ""
-        tables.append(table.with_columns(pl.lit(prefix) + pl.col("subtask"), pl.lit(member.name).alias("member")))
+        subtask = (pl.lit(prefix) + pl.col("subtask")).alias("subtask")
+        tables.append(table.with_columns(subtask, pl.lit(member.name).alias("member")))
     table = pl.concat(tables)
     if table.is_empty():
         raise TargetFormatError("The task has no target examples.", where=work.partition)
