@@ -25,7 +25,7 @@ from less_assets.store.artifacts import ArtifactFolder, repair_command
 from less_assets.store.files import list_files, local_path, remove_tree, storage_trouble
 
 BLOCK_ROWS = 512
-DECODE_ROWS = 32  # 4 MiB of float32 at k = 32768: the decoded rows are still in the cache when they are multiplied
+DECODE_ROWS = 64  # 8 MiB of float32 at k = 32768: still in the cache (L3) when they are multiplied
 UNWRITTEN = 255  # fill value of `status`, equal to RowStatus.PENDING
 METADATA_BYTES = 1 << 20  # larger files of the group are chunks, which carry their own CRC32C
 
