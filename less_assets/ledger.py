@@ -5,6 +5,7 @@ Belongs here: the ledger, its scan, its place in the store. Reading rows is `met
 """
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +22,11 @@ LEDGER_FILE = "pool/ledger.json"
 
 @dataclass(frozen=True)
 class Segment:
-    """A range of physical rows of one file: `rows` rows from the 0-based `first_row`; `digest` hashes their content."""
+    """A range of physical rows of one file: `rows` rows from the 0-based `first_row`; `digest` hashes their content.
+
+    `path` is relative to the project file where the file is near it, so that a moved project keeps its artifacts;
+    `data_path` gives the file.
+    """
 
     path: str
     first_row: int
@@ -123,7 +128,9 @@ class Ledger:
         unchanged = {path for path, _ in known}
         files: dict[str, list[_File]] = {}
         for source in project.pool.sources:
-            files[source.name] = _look(source, [file.path for file in before._files.get(source.name, [])], known)
+            files[source.name] = _look(
+                project, source, [file.path for file in before._files.get(source.name, [])], known
+            )
             unchanged -= {file.path for file in files[source.name] if (file.path, file.stamp) not in known}
         digests = {
             (segment.path, segment.first_row, segment.rows): segment.digest
@@ -132,9 +139,7 @@ class Ledger:
             if segment.path in unchanged
         }
         shards = [
-            shard
-            for source in project.pool.sources
-            for shard in _cut(source, files[source.name], project.pool.shard_size, digests)
+            shard for source in project.pool.sources for shard in _cut(project, source, files[source.name], digests)
         ]
         ledger = cls(files, shards)
         content: dict[str, Any] = {
@@ -145,18 +150,24 @@ class Ledger:
         return ledger
 
 
-def _look(source: Source, known_order: list[str], known: dict[tuple[str, str], int]) -> list[_File]:
+def data_path(project: Project, path: str) -> str:
+    """The file that a path in the ledger means: absolute, or a URL."""
+    return path if "://" in path or os.path.isabs(path) else os.path.normpath(project.folder / path)
+
+
+def _look(project: Project, source: Source, known_order: list[str], known: dict[tuple[str, str], int]) -> list[_File]:
     """The source's files, known ones first and in their old order, with row counts."""
     from less_assets.method.row_files import count_rows, list_files
 
-    found = list_files(source.path)
+    found = [project.as_written(path) for path in list_files(source.path)]
     order = [path for path in known_order if path in set(found)]
     order += [path for path in found if path not in set(order)]
     files = []
     for path in order:
-        stamp = _stamp(path)
+        file = data_path(project, path)
+        stamp = _stamp(file)
         rows = known.get((path, stamp))
-        files.append(_File(path, count_rows(path) if rows is None else rows, stamp))
+        files.append(_File(path, count_rows(file) if rows is None else rows, stamp))
     return files
 
 
@@ -167,8 +178,9 @@ def _stamp(path: str) -> str:
     return f"{info.get('size')}-{changed}"
 
 
-def _cut(source: Source, files: list[_File], shard_size: int, digests: dict[tuple[str, int, int], str]) -> list[Shard]:
-    """Cut the rows of all files, one after another, into shards of `shard_size` rows."""
+def _cut(project: Project, source: Source, files: list[_File], digests: dict[tuple[str, int, int], str]) -> list[Shard]:
+    """Cut the rows of all files, one after another, into shards of `pool.shard_size` rows."""
+    shard_size = project.pool.shard_size
     left = sum(file.rows for file in files) if source.limit is None else source.limit
     pieces: list[list[tuple[str, int, int]]] = [[]]
     room = shard_size
@@ -181,7 +193,7 @@ def _cut(source: Source, files: list[_File], shard_size: int, digests: dict[tupl
             take = min(room, file.rows - position, left)
             pieces[-1].append((file.path, position, take))
             position, room, left = position + take, room - take, left - take
-    _add_digests([piece for shard in pieces for piece in shard], digests)
+    _add_digests(project, [piece for shard in pieces for piece in shard], digests)
     return [
         Shard(f"{source.name}-{index:05d}", source.name, tuple(Segment(*piece, digests[piece]) for piece in shard))
         for index, shard in enumerate(pieces)
@@ -189,7 +201,9 @@ def _cut(source: Source, files: list[_File], shard_size: int, digests: dict[tupl
     ]
 
 
-def _add_digests(pieces: list[tuple[str, int, int]], digests: dict[tuple[str, int, int], str]) -> None:
+def _add_digests(
+    project: Project, pieces: list[tuple[str, int, int]], digests: dict[tuple[str, int, int], str]
+) -> None:
     """Hash the row ranges whose digest is not known, reading each file once."""
     from less_assets.method.row_files import range_digests
 
@@ -198,5 +212,5 @@ def _add_digests(pieces: list[tuple[str, int, int]], digests: dict[tuple[str, in
         if (path, first_row, rows) not in digests:
             missing.setdefault(path, []).append((first_row, rows))
     for path, ranges in missing.items():
-        for (first_row, rows), found in zip(ranges, range_digests(path, ranges), strict=True):
+        for (first_row, rows), found in zip(ranges, range_digests(data_path(project, path), ranges), strict=True):
             digests[path, first_row, rows] = found

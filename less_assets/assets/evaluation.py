@@ -133,7 +133,8 @@ def _evaluate_task(work: Work, task: Task, model: Any, tokenizer: Any) -> Any:
         evaluated.format or "messages",
         evaluated.path or str(evaluated.held_out),
         evaluated.limit,
-        shots_path=task.examples.path,
+        shots_path=task.examples.path if task.examples.format == evaluated.format else None,
+        few_shot=evaluated.few_shot,
     )
     requests = sum(1 + max(1, len(example.choices)) for example in examples)
     return evaluate_examples(

@@ -56,7 +56,7 @@ def finetune(work: Work) -> Computed:
     recipe = work.project.recipe(split(work.partition)[0])
     if recipe.strategy == "none":
         return Computed({"trained": False, "examples": 0, "loss_tokens": 0})
-    settings = TrainingSettings(**work.project.finetuning_settings(recipe.key)["training"])
+    settings = TrainingSettings(**work.project.finetuning.training_values())
     model, tokenizer = work.models.base(recipe.model)
     examples = subset_examples(work, tokenizer)
     scratch = work.models.scratch(work.folder.fingerprint)

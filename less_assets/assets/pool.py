@@ -10,6 +10,7 @@ import dagster as dg
 import polars as pl
 
 from less_assets import metadata
+from less_assets.ledger import data_path
 from less_assets.materialization import Computed, Work, materialize_one, materialize_range
 from less_assets.partitions import Axes
 from less_assets.project import Project
@@ -78,9 +79,11 @@ def read_shard(work: Work) -> Computed:
     shard = work.line.ledger.shard(work.partition)
     source = work.project.source(shard.source)
     tables = [
-        table
+        table.with_columns(pl.lit(segment.path).alias("source_file"))
         for segment in shard.segments
-        for table in read_rows(segment.path, source.name, source.format, segment.first_row, segment.rows)
+        for table in read_rows(
+            data_path(work.project, segment.path), source.name, source.format, segment.first_row, segment.rows
+        )
     ]
     table = pl.concat([pool_table([]), *tables])
     write_parquet(work.folder, EXAMPLES, table)

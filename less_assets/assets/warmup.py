@@ -110,7 +110,7 @@ def train_checkpoint(work: Work) -> Computed:
     from less_assets.method.warmup import warm_up
 
     line, epoch = work.line, work.project.checkpoints.index(work.partition) + 1
-    settings = TrainingSettings(**work.project.warmup_settings()["warmup"])
+    settings = TrainingSettings(**work.project.warmup.training_values())
     examples = warmup_examples(work)
     model, tokenizer = work.models.base()
     folder = work.models.scratch(training_fingerprint(line))
@@ -126,7 +126,7 @@ def train_checkpoint(work: Work) -> Computed:
         lora=lora_settings(work.project),
         until_epoch=epoch,
         on_progress=lambda _: progress(1),
-    )[epoch - 1]
+    )[-1]
     copy_files(checkpoint.folder, work.folder)
     return Computed(
         {
@@ -193,15 +193,15 @@ def training_fingerprint(line: Lineage) -> str:
 
 def restore_epochs(line: Lineage, folder: Path, epochs: int) -> None:
     """Bring finished epochs from the store into an empty scratch folder (a new machine, a cleared cache)."""
+    from less_assets.method.models import whole_folder
+
     for checkpoint in line.project.checkpoints[:epochs]:
         plan = line.plan("warmup_checkpoints", checkpoint)
         stored = line.store.artifact(plan.folder, plan.fingerprint)
         if stored.exists() and not (folder / checkpoint).exists():
-            with stored.local(write=False) as source:
-                names = list(stored.manifest().files)
-                (folder / checkpoint).mkdir(parents=True)
-                for name in names:
-                    shutil.copyfile(source / name, folder / checkpoint / name)
+            with stored.local(write=False) as source, whole_folder(folder / checkpoint) as target:
+                for name in stored.manifest().files:
+                    shutil.copyfile(source / name, target / name)
 
 
 def _finished(folder: Path, epoch: int) -> int:
