@@ -57,7 +57,8 @@ class HarnessModel(HFLM):
         encodings: Mapping[tuple[str, str], Encoding] | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length)
+        with _quiet(), inference(model):  # HFLM warns of what is meant here and leaves the model in eval mode
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length)
         self.token_budget = token_budget
         self.encodings = dict(encodings or {})
         self.contexts = {context: ids for (context, _), (ids, _) in self.encodings.items()}
@@ -162,8 +163,9 @@ def load_task(task: str | Path | Mapping[str, Any], include_path: str | Path | N
     # Reading the harness's own 14,000 YAML files takes some 20 s: only where a name may refer to them.
     needs_names = not is_file and (isinstance(task, str | Path) or "group" in task)
     try:
-        manager = TaskManager(include_path=include_path, include_defaults=needs_names)
-        return manager.load([dict(task) if isinstance(task, Mapping) else str(task)])["tasks"]
+        with _quiet():
+            manager = TaskManager(include_path=include_path, include_defaults=needs_names)
+            return manager.load([dict(task) if isinstance(task, Mapping) else str(task)])["tasks"]
     except KeyError as error:
         raise EvaluationError(
             f"lm-evaluation-harness has no task {task!r}.",

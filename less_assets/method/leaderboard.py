@@ -82,7 +82,6 @@ def compare_recipes(
     results: Sequence[RecipeResult],
     *,
     replicates: int = REPLICATES,
-    confidence: float = CONFIDENCE,
     seed: int = 0,
 ) -> pl.DataFrame:
     """Compare the recipes of a task, metric by metric, each with the references of its model and budget.
@@ -96,7 +95,6 @@ def compare_recipes(
         task: Name of the task.
         results: One per recipe and seed, in the order of the project file.
         replicates: Bootstrap replicates.
-        confidence: Coverage of the intervals.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -116,7 +114,7 @@ def compare_recipes(
         values = {recipe: _sample_values(recipe, draws, member) for recipe, draws in recipes.items()}
         for recipe, draws in recipes.items():
             for metric in _metrics(draws[0].metrics, member):
-                interval = {"replicates": replicates, "confidence": confidence, "seed": seed}
+                interval = {"replicates": replicates, "seed": seed}
                 interval["average"] = metric["average"]
                 rows.append(_row(label, draws, metric, values[recipe], interval))
                 for reference, strategy in REFERENCES.items():
@@ -214,8 +212,8 @@ def to_markdown(board: pl.DataFrame) -> str:
     ]
     shown = [f"**{heading}**\n\n{markdown_table(table)}" for heading, table in parts if table.height]
     note = (
-        "Brackets: 95 % bootstrap interval over samples, clustered by subtask; ±: standard deviation over seeds; "
-        "\\*: better than random, interval of the paired difference without 0."
+        f"Brackets: {100 * CONFIDENCE:.0f} % bootstrap interval over samples, clustered by subtask; ±: "
+        "standard deviation over seeds; \\*: better than random, interval of the paired difference without 0."
     )
     return "\n\n".join([*shown, note])
 
