@@ -154,8 +154,8 @@ def evaluate_examples(
         examples: What to ask; at least one, all graded by the same rule.
         settings: How to ask and grade.
         name: Name of the generated harness task.
-        on_progress: Called with the number of requests done since the last call; each example is one request for its
-            loss and one for its answer (one per choice where choices are compared).
+        on_progress: Called with the number of requests done since the last call; an example is one request, or one per
+            choice where choices are compared.
 
     Raises:
         EvaluationError: If there is nothing to evaluate, or an example cannot be asked.
@@ -166,15 +166,8 @@ def evaluate_examples(
     if not examples:
         raise EvaluationError("There are no evaluation examples.", where=name, fix="give a file with at least one row")
     rule = _common_rule(examples, settings, name)
-    encoded = [_encode(each, each.completion, tokenizer, settings) for each in examples]
-    losses, loss_tokens = held_out_loss(
-        model,
-        encoded,
-        token_budget=settings.token_budget,
-        on_progress=on_progress,
-    )
     new_tokens = settings.max_new_tokens or rule.max_new_tokens or _longest_reference(examples, tokenizer)
-    prompts, encodings = _encode_requests(examples, encoded, tokenizer, settings)
+    prompts, encodings = _encode_requests(examples, tokenizer, settings)
     lm = HarnessModel(
         model,
         tokenizer,
@@ -187,8 +180,13 @@ def evaluate_examples(
     logged = sorted(run_tasks(lm, tasks, seed=settings.seed)["samples"][name], key=lambda sample: sample["doc_id"])
 
     records = []
-    for example, prompt, sample, loss, tokens in zip(examples, prompts, logged, losses, loss_tokens, strict=True):
+    for example, prompt, sample in zip(examples, prompts, logged, strict=True):
         output, answer = _output_and_answer(example, rule, sample)
+        loss_tokens = len(encodings[prompt, example.completion][1])
+        if example.choices:
+            loss = -sample["resps"][example.choices.index(example.completion)][0][0] / loss_tokens
+        else:
+            loss = lm.reference_losses[prompt, example.completion]
         scores = {metric: float(sample[metric]) for metric in rule.metrics}
         records.append(
             _record(
@@ -199,8 +197,8 @@ def evaluate_examples(
                 answer=answer,
                 reference="\n".join(example.answers),
                 scores=scores,
-                loss=float(loss),
-                loss_tokens=int(tokens),
+                loss=loss,
+                loss_tokens=loss_tokens,
             )
         )
     samples = pl.DataFrame(records, schema=SAMPLE_SCHEMA)
@@ -424,25 +422,24 @@ def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: Any) ->
 
 def _encode_requests(
     examples: Sequence[EvaluationExample],
-    encoded: Sequence[EncodedExample],
     tokenizer: Any,
     settings: EvaluationSettings,
 ) -> tuple[list[str], dict[tuple[str, str], tuple[list[int], list[int]]]]:
-    """Return each example's prompt text, and the ids that the harness must use for it.
+    """Return each example's prompt text, and the ids of prompt and continuation that the harness must use for it.
 
-    The ids are those of the loss, so that generation, likelihoods and loss see the very same prompt; text that is
-    tokenized again could differ from it at the seams.
+    They are encoded as target examples are, so that training, loss, likelihoods and generation see the very same
+    prompt; text that is tokenized again could differ from it at the seams.
     """
-    prompts, encodings = [], {}
-    for example, full in zip(examples, encoded, strict=True):
-        prompt_ids, _ = _split(full)
-        prompt = tokenizer.decode(prompt_ids)
-        prompts.append(prompt)
-        for continuation in example.choices or (example.completion,):
-            encodings[prompt, continuation] = (
-                prompt_ids,
-                _split(_encode(example, continuation, tokenizer, settings))[1],
-            )
+    prompts: list[str] = []
+    encodings: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+    for example in examples:
+        choices = {
+            continuation: _split(_encode(example, continuation, tokenizer, settings))
+            for continuation in example.choices or (example.completion,)
+        }
+        prompt_ids, _ = choices[example.completion]
+        prompts.append(tokenizer.decode(prompt_ids))
+        encodings |= {(prompts[-1], each): (prompt_ids, ids) for each, (_, ids) in choices.items()}
     return prompts, encodings
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from less_assets.method.batching import plan_batches
@@ -69,88 +70,143 @@ def generate(
     token_budget: int = 8192,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Continue every prompt greedily and return the new text, cut before the first stop string.
+    """Continue every prompt greedily; see `generate_and_score`."""
+    return generate_and_score(
+        model,
+        tokenizer,
+        prompts,
+        [()] * len(prompts),
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        token_budget=token_budget,
+        on_progress=on_progress,
+    )[0]
 
-    A row ends at an end token, a stop string or `max_new_tokens` tokens; a batch goes on without its ended rows.
+
+def generate_and_score(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Tokens],
+    references: Sequence[Tokens],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    token_budget: int = 8192,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[list[str], np.ndarray]:
+    """Continue every prompt greedily, and take the loss of its reference continuation in the same pass.
+
+    The reference runs behind its prompt in the first forward pass and is masked afterwards, so that the prompt, which
+    is most of the work, is computed once. A row ends at an end token, a stop string or `max_new_tokens` tokens; a batch
+    goes on without its ended rows.
 
     Args:
         model: A causal language model; its adapter, if any, is used as it is.
         tokenizer: Its tokenizer; only decodes.
         prompts: Token ids of each prompt, at least one each.
+        references: Token ids of each reference continuation; may be empty.
         max_new_tokens: Longest continuation in tokens.
         stop: Strings that end a continuation; not part of the returned text.
         token_budget: Padded tokens per batch, prompts and continuations together.
         on_progress: Called after each batch with the number of prompts it held.
 
     Returns:
-        One string per prompt, in the order given, without special tokens.
+        The continuations in the order given, without special tokens and cut before the first stop string; and the mean
+        cross-entropy of each reference in nats per token, float64 (n,), NaN for an empty one.
     """
     end_ids = end_token_ids(model, tokenizer)
-    outputs = [""] * len(prompts)
+    texts = [""] * len(prompts)
+    losses = np.full(len(prompts), np.nan)
+    rows = [[*prompt, *reference] for prompt, reference in zip(prompts, references, strict=True)]
     longest_prefixes = [len(prompt) - 1 for prompt in prompts]
     with inference(model):
-        for batch, prefix, cache in _batches(model, prompts, longest_prefixes, max_new_tokens, token_budget):
-            new_ids = _continue(
-                model, tokenizer, [prompts[i][prefix:] for i in batch], cache, prefix, max_new_tokens, end_ids, stop
-            )
+        for batch, prefix, cache in _batches(model, rows, longest_prefixes, max_new_tokens, token_budget):
+            scored = [len(references[i]) for i in batch]
+            run = _Run(model, [rows[i][prefix:] for i in batch], scored, prefix, cache)
+            losses[batch] = run.reference_losses
+            new_ids = run.continue_greedily(tokenizer, max_new_tokens, end_ids, stop)
             for i, ids in zip(batch, new_ids, strict=True):
-                outputs[i] = cut_before(tokenizer.decode(ids, skip_special_tokens=True), stop)
+                texts[i] = cut_before(tokenizer.decode(ids, skip_special_tokens=True), stop)
             if on_progress:
                 on_progress(len(batch))
-    return outputs
+    return texts, losses
 
 
-def _continue(
-    model: Any,
-    tokenizer: Any,
-    suffixes: Sequence[Tokens],
-    cache: DynamicCache | None,
-    prefix: int,
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-    stop: Sequence[str],
-) -> list[list[int]]:
-    """Return the new token ids of each row, end tokens excluded; `cache` holds the `prefix` tokens before the rows."""
-    input_ids, mask = _pad(suffixes, "left", model.device)
-    mask = torch.cat([mask.new_ones(len(suffixes), prefix), mask], dim=1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, prefix:]
-    # A token decodes to at least one byte, so this many tokens always cover the longest stop string.
-    window = max((len(each.encode()) for each in stop), default=0) + 2
-    new_ids: list[list[int]] = [[] for _ in suffixes]
-    rows = list(range(len(suffixes)))  # which row of the batch each row of the tensors is
-    open_rows = set(rows)
-    for _ in range(max_new_tokens):
-        result = model(
+class _Run:
+    """A batch of rows under way: the prompts and references are done, the next tokens are known.
+
+    Args:
+        model: A causal language model.
+        rows: Token ids of each row behind the shared prefix: rest of the prompt, then the reference.
+        scored: Tokens of each row's reference.
+        prefix: Tokens that the cache holds for every row.
+        cache: Their keys and values; None if there are none.
+    """
+
+    def __init__(
+        self, model: Any, rows: Sequence[Tokens], scored: Sequence[int], prefix: int, cache: DynamicCache | None
+    ) -> None:
+        self.model = model
+        input_ids, mask = _pad(rows, "left", model.device)
+        self.mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
+        kept = max(scored) + 1  # from the last token of the prompt on, which predicts the reference's first
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, prefix:]
+        logits = self._forward(input_ids, positions, cache, kept)[:, -kept:]
+        own = [logits[row, kept - 1 - length :] for row, length in enumerate(scored)]
+        self.next_ids = torch.stack([each[0].argmax(-1) for each in own])
+        self.reference_losses = [
+            float(cross_entropy(each[:-1].float(), input_ids[row, -length:])) if length else float("nan")
+            for row, (each, length) in enumerate(zip(own, scored, strict=True))
+        ]
+        self.positions = torch.empty_like(self.next_ids)
+        for row, length in enumerate(scored):
+            self.mask[row, self.mask.shape[1] - length :] = 0
+            self.positions[row] = prefix + len(rows[row]) - length
+
+    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor, cache: Any, kept: int) -> torch.Tensor:
+        result = self.model(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=self.mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            **({"logits_to_keep": 1} if _keeps_logits(model) else {}),
+            **({"logits_to_keep": kept} if _keeps_logits(self.model) else {}),
         )
-        cache = result.past_key_values
-        next_ids = result.logits[:, -1].argmax(-1)
-        for row, token in zip(rows, next_ids.tolist(), strict=True):
-            if row not in open_rows:
-                continue
-            if token in end_ids:
-                open_rows.remove(row)
-                continue
-            new_ids[row].append(token)
-            if stop and any(each in tokenizer.decode(new_ids[row][-window:]) for each in stop):
-                open_rows.remove(row)
-        if not open_rows:
-            break
-        input_ids = next_ids[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        # Leaving rows out copies the cache, so not for every single one.
-        if 2 * len(open_rows) <= len(rows) and _can_share(cache):
-            kept = torch.tensor([k for k, row in enumerate(rows) if row in open_rows], device=mask.device)
-            rows = [row for row in rows if row in open_rows]
-            cache.batch_select_indices(kept)
-            input_ids, mask, positions = input_ids[kept], mask[kept], positions[kept]
-    return new_ids
+        self.cache = result.past_key_values
+        return result.logits
+
+    def continue_greedily(
+        self, tokenizer: Any, max_new_tokens: int, end_ids: Sequence[int], stop: Sequence[str]
+    ) -> list[list[int]]:
+        """Return the new token ids of each row, end tokens excluded."""
+        # A token decodes to at least one byte, so this many tokens always cover the longest stop string.
+        window = max((len(each.encode()) for each in stop), default=0) + 2
+        rows = list(range(len(self.next_ids)))  # which row of the batch each row of the tensors is
+        open_rows = set(rows)
+        new_ids: list[list[int]] = [[] for _ in rows]
+        for left in range(max_new_tokens - 1, -1, -1):
+            for row, token in zip(rows, self.next_ids.tolist(), strict=True):
+                if row in open_rows and token in end_ids:
+                    open_rows.remove(row)
+                elif row in open_rows:
+                    new_ids[row].append(token)
+                    if stop and any(each in tokenizer.decode(new_ids[row][-window:]) for each in stop):
+                        open_rows.remove(row)
+            if not open_rows or not left:
+                break
+            # Leaving rows out copies the cache, so not for every single one.
+            if 2 * len(open_rows) <= len(rows) and _can_share(self.cache):
+                self._keep([place for place, row in enumerate(rows) if row in open_rows])
+                rows = [row for row in rows if row in open_rows]
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(self.next_ids[:, None], self.positions[:, None], self.cache, 1)
+            self.next_ids, self.positions = logits[:, -1].argmax(-1), self.positions + 1
+        return new_ids
+
+    def _keep(self, places: list[int]) -> None:
+        kept = torch.tensor(places, device=self.mask.device)
+        self.cache.batch_select_indices(kept)
+        self.mask, self.next_ids, self.positions = self.mask[kept], self.next_ids[kept], self.positions[kept]
 
 
 def cut_before(text: str, stop: Sequence[str]) -> str:

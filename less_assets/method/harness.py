@@ -25,7 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from less_assets.errors import EvaluationError
-from less_assets.method.generation import generate, inference, logits_at
+from less_assets.method.generation import generate_and_score, inference, logits_at
 
 # A pair of texts (context, continuation) as token ids.
 Encoding = tuple[Sequence[int], Sequence[int]]
@@ -43,7 +43,8 @@ class HarnessModel(HFLM):
         max_length: Longest prompt and continuation together, in tokens; None: what the model's configuration says.
             Longer prompts are cut from the left.
         token_budget: Padded tokens per batch.
-        encodings: Token ids of (context, continuation) pairs whose encoding must not be derived from the text.
+        encodings: Token ids of (context, continuation) pairs whose encoding must not be derived from the text. A
+            document's continuation is its field `gold`; its loss is found in `reference_losses` after a generation.
         on_progress: Called with the number of requests done since the last call.
     """
 
@@ -61,7 +62,7 @@ class HarnessModel(HFLM):
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length)
         self.token_budget = token_budget
         self.encodings = dict(encodings or {})
-        self.contexts = {context: ids for (context, _), (ids, _) in self.encodings.items()}
+        self.reference_losses: dict[tuple[str, str], float] = {}
         self.on_progress = on_progress
 
     def _encode_pair(self, context: str, continuation: str) -> Encoding:
@@ -79,25 +80,39 @@ class HarnessModel(HFLM):
             if options.get("do_sample"):
                 texts = super().generate_until([requests[i] for i in members], disable_tqdm=True)
             else:
-                until = options.get("until") or []
-                new_tokens = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.max_gen_toks)
-                room = max(1, self.max_length - new_tokens)
-                prompts = [self._context_ids(requests[i].args[0])[-room:] for i in members]
-                texts = generate(
-                    self.model,
-                    self.tokenizer,
-                    prompts,
-                    max_new_tokens=new_tokens,
-                    stop=[until] if isinstance(until, str) else until,
-                    token_budget=self.token_budget,
-                    on_progress=self.on_progress,
-                )
+                texts = self._generate([requests[i] for i in members], options)
             for i, text in zip(members, texts, strict=True):
                 outputs[i] = text
         return outputs
 
-    def _context_ids(self, context: str) -> Sequence[int]:
-        return self.contexts[context] if context in self.contexts else self.tok_encode(context)
+    def _generate(self, requests: Sequence[Instance], options: Mapping[str, Any]) -> list[str]:
+        """Continue the requests' prompts, and note the losses of those whose reference is known."""
+        until = options.get("until") or []
+        new_tokens = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.max_gen_toks)
+        pairs = [self._known_pair(request) for request in requests]
+        encoded = [
+            self.encodings[pair] if pair else (self.tok_encode(request.args[0]), ())
+            for pair, request in zip(pairs, requests, strict=True)
+        ]
+        room = [max(1, self.max_length - max(new_tokens, len(reference))) for _, reference in encoded]
+        texts, losses = generate_and_score(
+            self.model,
+            self.tokenizer,
+            [prompt[-most:] for (prompt, _), most in zip(encoded, room, strict=True)],
+            [reference for _, reference in encoded],
+            max_new_tokens=new_tokens,
+            stop=[until] if isinstance(until, str) else until,
+            token_budget=self.token_budget,
+            on_progress=self.on_progress,
+        )
+        self.reference_losses |= {pair: loss for pair, loss in zip(pairs, losses.tolist(), strict=True) if pair}
+        return texts
+
+    def _known_pair(self, request: Instance) -> tuple[str, str] | None:
+        """Return the request's (context, reference) if their encoding is given, as for our own tasks."""
+        reference = request.doc.get("gold") if isinstance(request.doc, Mapping) else None
+        pair = (request.args[0], reference)
+        return pair if isinstance(reference, str) and pair in self.encodings else None
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: Any = None

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from less_assets.errors import EvaluationError
-from less_assets.method.chat import EncodedExample
+from less_assets.method.chat import EncodedExample, encode_target
 from less_assets.method.evaluation import (
     METRIC_SCHEMA,
     SAMPLE_SCHEMA,
@@ -17,7 +17,7 @@ from less_assets.method.evaluation import (
     held_out_loss,
     summarize,
 )
-from less_assets.method.targets import EvaluationExample
+from less_assets.method.targets import EvaluationExample, TargetExample
 
 FAST = EvaluationSettings(replicates=50)
 
@@ -99,7 +99,7 @@ def test_generated_answers_are_graded_and_tabled(memorizing_model, byte_tokenize
     assert samples["reference"][0] == "red\nBlue"
     assert samples["correct"].to_list() == [True, True, False]
     assert samples["loss"][1] < 0.1 < samples["loss"][2]
-    assert sum(counted) == 6
+    assert sum(counted) == 3
 
     def value(metric, subtask):
         return metrics.filter(pl.col("metric") == metric, pl.col("subtask").eq_missing(subtask)).row(0, named=True)
@@ -111,6 +111,21 @@ def test_generated_answers_are_graded_and_tabled(memorizing_model, byte_tokenize
     assert value("exact_match", None)["primary"]
     assert not value("loss", None)["higher_is_better"]
     assert value("loss", None)["low"] <= value("loss", None)["value"] <= value("loss", None)["high"]
+
+
+def test_losses_of_an_evaluation_are_the_held_out_losses(byte_model, byte_tokenizer):
+    """Generation, likelihoods and the plain loss go different ways to the same number."""
+    questions = [f"{'worked examples ' * 8} {i}?" for i in range(7)]
+    answers = ["a", "bc", "a longer answer", "", "é", "b", "cd"]
+    examples = [example(q, a or "x", choices=()) for q, a in zip(questions, answers, strict=True)]
+    compared = [example(q, a or "x", choices=["other", a or "x"]) for q, a in zip(questions, answers, strict=True)]
+    targets = [TargetExample("", "", each.messages, "", each.completion) for each in examples]
+    rows = [encode_target(each, byte_tokenizer, chat_format="template", max_length=2048) for each in targets]
+    losses, tokens = held_out_loss(byte_model, rows)
+    for asked in (examples, compared):
+        samples = evaluate_examples(byte_model, byte_tokenizer, asked, FAST).samples
+        np.testing.assert_allclose(samples["loss"], losses, rtol=1e-4)
+        assert samples["loss_tokens"].to_list() == tokens.tolist()
 
 
 def test_evaluation_is_reproducible(memorizing_model, byte_tokenizer):
@@ -137,7 +152,7 @@ def test_choices_are_compared_by_likelihood(memorizing_model, byte_tokenizer):
     assert result.samples["output"].to_list() == ["blue.", "10"]
     assert result.samples["score"].to_list() == [1.0, 0.0]
     assert result.samples["metric"].to_list() == ["accuracy", "accuracy"]
-    assert sum(counted) == 2 + 4
+    assert sum(counted) == 4
 
 
 def test_choice_likelihoods_are_those_of_the_loss(byte_model, byte_tokenizer):

@@ -1,12 +1,13 @@
 """Greedy generation and logits: batches, shared prefixes and stopping must not change what a model says."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from less_assets.method import generation
-from less_assets.method.generation import cut_before, generate, group_by_prefix, logits_at
+from less_assets.method.generation import cut_before, generate, generate_and_score, group_by_prefix, logits_at
 
 
 def test_logits_at_are_those_of_a_single_row(byte_model):
@@ -55,10 +56,19 @@ def test_shared_prefixes_change_neither_logits_nor_generations(byte_model, byte_
     assert sum(prefix > 90 for _, prefix in group_by_prefix(prompts, [len(prompt) - 1 for prompt in prompts])) == 1
     shared = dict(logits_at(byte_model, prompts, positions, token_budget=500))
     texts = generate(byte_model, byte_tokenizer, prompts, max_new_tokens=5, token_budget=500)
+    references = [byte_tokenizer("x" * (i % 4)).input_ids for i in range(len(prompts))]
+    scored = generate_and_score(byte_model, byte_tokenizer, prompts, references, max_new_tokens=5, token_budget=500)
+    assert scored[0] == texts
     monkeypatch.setattr(generation, "MIN_PREFIX", 10_000)
     alone = dict(logits_at(byte_model, prompts, positions, token_budget=1))
     assert texts == generate(byte_model, byte_tokenizer, prompts, max_new_tokens=5, token_budget=1)
-    for i in range(len(prompts)):
+    assert np.isnan(scored[1]).tolist() == [not reference for reference in references]
+    for i, reference in enumerate(references):
+        if reference:
+            ids = torch.tensor([[*prompts[i], *reference]])
+            logits = byte_model(input_ids=ids).logits[0, len(prompts[i]) - 1 : -1]
+            expected = torch.nn.functional.cross_entropy(logits, ids[0, len(prompts[i]) :]).item()
+            assert scored[1][i] == pytest.approx(expected, rel=1e-4)
         torch.testing.assert_close(shared[i], alone[i], rtol=1e-4, atol=1e-5)
 
 
