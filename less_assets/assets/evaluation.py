@@ -136,7 +136,7 @@ def _evaluate_task(work: Work, task: Task, model: Any, tokenizer: Any) -> Any:
         shots_path=task.examples.path if task.examples.format == evaluated.format else None,
         few_shot=evaluated.few_shot,
     )
-    requests = sum(1 + max(1, len(example.choices)) for example in examples)
+    requests = sum(max(1, len(example.choices)) for example in examples)
     return evaluate_examples(
         model, tokenizer, examples, asked, name=task.name, on_progress=work.progress(requests, "requests")
     )
