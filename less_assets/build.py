@@ -9,10 +9,13 @@ from typing import Any
 import dagster as dg
 
 from less_assets.assets import evaluation, finetuning, gradients, pool, rescoring, selection, targets, warmup
+from less_assets.checks import build_checks
 from less_assets.lineage import shared_settings
 from less_assets.logs import compact_console
 from less_assets.partitions import Axes
 from less_assets.project import Project
+from less_assets.project_check import not_built
+from less_assets.project_yaml import problems_error
 from less_assets.provenance import FORMAT_VERSION, digest
 from less_assets.resources import open_resources
 from less_assets.sensors import shard_sensor
@@ -27,13 +30,21 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
 
     Returns:
         Definitions that load without torch.
+
+    Raises:
+        ProjectFileError: The project asks for something that is not there yet.
     """
+    if problems := not_built(project):
+        raise problems_error(str(project.path), problems)
     axes = Axes(project)
     assets: list[dg.AssetsDefinition] = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.BetaWarning)  # backfill policies; their behaviour is pinned by our tests
+        # Backfill policies and partitioned checks; their behaviour is pinned by our tests.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        warnings.simplefilter("ignore", dg.PreviewWarning)
         for module in (pool, warmup, gradients, targets, selection, rescoring, finetuning, evaluation):
             assets += module.build_assets(axes)
+        checks = build_checks(axes)
     versions = code_versions(project)
     versioned = dg.map_asset_specs(
         lambda spec: spec.replace_attributes(code_version=versions.get(spec.key.to_user_string(), versions["*"])),
@@ -41,6 +52,7 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
     )
     return dg.Definitions(
         assets=versioned,
+        asset_checks=checks,
         resources=open_resources(project) | resource_overrides,
         sensors=[shard_sensor(project)],
         loggers={"console": compact_console},

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    # Rich's traceback prints local variables: gigabytes of tensors.
+    pretty_exceptions_enable=False,
 )
 ProjectOption = Annotated[
     Path,
@@ -114,6 +117,9 @@ def run(
     resample_warmup: Annotated[
         bool, typer.Option(help="Draw the warm-up sample again; trains everything anew.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare every stored file with its digest first; damaged artifacts are made again.")
+    ] = False,
 ) -> None:
     """Make what is missing or stale, in order, through Dagster; what is done stays done if it is interrupted."""
     from less_assets import summary
@@ -126,7 +132,7 @@ def run(
         if resample_warmup:
             draw_sample_again(store)
         register_shards(loaded, store, instance)
-        outcome = runner.run(_request(task, recipe, until, loaded))
+        outcome = runner.run(replace(_request(task, recipe, until, loaded), verify=verify))
         made = sum(len(partitions) for partitions in outcome.materialized.values())
         seconds = duration(time.monotonic() - started)
         print(f"\n{made} artifacts made, {outcome.fresh} were fresh; {seconds}")

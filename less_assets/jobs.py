@@ -31,11 +31,13 @@ class Request:
         tasks: Only these tasks; empty for all.
         recipes: Only these recipe keys; empty for all.
         until: Stop with this asset; None runs everything.
+        verify: Compare every stored file with its digest; what is damaged is made again.
     """
 
     tasks: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
     until: str | None = None
+    verify: bool = False
 
 
 @dataclass
@@ -82,7 +84,7 @@ class GraphRunner:
         """
         outcome = Outcome()
         for asset, partitions in self.needed(request).items():
-            line = Lineage(self._project, self._store)
+            line = Lineage(self._project, self._store, verify_files=request.verify)
             due = [partition for partition in partitions if not self._is_current(line, asset, partition)]
             outcome.fresh += len(partitions) - len(due)
             if not due:

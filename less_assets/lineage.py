@@ -40,10 +40,11 @@ class Lineage:
     Args:
         project: The project file.
         store: Where artifacts are kept.
+        verify_files: Whether `status` compares every file with its digest; reads everything that is stored.
     """
 
-    def __init__(self, project: Project, store: ArtifactStore) -> None:
-        self.project, self.store = project, store
+    def __init__(self, project: Project, store: ArtifactStore, *, verify_files: bool = False) -> None:
+        self.project, self.store, self.verify_files = project, store, verify_files
         self._plans: dict[tuple[str, str | None], ArtifactPlan] = {}
         self._fresh: dict[tuple[str, str | None], Manifest] = {}
         self._ledger: Ledger | None = None
@@ -99,7 +100,9 @@ class Lineage:
             return Status("blocked", (error.what,))
         try:
             manifest = self.store.current(plan.pointer)
-        except MissingArtifactError as error:
+            if manifest is not None and self.verify_files:
+                self.store.artifact(manifest.key, manifest.fingerprint).verify()
+        except (MissingArtifactError, CorruptArtifactError) as error:
             return Status("missing", (error.what,))
         if manifest is None:
             return Status("missing", ("never materialized",))

@@ -17,6 +17,7 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 
+from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage import Lineage
 from less_assets.progress import Progress
 from less_assets.project import Project
@@ -89,7 +90,7 @@ def materialize(
     Returns:
         The manifest now in force for `plan.pointer`.
     """
-    if not store.artifact(plan.folder, plan.fingerprint).exists():
+    if not _is_whole(store.artifact(plan.folder, plan.fingerprint)):
         opened = store.resuming if resumable else store.writing
         with opened(plan.folder, plan.fingerprint) as folder:
             if not folder.exists():  # another run may have finished it while this one waited
@@ -103,6 +104,18 @@ def materialize(
                 )
     # Equal content may come from other inputs than the first time: the pointer says from which this one came.
     return store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)
+
+
+def _is_whole(folder: ArtifactFolder) -> bool:
+    """Whether the artifact is there; a damaged one is removed, so that it is made again."""
+    if not folder.exists():
+        return False
+    try:
+        folder.verify()
+    except (CorruptArtifactError, MissingArtifactError, StaleArtifactError):
+        folder.discard()
+        return False
+    return True
 
 
 class RangeRun:
@@ -187,9 +200,12 @@ def materialize_range(
     run = RangeRun(context)
     line = Lineage(project, store)
     # Grid keys come grouped by their first dimension, the checkpoint, so each checkpoint's model is loaded once.
-    for partition in sorted(context.partition_keys, key=lambda key: key.split("|")[0]):
+    partitions = sorted(context.partition_keys, key=lambda key: key.split("|")[0])
+    progress = Progress(context.asset_key.to_user_string(), len(partitions), "partitions", context.log.info)
+    for partition in partitions:
         manifest, metadata = _make(context, line, partition, models, compute, describe, resumable=True)
         run.log(partition, manifest, metadata)
+        progress(1)
 
 
 def _make(

@@ -329,7 +329,7 @@ class Gradients(Section):
     )
     directions_limit: Size = setting(
         2 * 10**9,
-        "Keep exact mean directions of a task's subtasks up to this size, recompute them beyond",
+        "Exact target directions held at a time by `rescore: exact`; more passes where they do not fit",
         type="size",
         unit="bytes",
         shown="2 GB",

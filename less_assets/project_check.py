@@ -13,6 +13,7 @@ from less_assets.errors import LessAssetsError
 from less_assets.project import Evaluation, Project, Source, TargetExamples
 from less_assets.project_yaml import Problem
 
+STRATEGIES_BUILT = ("less", "random", "full", "none")
 PEEK_ROWS = 256
 """Rows looked at in each file."""
 PEEK_FILES = 32
@@ -33,7 +34,7 @@ def check_data(project: Project) -> list[Problem]:
     Returns:
         All problems, in the order of the project file; empty if the first run can begin.
     """
-    problems = [*_base_model("model.base", project.model.base)]
+    problems = [*not_built(project), *_base_model("model.base", project.model.base)]
     for source in project.pool.sources:
         problems += _source(project, source)
     for path in project.warmup.imported or []:
@@ -46,6 +47,19 @@ def check_data(project: Project) -> list[Problem]:
     for recipe in project.recipes:
         if recipe.model:
             problems += _base_model(f"recipe {recipe.name}", recipe.model)
+    return problems
+
+
+def not_built(project: Project) -> list[Problem]:
+    """What the project file may say but this version cannot do yet: refused before anything is computed."""
+    problems = [
+        Problem(f"recipe {recipe.name}", f"the strategy {recipe.strategy} is not there yet", "use another strategy")
+        for recipe in project.recipes
+        if recipe.strategy not in STRATEGIES_BUILT
+    ]
+    if project.compute.backend != "local":
+        fix = "use `backend: local`"
+        problems.append(Problem("compute.backend", f"the backend {project.compute.backend} is not there yet", fix))
     return problems
 
 

@@ -3,6 +3,7 @@
 Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `store/features.py`.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
 FEATURES = "features.zarr"
+BATCHING = "batching.json"
 TARGET_FEATURES = "features.parquet"
 
 
@@ -110,10 +112,10 @@ def extract_train_gradients(work: Work) -> Computed:
         len(examples),
         settings.dimension,
         settings.storage,
-        settings.block_rows,
+        min(settings.block_rows, max(1, len(examples))),
     )
     longest = max((len(example.input_ids) for example in examples if example), default=1)
-    budget = loaded.token_budget(settings, longest)
+    budget = _token_budget(work, loaded, longest)
     finished = writer.finished_blocks()
     done = sum(stop - start for start, stop in map(writer.bounds, finished))
     progress = work.progress(len(examples), "rows", done)
@@ -133,6 +135,16 @@ def extract_train_gradients(work: Work) -> Computed:
             )
             writer.write_block(block, features)
     return Computed(_feature_summary(work, RowStatus))
+
+
+def _token_budget(work: Work, loaded: LoadedCheckpoint, longest: int) -> int:
+    """The batch size in tokens: resolved once for an artifact and recorded, so that a resumed run batches alike."""
+    path = work.folder.path(BATCHING)
+    if path.exists():
+        return int(json.loads(path.read_bytes())["token_budget"])
+    budget = loaded.token_budget(work.project.gradients, longest)
+    write_json(work.folder, BATCHING, {"token_budget": budget})
+    return budget
 
 
 def _feature_summary(work: Work, statuses: Any) -> dict[str, Any]:

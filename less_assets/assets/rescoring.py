@@ -1,6 +1,6 @@
 """Two-stage exactness: the sketch retrieves candidates around the cut, exact gradients decide.
 
-Belongs here: wiring only. Exact scores are `method/exact.py`.
+Belongs here: wiring only. Exact scores are `method/features.py`.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
 
 def rescore(work: Work) -> Computed:
     """Take the candidates' gradients again and score them without projection."""
-    from less_assets.method.exact import exact_influence
+    from less_assets.method.features import exact_influence
     from less_assets.method.influence import normalised_weights
     from less_assets.method.selection import select_by_score
 
@@ -83,14 +83,14 @@ def rescore(work: Work) -> Computed:
             examples,
             encoded,
             subtasks,
-            form=str(recipe.form),
             rule=str(recipe.subtask),
+            forms=(str(recipe.form),),
             moments=loaded.moments,
             batching=loaded.batching(work.project.gradients, longest),
             directions_limit=work.project.gradients.directions_limit,
             on_progress=progress,
         )
-        part = np.float32(weights[checkpoint]) * scores
+        part = np.float32(weights[checkpoint]) * scores[str(recipe.form)]
         total = part if total is None else total + part
     kept = ["example_id", "source", "shard", "row", "loss_tokens"]
     table = ranked.select(*kept, pl.col("score").alias("sketched_score")).with_columns(

@@ -14,7 +14,6 @@ import polars as pl
 from less_assets import metadata
 from less_assets.assets.gradients import FEATURES, TARGET_FEATURES
 from less_assets.assets.pool import EXAMPLES, INDEX
-from less_assets.errors import ProjectFileError
 from less_assets.lineage import Lineage, split
 from less_assets.materialization import Computed, Work, materialize_one
 from less_assets.partitions import Axes
@@ -197,11 +196,7 @@ def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:
             exact = read_parquet(work.line.folder("exact_scores", key), EXACT)
             candidates = candidates_of(work.line, recipe, task, exact=exact)
         return selection.select_by_score(candidates, budget, str(recipe.aggregate))
-    raise ProjectFileError(
-        f"The strategy {recipe.strategy!r} is not there yet.",
-        where=f"recipe {recipe.key}",
-        fix="use less, random, full or none",
-    )
+    raise AssertionError(f"refused at load: {recipe.strategy}")
 
 
 def _pool_rows(work: Work, *, tokens: bool) -> Callable[[], Iterator[pl.DataFrame]]:

@@ -64,7 +64,8 @@ def check_key(key: str) -> str:
 
 def repair_command(kind: str | None) -> str:
     """What a user runs to have an artifact made again."""
-    return f"Run `less-assets run --until {kind}`." if kind else "Run `less-assets run`."
+    until = f" --until {kind}" if kind else ""
+    return f"Run `less-assets run{until} --verify`: it makes damaged and missing artifacts again."
 
 
 class ArtifactFolder:
