@@ -1,4 +1,4 @@
-"""From a plan to an artifact to Dagster's log: once per fingerprint, one event per partition, nothing lost on failure."""
+"""From a plan to an artifact to Dagster's log: once per fingerprint, one event a partition, nothing lost on failure."""
 
 from collections.abc import Iterator
 
