@@ -44,6 +44,10 @@ CHARTS = {
     "training": lambda: training_curve(range(5), [3, 2, float("nan"), 1.5, 1.4], held_out=[(2, 2.0), (4, 1.7)]),
     "long training": lambda: training_curve(range(2000), 3 / np.sqrt(np.arange(2000) + 1) + SCORES[:2000] / 20),
     "leaderboard": lambda: leaderboard_chart(LEADERBOARD, title="Leaderboard"),
+    "leaderboard of 16 recipes": lambda: leaderboard_chart(
+        pl.concat([LEADERBOARD.with_columns(recipe=pl.format("{}-{}", "recipe", pl.lit(i))) for i in range(3)])
+    ),
+    "leaderboard with NaN": lambda: leaderboard_chart(LEADERBOARD.with_columns(value=pl.lit(float("nan")))),
     "leaderboard without intervals": lambda: leaderboard_chart(
         LEADERBOARD.head(5).with_columns(low=pl.lit(None, pl.Float64), high=pl.lit(None, pl.Float64))
     ),

@@ -70,7 +70,8 @@ class EvaluationSettings:
         rule: Name of the rule in `answers.RULES` that extracts and grades; None: the examples' own.
         max_new_tokens: Longest generation in tokens; None: the rule's, or enough for the longest reference.
         chat_format: How turns become text; see `chat.py`.
-        max_length: Longest prompt and completion together, in tokens; prompts are cut from the left.
+        max_length: Longest prompt and completion together, in tokens; prompts are cut from the left. None: the model's
+            context.
         token_budget: Padded tokens per batch.
         replicates: Bootstrap replicates.
         confidence: Coverage of the intervals.
@@ -80,7 +81,7 @@ class EvaluationSettings:
     rule: RuleName | None = None
     max_new_tokens: int | None = None
     chat_format: ChatFormat = "template"
-    max_length: int = 2048
+    max_length: int | None = None
     token_budget: int = 4096
     replicates: int = REPLICATES
     confidence: float = CONFIDENCE
@@ -167,11 +168,12 @@ def evaluate_examples(
         raise EvaluationError("There are no evaluation examples.", where=name, fix="give a file with at least one row")
     rule = _common_rule(examples, settings, name)
     new_tokens = settings.max_new_tokens or rule.max_new_tokens or _longest_reference(examples, tokenizer)
-    prompts, encodings = _encode_requests(examples, tokenizer, settings)
+    max_length = _max_length(model, settings)
+    prompts, encodings = _encode_requests(examples, tokenizer, settings.chat_format, max_length)
     lm = HarnessModel(
         model,
         tokenizer,
-        max_length=min(settings.max_length + new_tokens, _context_length(model)),
+        max_length=min(max_length + new_tokens, _context_length(model)),
         token_budget=settings.token_budget,
         encodings=encodings,
         on_progress=on_progress,
@@ -321,7 +323,11 @@ def evaluate_with_harness(
     settings = settings or EvaluationSettings()
     tasks = load_task(task, include_path)
     lm = HarnessModel(
-        model, tokenizer, max_length=settings.max_length, token_budget=settings.token_budget, on_progress=on_progress
+        model,
+        tokenizer,
+        max_length=_max_length(model, settings),
+        token_budget=settings.token_budget,
+        on_progress=on_progress,
     )
     result = run_tasks(
         lm,
@@ -405,25 +411,27 @@ def _common_rule(examples: Sequence[EvaluationExample], settings: EvaluationSett
 
 
 def _encode(
-    example: EvaluationExample, completion: str, tokenizer: Any, settings: EvaluationSettings
+    example: EvaluationExample, completion: str, tokenizer: Any, chat_format: ChatFormat, max_length: int
 ) -> EncodedExample:
     target = TargetExample(example.example_id, example.subtask, example.messages, example.assistant_prefix, completion)
-    return encode_target(target, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
+    return encode_target(target, tokenizer, chat_format=chat_format, max_length=max_length)
 
 
 def _context_length(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
+def _max_length(model: Any, settings: EvaluationSettings) -> int:
+    return min(settings.max_length or _context_length(model), _context_length(model))
+
+
 def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: Any) -> int:
-    references = {answer for each in examples for answer in each.answers}
-    return SPARE_NEW_TOKENS + max(len(tokenizer(each, add_special_tokens=False).input_ids) for each in references)
+    answers = {answer for each in examples for answer in each.answers}
+    return SPARE_NEW_TOKENS + max(len(tokenizer(each, add_special_tokens=False).input_ids) for each in answers)
 
 
 def _encode_requests(
-    examples: Sequence[EvaluationExample],
-    tokenizer: Any,
-    settings: EvaluationSettings,
+    examples: Sequence[EvaluationExample], tokenizer: Any, chat_format: ChatFormat, max_length: int
 ) -> tuple[list[str], dict[tuple[str, str], tuple[list[int], list[int]]]]:
     """Return each example's prompt text, and the ids of prompt and continuation that the harness must use for it.
 
@@ -434,7 +442,7 @@ def _encode_requests(
     encodings: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
     for example in examples:
         choices = {
-            continuation: _split(_encode(example, continuation, tokenizer, settings))
+            continuation: _split(_encode(example, continuation, tokenizer, chat_format, max_length))
             for continuation in example.choices or (example.completion,)
         }
         prompt_ids, _ = choices[example.completion]

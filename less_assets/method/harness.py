@@ -94,7 +94,13 @@ class HarnessModel(HFLM):
             self.encodings[pair] if pair else (self.tok_encode(request.args[0]), ())
             for pair, request in zip(pairs, requests, strict=True)
         ]
-        room = [max(1, self.max_length - max(new_tokens, len(reference))) for _, reference in encoded]
+        room = [self.max_length - max(new_tokens, len(reference)) for _, reference in encoded]
+        if min(room) < 1:
+            raise EvaluationError(
+                f"Answers of up to {new_tokens} tokens leave no room for a prompt in {self.max_length} tokens.",
+                where=str(requests[0].task_name),
+                fix="raise max_length or lower max_new_tokens",
+            )
         texts, losses = generate_and_score(
             self.model,
             self.tokenizer,
@@ -172,26 +178,33 @@ def load_task(task: str | Path | Mapping[str, Any], include_path: str | Path | N
     Raises:
         EvaluationError: If there is no such task, its data cannot be had (offline), or its settings are wrong.
     """
-    is_file = not isinstance(task, Mapping) and Path(task).suffix in {".yaml", ".yml"}
-    if is_file and not Path(task).is_file():  # type: ignore[arg-type]
-        raise EvaluationError("The harness task file does not exist.", where=str(task))
-    # Reading the harness's own 14,000 YAML files takes some 20 s: only where a name may refer to them.
-    needs_names = not is_file and (isinstance(task, str | Path) or "group" in task)
-    try:
-        with _quiet():
-            manager = TaskManager(include_path=include_path, include_defaults=needs_names)
-            return manager.load([dict(task) if isinstance(task, Mapping) else str(task)])["tasks"]
-    except KeyError as error:
-        raise EvaluationError(
-            f"lm-evaluation-harness has no task {task!r}.",
-            fix="list the names with `lm_eval ls tasks`, or give the path of a task's YAML file",
-        ) from error
-    except Exception as error:
-        raise EvaluationError(
-            f"The harness task cannot be loaded: {type(error).__name__}: {error}",
-            where=str(task if not isinstance(task, Mapping) else task.get("task")),
-            fix="its data must be on this machine when the hub cannot be reached (HF_HUB_OFFLINE)",
-        ) from error
+    spec = dict(task) if isinstance(task, Mapping) else str(task)
+    is_file = isinstance(spec, str) and Path(spec).suffix in {".yaml", ".yml"}
+    if is_file and not Path(str(spec)).is_file():
+        raise EvaluationError("The harness task file does not exist.", where=str(spec))
+    # Reading the harness's own 14,000 YAML files takes some 20 s: only for names that may be theirs.
+    if isinstance(spec, dict) or is_file:
+        attempts = ["group" in (spec if isinstance(spec, dict) else Path(spec).read_text(encoding="utf-8"))]
+    else:
+        attempts = [False, True] if include_path else [True]
+    for include_defaults in attempts:
+        try:
+            with _quiet():
+                manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
+                return manager.load([spec])["tasks"]
+        except KeyError as error:
+            missing = error
+        except Exception as error:
+            raise EvaluationError(
+                f"The harness task cannot be loaded: {type(error).__name__}: {error}",
+                where=spec if isinstance(spec, str) else str(spec.get("task")),
+                fix="its data must be on this machine when the hub cannot be reached (HF_HUB_OFFLINE)",
+            ) from error
+    raise EvaluationError(
+        f"lm-evaluation-harness cannot find {missing}.",
+        where=spec if isinstance(spec, str) else str(spec.get("task")),
+        fix="list the names with `lm_eval ls tasks`, or give the path of a task's YAML file",
+    ) from missing
 
 
 def run_tasks(

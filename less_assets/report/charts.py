@@ -187,11 +187,16 @@ def leaderboard_chart(
     import altair as alt
 
     order = table["recipe"].unique(maintain_order=True).to_list()
-    shown = table.with_columns(
+    shown = table.select(
+        "task",
+        "recipe",
+        "value",
+        "low",
+        "high",
         pl.when(pl.col("recipe").is_in(list(references)))
         .then(pl.lit("reference"))
         .otherwise(pl.lit("recipe"))
-        .alias("kind")
+        .alias("kind"),
     )
     base = alt.Chart(shown, height=alt.Step(18), width=300 if shown["task"].n_unique() == 1 else 190).encode(
         y=alt.Y("recipe:N", sort=order, title=None),

@@ -4,6 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 
 from less_assets.errors import EvaluationError
@@ -242,8 +243,6 @@ def test_harness_task_as_dictionary_generates_and_grades(memorizing_model, byte_
 
 
 def test_harness_task_as_yaml_compares_choices(memorizing_model, byte_tokenizer, local_harness_task, tmp_path):
-    import yaml
-
     task = local_harness_task | {
         "output_type": "multiple_choice",
         "doc_to_choice": "{{[wrong, a]}}",
@@ -258,6 +257,22 @@ def test_harness_task_as_yaml_compares_choices(memorizing_model, byte_tokenizer,
     assert result.samples["metric"].to_list() == ["acc", "acc"]
     total = result.metrics.filter(pl.col("metric") == "acc", pl.col("subtask").is_null())
     assert total["value"].to_list() == [0.5]
+
+
+def test_harness_task_by_name_in_the_users_folder(memorizing_model, byte_tokenizer, local_harness_task, tmp_path):
+    task = local_harness_task | {"task": "my_own", "output_type": "loglikelihood", "doc_to_target": "{{a}}"}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/my_own.yaml").write_text(yaml.safe_dump(task))
+    result = evaluate_with_harness(memorizing_model, byte_tokenizer, "my_own", FAST, include_path=tmp_path / "tasks")
+    assert result.samples["subtask"].unique().to_list() == ["my_own"]
+    assert result.samples["metric"].unique().to_list() == ["acc"]
+    assert result.samples["score"].to_list() == [1.0, 0.0]
+    assert "perplexity" in result.metrics["metric"].to_list()
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(byte_model, byte_tokenizer):
+    with pytest.raises(EvaluationError, match="no room"):
+        evaluate_examples(byte_model, byte_tokenizer, [example("a", "b")], EvaluationSettings(max_new_tokens=600))
 
 
 def test_harness_figures_that_are_no_means_keep_the_harness_value(byte_model, byte_tokenizer, local_harness_task):
