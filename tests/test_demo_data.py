@@ -27,7 +27,7 @@ def pool(data):
 
 
 def question_of(messages) -> str:
-    return messages[0]["content"]
+    return messages[1]["content"]
 
 
 def test_the_pool_is_large_and_varied_enough(pool):
@@ -39,9 +39,9 @@ def test_the_pool_is_large_and_varied_enough(pool):
 
 def test_rows_are_short(pool):
     turns = pool["messages"].to_list()
-    # The prompt and template of SmolLM2 take some 36 tokens; digits are a token each.
-    assert max(len(question["content"]) + len(answer["content"]) for question, answer in turns) <= 115
-    assert max(len(answer["content"]) for _, answer in turns) <= 60
+    # The prompt and template of SmolLM2 take some 20 tokens; digits are a token each.
+    assert max(len(question["content"]) + len(answer["content"]) for _, question, answer in turns) <= 115
+    assert max(len(answer["content"]) for _, _, answer in turns) <= 60
 
 
 def test_each_task_has_its_targets_and_held_out_rows(data):
@@ -65,7 +65,7 @@ def test_no_question_stands_in_two_places(data, pool):
 
 def test_shortened_questions_still_state_the_problem_and_its_answer_is_right(pool):
     rows = {kind: [] for kind in KINDS}
-    for source, (question, answer) in pool.select("source", "messages").iter_rows():
+    for source, (_, question, answer) in pool.select("source", "messages").iter_rows():
         rows[source].append((question["content"], answer["content"]))
     for question, answer in rows["word_sequence_reversal"]:
         assert question.removeprefix("Reverse this list of words: ").split(", ") == answer.split(", ")[::-1]
