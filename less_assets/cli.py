@@ -128,11 +128,16 @@ def run(
     with _told(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.jobs import register_shards
         from less_assets.lineage import draw_sample_again
+        from less_assets.project_check import check_data
+        from less_assets.project_yaml import problems_error
 
+        request = replace(_request(task, recipe, until, loaded), verify=verify)
+        if problems := check_data(loaded):  # a task's missing file shall not be found after hours of gradients
+            raise problems_error(str(project), problems)
         if resample_warmup:
             draw_sample_again(store)
         register_shards(loaded, store, instance)
-        outcome = runner.run(replace(_request(task, recipe, until, loaded), verify=verify))
+        outcome = runner.run(request)
         made = sum(len(partitions) for partitions in outcome.materialized.values())
         seconds = duration(time.monotonic() - started)
         print(f"\n{made} artifacts made, {outcome.fresh} were fresh; {seconds}")
