@@ -1,0 +1,244 @@
+"""The command: what it says, what it returns, and that a user's mistake costs one clear message and no computing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import write_rows
+from typer.testing import CliRunner
+
+from less_assets.cli import app
+
+
+class Command:
+    """Runs `less-assets` in this process, over one project and one DAGSTER_HOME."""
+
+    def __init__(self, project) -> None:
+        self.project = project
+
+    def __call__(self, name: str, *arguments: str):
+        result = CliRunner().invoke(app, [name, "--project", str(self.project.path), *arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception  # the user would have seen a traceback
+        return result
+
+    def fails(self, name: str, *arguments: str) -> str:
+        """What it says when it refuses; it must have written nothing but its own records."""
+        result = self(name, *arguments)
+        assert result.exit_code == 1, result.output
+        assert "Traceback" not in result.output
+        assert not list((self.project.folder / "artifacts").rglob("manifest.json"))
+        return result.output
+
+
+@pytest.fixture
+def command(tiny_project, tmp_path, monkeypatch) -> Command:
+    home = tmp_path / "dagster"
+    home.mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    return Command(tiny_project)
+
+
+def help_of(*arguments: str) -> str:
+    """What it prints, however it breaks lines."""
+    return " ".join(CliRunner().invoke(app, list(arguments)).output.split())
+
+
+def test_help_teaches_the_usual_order_and_where_things_are():
+    shown = help_of("--help")
+    for word in ("check", "plan", "run", "gc", "LESS_PROJECT", "DAGSTER_HOME", "--project"):
+        assert word in shown
+    assert shown.index("`check`") < shown.index("`plan`") < shown.index("`run`")
+
+
+@pytest.mark.parametrize("name", ["check", "plan", "run", "gc"])
+def test_every_command_says_in_its_help_what_it_changes(name):
+    shown = help_of(name, "--help")
+    assert re.search("Changes nothing|Computes nothing|what is done stays done|nothing current refers to", shown)
+    assert "--project" in shown
+    assert "LESS_PROJECT" in shown
+
+
+def test_without_a_command_it_shows_the_help():
+    assert "Typical use" in help_of()
+
+
+def test_help_is_there_at_once_without_heavy_imports(tmp_path):
+    code = (
+        "import sys; from less_assets.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'dagster', 'transformers', 'polars') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_check_of_a_good_project_counts_what_it_has_and_changes_nothing(command):
+    before = set(command.project.folder.rglob("*"))
+    shown = command("check")
+    assert shown.exit_code == 0
+    assert "2 sources, 2 tasks, 4 recipes, 2 checkpoints" in shown.output
+    assert set(command.project.folder.rglob("*")) - before == {command.project.folder / "project.yaml"}
+
+
+@pytest.mark.parametrize("name", ["check", "plan", "run"])
+def test_a_misspelt_key_is_named_with_its_line_and_the_nearest_valid_one(command, name):
+    command.project.settings["warmup"]["lerning_rate"] = 1e-3
+    shown = command.fails(name)
+    assert "lerning_rate" in shown
+    assert "learning_rate" in shown
+    assert re.search(r"project\.yaml:\d+", shown)
+
+
+@pytest.mark.parametrize("name", ["check", "plan", "run"])
+@pytest.mark.parametrize("fraction", [0, 2])
+def test_a_fraction_of_nothing_or_of_more_than_all_is_refused(command, name, fraction):
+    command.project.settings["recipes"][0]["fraction"] = fraction
+    assert "fraction" in command.fails(name)
+
+
+@pytest.mark.parametrize("name", ["check", "plan", "run"])
+def test_a_missing_pool_file_is_named(command, name):
+    command.project.settings["pool"]["sources"][0]["path"] = "data/minus.jsonl"
+    assert "minus.jsonl" in command.fails(name)
+
+
+@pytest.mark.parametrize("name", ["check", "plan", "run"])
+def test_a_missing_target_file_is_named_before_anything_is_computed(command, name):
+    (command.project.folder / "targets/sky.jsonl").unlink()
+    assert "sky.jsonl" in command.fails(name)
+
+
+@pytest.mark.parametrize("name", ["check", "run"])
+def test_a_task_without_examples_is_named_before_anything_is_computed(command, name):
+    write_rows(command.project.folder / "targets/sky.jsonl", [])
+    assert "sky" in command.fails(name)
+
+
+@pytest.mark.parametrize("name", ["check", "run"])
+def test_a_missing_held_out_file_is_named_before_anything_is_computed(command, name):
+    (command.project.folder / "held_out/sums.jsonl").unlink()
+    assert "held_out/sums.jsonl" in command.fails(name)
+
+
+def test_check_reports_all_problems_at_once(command):
+    (command.project.folder / "held_out/sums.jsonl").unlink()
+    (command.project.folder / "targets/sky.jsonl").unlink()
+    command.project.settings["model"]["base"] = "./nowhere"
+    shown = command.fails("check")
+    assert "3 problems found; nothing was changed." in shown
+
+
+def test_a_project_file_that_is_not_there_is_named(tmp_path):
+    shown = CliRunner().invoke(app, ["check", "--project", str(tmp_path / "none.yaml")])
+    assert shown.exit_code == 1
+    assert "none.yaml" in shown.output
+    assert isinstance(shown.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--task", "smus"], "sums"),
+        (["--recipe", "random"], "random-seed0"),
+        (["--until", "subset"], "selected_subset"),
+    ],
+)
+@pytest.mark.parametrize("name", ["plan", "run"])
+def test_an_unknown_name_is_answered_with_valid_ones(command, name, arguments, named):
+    shown = command.fails(name, *arguments)
+    assert arguments[1] in shown
+    assert named in shown
+
+
+def test_plan_counts_what_run_would_make_and_says_why(command):
+    shown = command("plan").output
+    (line,) = [line for line in shown.splitlines() if line.startswith("train_gradients")]
+    assert line.split()[:3] == ["train_gradients", "0", "8"]
+    (line,) = [line for line in shown.splitlines() if line.startswith("base_model")]
+    assert "never made" in line
+    assert "artifacts to make; `less-assets run` makes them" in shown
+    assert not list((command.project.folder / "artifacts").rglob("manifest.json"))
+
+
+def test_plan_of_one_recipe_leaves_out_what_it_does_not_need(command):
+    shown = command("plan", "--recipe", "random-seed0").output
+    assert "selected_subset" in shown
+    assert "gradients" not in shown
+
+
+def test_run_again_computes_nothing_then_plan_tells_what_a_change_costs(command):
+    first = command("run", "--until", "pool_index")
+    assert first.exit_code == 0
+    assert re.search(r"5 artifacts made, 0 were fresh", first.output)
+    second = command("run", "--until", "pool_index")
+    assert "nothing was computed" in second.output
+    assert re.search(r"0 artifacts made, 5 were fresh", second.output)
+
+    rows = (command.project.folder / "data/colors.jsonl").read_text().splitlines(keepends=True)
+    (command.project.folder / "data/colors.jsonl").write_text("".join(rows[:-1]))
+    shown = command("plan", "--until", "pool_index").output
+    (line,) = [line for line in shown.splitlines() if line.startswith("instruction_pool")]
+    assert line.split()[:3] == ["instruction_pool", "3", "1"]
+    assert "1 stale: files has changed" in line
+
+
+def test_gc_lists_first_and_removes_only_what_nothing_refers_to(command):
+    command("run", "--until", "instruction_pool")
+    assert command("gc", "--dry-run").output.startswith("0 artifacts")
+    rows = (command.project.folder / "data/colors.jsonl").read_text().splitlines(keepends=True)
+    (command.project.folder / "data/colors.jsonl").write_text("".join(rows[:-1]))
+    command("run", "--until", "instruction_pool")
+    artifacts = command.project.folder / "artifacts"
+    before = set(artifacts.rglob("manifest.json"))
+    listed = command("gc", "--dry-run")
+    assert "pool/colors-00001/" in listed.output
+    assert "1 artifacts" in listed.output
+    assert "would be removed" in listed.output
+    assert set(artifacts.rglob("manifest.json")) == before
+    assert "were removed" in command("gc").output
+    assert len(before - set(artifacts.rglob("manifest.json"))) == 1
+    assert "nothing was computed" in command("run", "--until", "instruction_pool").output
+
+
+def test_a_damaged_artifact_is_made_again(command):
+    command("run", "--until", "instruction_pool")
+    (manifest,) = (command.project.folder / "artifacts/pool/plus-00000").rglob("manifest.json")
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-40])
+    shown = command("run", "--until", "instruction_pool")
+    assert "1 artifacts made" in shown.output
+    assert manifest.read_bytes() == whole
+
+
+def test_a_killed_terminal_leaves_no_traceback_and_status_130(command, monkeypatch):
+    from less_assets.jobs import GraphRunner
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GraphRunner, "run", interrupted)
+    result = command("run")
+    assert result.exit_code == 130
+    assert "goes on from there" in result.output
+
+
+def test_the_installed_command_works_from_another_folder(command, tmp_path):
+    script = shutil.which("less-assets", path=os.path.dirname(sys.executable))
+    if script is None:
+        pytest.skip("the package is not installed beside this Python")
+    done = subprocess.run(
+        [script, "check"],
+        cwd=tmp_path,
+        env={**os.environ, "LESS_PROJECT": str(command.project.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usable" in done.stdout
+    assert done.stderr == ""
