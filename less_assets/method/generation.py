@@ -21,9 +21,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from less_assets.method.batching import plan_batches
 
-# Rows that agree on this many first tokens make a group of their own, if there are enough of them.
+# Rows that agree on this many first tokens make a group of their own.
 PREFIX_WINDOW = 64
-MIN_GROUP = 4
 # Below this many shared tokens a cache costs more than it saves.
 MIN_PREFIX = 8
 # Cached tokens per batch, in units of its token budget: they cost memory, but no computation.
@@ -298,10 +297,10 @@ def group_by_prefix(sequences: Sequence[Tokens], longest_prefixes: Sequence[int]
     for i, ids in enumerate(sequences):
         start = np.asarray(ids[:PREFIX_WINDOW], dtype=np.int64)
         groups.setdefault(start.tobytes() if len(start) == PREFIX_WINDOW else b"", []).append(i)
-    small = [i for start, members in groups.items() if not start or len(members) < MIN_GROUP for i in members]
-    large = [members for start, members in groups.items() if start and len(members) >= MIN_GROUP]
+    alone = [i for start, members in groups.items() if not start or len(members) == 1 for i in members]
+    alike = [members for start, members in groups.items() if start and len(members) > 1]
     found = []
-    for members in [*large, sorted(small)]:
+    for members in [*alike, sorted(alone)]:
         if members:
             common = min(longest_prefixes[i] for i in members)
             first = np.asarray(sequences[members[0]])[:common]
