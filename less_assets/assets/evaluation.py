@@ -4,6 +4,7 @@ Belongs here: wiring only. Asking and grading is `method/evaluation.py`, compari
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -123,7 +124,7 @@ def _evaluate_task(work: Work, task: Task, model: Any, tokenizer: Any) -> Any:
             model,
             tokenizer,
             evaluated.harness,
-            asked,
+            replace(asked, max_length=evaluated.max_length),  # null: the model's own, for the harness's long prompts
             limit=evaluated.limit,
             num_fewshot=evaluated.num_fewshot,
             apply_chat_template=evaluated.apply_chat_template,
