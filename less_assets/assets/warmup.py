@@ -15,7 +15,7 @@ import polars as pl
 
 from less_assets import metadata
 from less_assets.assets.pool import EXAMPLES, INDEX
-from less_assets.errors import MissingArtifactError
+from less_assets.errors import CorruptArtifactError, MissingArtifactError
 from less_assets.lineage import Lineage
 from less_assets.materialization import Computed, Work, materialize_one, materialize_range
 from less_assets.partitions import Axes
@@ -39,9 +39,8 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.MaterializeResult:
         """Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again."""
-        result = materialize_one(context, project, store, models, draw_warmup_sample, metadata.summary)
         check_sample(Lineage(project, store))
-        return result
+        return materialize_one(context, project, store, models, draw_warmup_sample, metadata.summary)
 
     @dg.asset(
         group_name="warmup",
@@ -82,12 +81,17 @@ def draw_warmup_sample(work: Work) -> Computed:
 
 
 def check_sample(line: Lineage) -> None:
-    """Refuse to go on with a frozen sample of which a row has vanished from the pool.
+    """Refuse to put a frozen sample in force again if a row of it has vanished from the pool.
 
     Raises:
         MissingArtifactError: A row of the sample is not in the pool any more.
     """
-    sample = read_parquet(line.folder("warmup_sample"), SAMPLE)["example_id"]
+    plan = line.plan("warmup_sample")
+    frozen = line.store.artifact(plan.folder, plan.fingerprint)
+    try:
+        sample = read_parquet(frozen, SAMPLE)["example_id"]
+    except (MissingArtifactError, CorruptArtifactError):
+        return  # it is going to be drawn from the pool as it is
     index = read_parquet(line.folder("pool_index"), INDEX, ["example_id"])["example_id"]
     gone = sample.filter(~sample.is_in(index.implode()))
     if len(gone):
