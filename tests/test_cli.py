@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import write_rows
+from tiny import write_rows
 from typer.testing import CliRunner
 
 from less_assets.cli import app

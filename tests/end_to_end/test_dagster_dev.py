@@ -17,8 +17,8 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import TinyProject
 from test_run import run
+from tiny import TinyProject
 
 from less_assets.jobs import Request, register_shards
 from less_assets.project import load_project

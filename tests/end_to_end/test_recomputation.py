@@ -13,11 +13,11 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
-from conftest import TinyProject, question, write_rows
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 from polars.testing import assert_frame_equal
 from test_run import run
+from tiny import TinyProject, question, write_rows
 
 from less_assets.assets import gradients
 from less_assets.assets.selection import score_file
