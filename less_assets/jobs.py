@@ -131,7 +131,8 @@ class GraphRunner:
         shards = set(Ledger.load(self._store).shard_keys())
         keys = definition.get_partition_keys(dynamic_partitions_store=self._instance)
         # Shards of a source that was removed stay registered with Dagster; they need nothing any more.
-        return [k for k in keys if "shard" not in ASSET_AXES[key.to_user_string()] or _part(k, "shard") in shards]
+        asset = key.to_user_string()
+        return [each for each in keys if "shard" not in ASSET_AXES[asset] or _part(each, asset, "shard") in shards]
 
     def _upstream(self, key: dg.AssetKey, partition: Partition, parent: dg.AssetKey) -> set[Partition]:
         definition = self._graph.get(parent).partitions_def
@@ -145,11 +146,12 @@ class GraphRunner:
 
     def _asked_for(self, key: dg.AssetKey, partition: Partition, request: Request) -> bool:
         """Whether a partition is among those named: on every axis that the request names, it has one of the names."""
-        axes = ASSET_AXES[key.to_user_string()]
+        asset = key.to_user_string()
+        axes = ASSET_AXES[asset]
         filters = {axis: names for axis, names in (("task", request.tasks), ("recipe", request.recipes)) if names}
         if request.until is None and not filters.keys() <= set(axes):
             return False  # it covers more than was asked for; what is needed of it follows from the graph
-        return all(_part(partition, axis) in names for axis, names in filters.items() if axis in axes)
+        return all(_part(partition, asset, axis) in names for axis, names in filters.items() if axis in axes)
 
     def _is_current(self, line: Lineage, asset: str, partition: Partition) -> bool:
         """Whether the stored artifact matches its plan and Dagster has recorded just this version of it."""
@@ -219,10 +221,8 @@ def register_shards(project: Project, store: ArtifactStore, instance: dg.Dagster
     return ledger
 
 
-def _part(partition: Partition, axis: str) -> str:
-    if isinstance(partition, dg.MultiPartitionKey):
-        return partition.keys_by_dimension[axis]
-    return str(partition)
+def _part(partition: Partition, asset: str, axis: str) -> str:
+    return dict(zip(ASSET_AXES[asset], str(partition).split("|"), strict=True))[axis]
 
 
 def _row(partition: Partition) -> str:

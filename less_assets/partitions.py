@@ -39,8 +39,8 @@ class Axes:
     """Partition definitions of one project, and the mappings that Dagster cannot infer.
 
     Dagster infers the mapping between a grid and one of its own dimensions, and between partitioned and unpartitioned
-    assets. It does not infer one axis to an unrelated one, nor one grid to another: left out, those load silently
-    as "no parents" (see `tests/test_partitions.py`).
+    assets. It does not infer one axis to an unrelated one, nor one list of keys to another: left out, those load
+    silently as "no parents" (see `tests/test_partitions.py`).
     """
 
     project: Project
@@ -59,79 +59,67 @@ class Axes:
         return {
             axes: self._single[axes[0]]
             if len(axes) == 1
+            else self._recipes_by_task(self.project.recipe_keys)
+            if axes == ("recipe", "task")
             else dg.MultiPartitionsDefinition({axis: self._single[axis] for axis in axes})
             for axes in set(ASSET_AXES.values())
             if axes
         }
 
+    def _recipes_by_task(self, recipes: Iterable[str]) -> dg.StaticPartitionsDefinition:
+        """The keys `recipe|task` of some recipes.
+
+        One dimension, written out: some recipes read scores and others do not, and Dagster follows such a mapping in
+        both directions (backfills need that) only between two static dimensions. In the launch dialog `*|bbh` chooses
+        a task, `less|*` a recipe.
+        """
+        return dg.StaticPartitionsDefinition([f"{recipe}|{task}" for recipe in recipes for task in self._tasks])
+
+    @property
+    def _tasks(self) -> list[str]:
+        return list(self.project.task_names)
+
     def of(self, asset: str) -> dg.PartitionsDefinition | None:
         """Partitions definition of an asset; None if it is unpartitioned."""
         if asset == "exact_scores":
-            return self._rescoring
+            return self._recipes_by_task(self.rescoring_recipes) if self.rescoring_recipes else None
         return self._definitions.get(ASSET_AXES[asset])
-
-    @cached_property
-    def _rescoring(self) -> dg.PartitionsDefinition | None:
-        """The recipe × task grid of the recipes that rescore exactly; None if there are none."""
-        recipes = self.rescoring_recipes
-        if not recipes:
-            return None
-        return dg.MultiPartitionsDefinition(
-            {"recipe": dg.StaticPartitionsDefinition(recipes), "task": self._single["task"]}
-        )
 
     @cached_property
     def rescoring_recipes(self) -> list[str]:
         """Keys of the recipes that rescore exactly."""
         return [key for key, recipe in self.project.recipe_keys.items() if recipe.candidates is not None]
 
-    def by_task(self, asset: str) -> dg.AssetDep:
-        """Dependency of a recipe x task grid on the `task` partition of an asset partitioned by task."""
-        return dg.AssetDep(asset, partition_mapping=_single_to_grid("task"))
+    def by_task(self, asset: str, recipes: Iterable[str] | None = None) -> dg.AssetDep:
+        """Dependency of `recipe|task` on the task's partition of an asset.
 
-    def by_recipe(self, asset: str) -> dg.AssetDep:
-        """Dependency of a recipe x task grid on the `recipe` partition of an asset partitioned by recipe."""
-        return dg.AssetDep(asset, partition_mapping=_single_to_grid("recipe"))
+        Args:
+            asset: An asset partitioned by task.
+            recipes: Keys of the recipes that read it, and no others: so `random` never becomes stale because influence
+                scores changed. None: all.
+        """
+        readers = list(self.project.recipe_keys if recipes is None else recipes)
+        return _static(asset, {task: [f"{recipe}|{task}" for recipe in readers] for task in self._tasks})
 
-    def by_rescoring_recipe(self, asset: str) -> dg.AssetDep:
-        """Dependency of the grid of rescoring recipes on the `recipe` partition of an asset partitioned by recipe."""
-        downstream = {
-            recipe: [dg.MultiPartitionKey({"recipe": recipe, "task": task}) for task in self.project.task_names]
-            for recipe in self.rescoring_recipes
-        }
-        return dg.AssetDep(asset, partition_mapping=dg.StaticPartitionMapping(downstream))
+    def by_recipe(self, asset: str, recipes: Iterable[str] | None = None) -> dg.AssetDep:
+        """Dependency of `recipe|task` on the recipe's partition of an asset; `recipes` as in `by_task`."""
+        readers = list(self.project.recipe_keys if recipes is None else recipes)
+        return _static(asset, {recipe: [f"{recipe}|{task}" for task in self._tasks] for recipe in readers})
+
+    def same_key(self, asset: str, recipes: Iterable[str]) -> dg.AssetDep:
+        """Dependency of `recipe|task` on the equal key of an asset that only has those recipes."""
+        keys = [f"{recipe}|{task}" for recipe in recipes for task in self._tasks]
+        return _static(asset, {key: [key] for key in keys})
+
+    def all_recipes(self, asset: str) -> dg.AssetDep:
+        """Dependency of a task on every `recipe|task` of an asset."""
+        keys = [(f"{recipe}|{task}", [task]) for recipe in self.project.recipe_keys for task in self._tasks]
+        return _static(asset, dict(keys))
 
     def all_partitions(self, asset: str) -> dg.AssetDep:
         """Dependency on every partition of an asset whose axes this one does not share."""
         return dg.AssetDep(asset, partition_mapping=dg.AllPartitionMapping())
 
-    def same_recipes(self, asset: str) -> dg.AssetDep:
-        """Dependency of the recipe x task grid on a grid of some of its recipes: equal keys, none for the others."""
-        recipes = {key: key for key in self.rescoring_recipes}
-        mapping = dg.MultiPartitionMapping(
-            {
-                "recipe": dg.DimensionPartitionMapping("recipe", dg.StaticPartitionMapping(recipes)),
-                "task": dg.DimensionPartitionMapping("task", dg.IdentityPartitionMapping()),
-            }
-        )
-        return dg.AssetDep(asset, partition_mapping=mapping)
 
-    def for_recipes(self, asset: str, recipes: Iterable[str]) -> dg.AssetDep:
-        """Dependency of a recipe x task grid on a task's partition, for the recipes that read it and no others.
-
-        So `random` never becomes stale because influence scores changed.
-        """
-        readers = list(recipes)
-        downstream = {
-            task: [dg.MultiPartitionKey({"recipe": recipe, "task": task}) for recipe in readers]
-            for task in self.project.task_names
-        }
-        return dg.AssetDep(asset, partition_mapping=dg.StaticPartitionMapping(downstream))
-
-
-def _single_to_grid(dimension: str) -> dg.PartitionMapping:
-    from dagster._utils.warnings import disable_dagster_warnings
-
-    # Beta in Dagster 1.13 and what it infers itself where it can; written out because grids can hide it.
-    with disable_dagster_warnings():
-        return dg.MultiToSingleDimensionPartitionMapping(partition_dimension_name=dimension)
+def _static(asset: str, children: dict[str, list[str]]) -> dg.AssetDep:
+    return dg.AssetDep(asset, partition_mapping=dg.StaticPartitionMapping(children))

@@ -67,9 +67,6 @@ def test_the_code_location_loads_without_heavy_libraries(home):
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Dagster's validation knows StaticPartitionMapping only between two single dimensions"
-)
 def test_dagster_validates_the_workspace(home):
     done = in_fresh_process("", home, "-m", "dagster", "definitions", "validate")
     assert done.returncode == 0, done.stdout + done.stderr

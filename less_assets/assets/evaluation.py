@@ -49,7 +49,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         group_name="evaluation",
         kinds={"polars", "parquet"},
         partitions_def=axes.of("task_results"),
-        deps=["eval_results"],
+        deps=[axes.all_recipes("eval_results")],
     )
     def task_results(
         context: dg.AssetExecutionContext,

@@ -33,10 +33,10 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         pool="gpu",
         partitions_def=axes.of("exact_scores"),
         deps=[
-            axes.by_task("influence_scores"),
-            axes.by_rescoring_recipe("recipe_settings"),
+            axes.by_task("influence_scores", axes.rescoring_recipes),
+            axes.by_recipe("recipe_settings", axes.rescoring_recipes),
             axes.all_partitions("warmup_checkpoints"),
-            axes.by_task("target_examples"),
+            axes.by_task("target_examples", axes.rescoring_recipes),
             "pool_index",
         ],
     )

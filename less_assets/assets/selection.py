@@ -64,9 +64,9 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         """The recipe with every default filled in; changes downstream only if it really changed."""
         return materialize_one(context, project, store, models, resolve_recipe, metadata.summary)
 
-    scores = [axes.for_recipes("influence_scores", readers)] if readers else []
+    scores = [axes.by_task("influence_scores", readers)] if readers else []
     if axes.of("exact_scores") is not None:
-        scores.append(axes.same_recipes("exact_scores"))
+        scores.append(axes.same_key("exact_scores", axes.rescoring_recipes))
 
     @dg.asset(
         group_name="selection",

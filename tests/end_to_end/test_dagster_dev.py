@@ -231,10 +231,6 @@ def test_ranges_are_launched_and_read_back_partition_by_partition(server):
     assert dev.materializations("gradient_datastore") == {}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Dagster cannot follow a StaticPartitionMapping downwards onto a grid: every backfill is refused",
-)
 def test_a_backfill_of_one_tasks_selection_targets_only_that_task(server):
     dev, _ = server
     assets = ["target_gradients", "influence_scores", "selected_subset"]
