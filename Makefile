@@ -22,7 +22,7 @@ $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 	cp dagster.yaml $@
 
 demo_data/.complete: less_assets/demo.py | env
-	$(BIN)/python -m less_assets.demo demo_data
+	$(BIN)/python -W ignore::SyntaxWarning -m less_assets.demo demo_data
 	touch $@
 
 demo: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete

@@ -70,8 +70,8 @@ class Axes:
         """The keys `recipe|task` of some recipes.
 
         One dimension, written out: some recipes read scores and others do not, and Dagster follows such a mapping in
-        both directions (backfills need that) only between two static dimensions. In the launch dialog `*|bbh` chooses
-        a task, `less|*` a recipe.
+        both directions (backfills need that) only between two static dimensions. In the launch dialog, type `|bbh` and
+        select all: every recipe of a task.
         """
         return dg.StaticPartitionsDefinition([f"{recipe}|{task}" for recipe in recipes for task in self._tasks])
 
