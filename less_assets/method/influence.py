@@ -7,13 +7,20 @@ Both subtask rules are linear in the row's unit vector, so each subtask is one d
 matrix product for all tasks, subtasks and rules together. LESS (arXiv 2402.04333), section 4.2.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import polars as pl
+from threadpoolctl import threadpool_limits
 
 from less_assets.errors import TargetFormatError
+from less_assets.method.quantization import CodedDirections
+
+_ROWS_AT_A_TIME = 64
+"""Half a row's codes become float32: 4 MiB at k = 32768, which stay in the cache while they are multiplied."""
 
 SUBTASK_RULES = ("mean_cosine", "cosine_of_mean")
 
@@ -24,6 +31,16 @@ class FeatureSource(Protocol):
     """Features of the rows of one pool shard at one checkpoint, for example `store.features.FeatureReader`."""
 
     rows: int
+    storage: str
+
+    @property
+    def code_blocks(self) -> int:
+        """Number of stored blocks."""
+        ...
+
+    def codes(self, form: str, index: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """First row, codes and float32 scales of a stored block; called from several threads."""
+        ...
 
     def blocks(self, form: str) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first row, float32 (n, k)) for all rows in order."""
@@ -135,9 +152,7 @@ def score_shard(
         for checkpoint, source in sources.items():
             asked = directions[checkpoint]
             stacked = np.ascontiguousarray(np.concatenate(list(asked.values())), dtype=np.float32)
-            cosines = np.empty((source.rows, len(stacked)), dtype=np.float32)
-            for first, block in source.blocks(form):
-                cosines[first : first + len(block)] = score_block(block, stacked)
+            cosines = _score_source(source, form, stacked)
             start = 0
             for (task, rule), targets in asked.items():
                 part = cosines[:, start : start + len(targets)]
@@ -147,6 +162,27 @@ def score_shard(
                 total = columns.get(f"{form}.{rule}", np.float32(0))
                 columns[f"{form}.{rule}"] = total + np.float32(weights[checkpoint]) * part
     return results
+
+
+def _score_source(source: FeatureSource, form: str, directions: np.ndarray) -> np.ndarray:
+    """Scores (rows, J) of all rows of a source: blocks are read, decoded and multiplied on all cores at once.
+
+    Each thread has its own blocks and multiplies the same few rows at a time, so scores do not depend on the number of
+    threads.
+    """
+    coded = CodedDirections(directions, source.storage)
+    cosines = np.empty((source.rows, len(directions)), dtype=np.float32)
+
+    def score(index: int) -> None:
+        first, codes, scale = source.codes(form, index)
+        for start in range(0, len(codes), _ROWS_AT_A_TIME):
+            stop = min(start + _ROWS_AT_A_TIME, len(codes))
+            cosines[first + start : first + stop] = coded.cosines(codes[start:stop], scale[start:stop])
+
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        for _ in threads.map(score, range(source.code_blocks)):
+            pass
+    return cosines
 
 
 def score_table(rows: pl.DataFrame, scores: ScoreArrays) -> pl.DataFrame:

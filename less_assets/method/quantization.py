@@ -112,6 +112,66 @@ def decode(codes: np.ndarray, scale: np.ndarray, storage: str, dimension: int) -
     return values
 
 
+class CodedDirections:
+    """Directions made ready for cosines with codes of one storage, which are never decoded into rows of features.
+
+    A cosine does not depend on a row's scale, and a code is an integer plus a constant: it is enough to multiply the
+    integers. A third of the time of `decode` and a product.
+
+    Args:
+        directions: float32 (J, k).
+        storage: The storage of the codes.
+    """
+
+    def __init__(self, directions: np.ndarray, storage: str) -> None:
+        directions = np.asarray(directions, dtype=np.float32)
+        self._storage, self._dimension = storage, directions.shape[1]
+        # Of 4-bit codes, the numbers in the low and in the high halves of the bytes.
+        halves = (directions[:, 0::2], directions[:, 1::2]) if storage == "int4" else (directions,)
+        self._sum = directions.sum(axis=1, dtype=np.float64)
+        self._halves = [np.ascontiguousarray(half).T for half in halves]
+
+    def cosines(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Cosine-type scores `unit(row) @ direction`.
+
+        Args:
+            codes: As `encode` returned them, n rows; a few dozen at once stay in the processor's cache.
+            scale: float32 (n,).
+
+        Returns:
+            float32 (n, J); NaN for rows of zeros, whose scale is 0, and for those that are not finite.
+        """
+        if self._storage == "int4":
+            products, squares = self._int4(codes.view(np.uint8))
+        elif self._storage == "int1":
+            bits = np.unpackbits(codes.view(np.uint8), axis=1, count=self._dimension, bitorder="little")
+            products = 2 * (bits.astype(np.float32) @ self._halves[0]) - self._sum
+            squares = np.full(len(codes), float(self._dimension))
+        else:
+            values = codes.astype(np.float32)
+            if self._storage == "int8":
+                values *= np.abs(values)
+            products, squares = values @ self._halves[0], np.vecdot(values, values)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scores = (products / np.sqrt(squares)[:, None]).astype(np.float32)
+        scores[~(np.isfinite(squares) & (squares > 0) & np.isfinite(scale) & (scale > 0))] = np.nan
+        return scores
+
+    def _int4(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inner products with (code - 7.5), and the squared norms of those."""
+        nibbles = np.empty(codes.shape, dtype=np.uint8)
+        values = np.empty(codes.shape, dtype=np.float32)
+        products = np.zeros((len(codes), self._halves[0].shape[1]), dtype=np.float32)
+        squares = np.zeros(len(codes), dtype=np.float32)
+        for split, mask, directions in zip((np.bitwise_and, np.right_shift), (15, 4), self._halves, strict=True):
+            split(codes, mask, out=nibbles)
+            np.subtract(nibbles, np.float32(7.5), out=values)
+            used = values[:, : len(directions)]  # of an odd dimension, the last high half holds no number
+            products += used @ directions
+            squares += np.vecdot(used, used)
+        return products, squares
+
+
 def _divided(features: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return features / np.where(scale > 0, scale, 1)[:, None]
 

@@ -254,6 +254,31 @@ class FeatureReader:
         """Exact norms of the directions of a form, float32 (rows,)."""
         return self._column(f"{form}/norm")
 
+    @property
+    def code_blocks(self) -> int:
+        """Number of stored blocks."""
+        return -(-self.rows // self.block_rows)
+
+    def codes(self, form: str, index: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The codes of a stored block; may be called from several threads.
+
+        Args:
+            form: Direction form.
+            index: Which block, below `code_blocks`.
+
+        Returns:
+            First row, codes of the block's rows as `method.quantization.encode` returned them, and their float32 scale.
+
+        Raises:
+            CorruptArtifactError: A chunk is damaged; the error names its file.
+        """
+        start, stop = index * self.block_rows, min((index + 1) * self.block_rows, self.rows)
+        parts = [
+            _read(self._arrays[f"{form}/{name}"], self.path, f"{form}/{name}", start, stop, self._asset)
+            for name in ("features", "scale")
+        ]
+        return start, parts[0], parts[1]
+
     def blocks(self, form: str, rows: int = DECODE_ROWS) -> Iterator[tuple[int, np.ndarray]]:
         """Decoded features of all rows in order, read and decoded while the caller works on those before.
 

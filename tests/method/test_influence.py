@@ -31,10 +31,16 @@ class Rows:
         self.rows = len(next(iter(features.values())))
         self.passes = 0
 
-    def blocks(self, form):
-        self.passes += 1
-        for first in range(0, self.rows, self.block):
-            yield first, self.features[form][first : first + self.block]
+    storage = "float16"  # whose codes are the numbers themselves
+
+    @property
+    def code_blocks(self):
+        return -(-self.rows // self.block)
+
+    def codes(self, form, index):
+        self.passes += index == 0
+        block = self.features[form][index * self.block : (index + 1) * self.block]
+        return index * self.block, block, np.ones(len(block), dtype=np.float32)
 
 
 def random_rows(seed: int, rows: int, dimension: int) -> np.ndarray:

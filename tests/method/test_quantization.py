@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from less_assets.method.quantization import STORAGES, bytes_per_row, choose_storage, decode, encode
+from less_assets.method.influence import score_block
+from less_assets.method.quantization import STORAGES, CodedDirections, bytes_per_row, choose_storage, decode, encode
 
 ROWS = npst.arrays(
     np.float32,
@@ -105,3 +106,23 @@ def test_bytes_are_spent_on_dimensions_until_there_are_no_more():
     assert choose_storage(16 << 10, "sgd") == ("int8", 16_384)
     assert choose_storage(16 << 10, "marginal", parameters=40_000) == ("int4", 32_768)
     assert choose_storage(1 << 20, "adamw", parameters=1_000) == ("float16", 1_000)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@given(rows=ROWS, seed=st.integers(0, 99))
+def test_cosines_of_codes_are_those_of_decoded_rows(storage, rows, seed):
+    directions = np.random.default_rng(seed).standard_normal((3, rows.shape[1]), dtype=np.float32)
+    codes, scale = encode(rows, storage)
+    found = CodedDirections(directions, storage).cosines(codes, scale)
+    # In float64, because decoded rows may be too small or too large for a norm in float32.
+    decoded = decode(codes, np.ones_like(scale), storage, rows.shape[1]).astype(np.float64)
+    decoded *= scale[:, None] > 0
+    expected = score_block(decoded, directions.astype(np.float64))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.linalg.norm(directions, axis=1).max())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_cosines_of_rows_that_are_zero_are_not_numbers(storage):
+    rows = np.array([[0, 0, 0], [1, -2, 3]], dtype=np.float32)
+    found = CodedDirections(np.eye(3, dtype=np.float32), storage).cosines(*encode(rows, storage))
+    np.testing.assert_array_equal(np.isnan(found), [[True] * 3, [False] * 3])
