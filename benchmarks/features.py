@@ -286,11 +286,11 @@ def bergson_python() -> Path:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", str(folder)],
-        [*pip, "install", "--quiet", f"torch=={torch_version}", f"bergson=={BERGSON}"],
+        [*pip, "install", "--quiet", "--constraint", "constraints.txt", f"torch=={torch_version}", f"bergson=={BERGSON}"],
         # transformers imports torchvision where it finds it; one that was built for another torch breaks it.
         [*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],
     ):
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         if ran.returncode:
             raise RuntimeError((ran.stderr.strip() or ran.stdout.strip()).splitlines()[-1])
     done.touch()
@@ -303,7 +303,7 @@ def bergson_side(bench: Bench, rows: list[EncodedExample]) -> Iterator[Callable[
     python, work = bergson_python(), bench.work / "bergson"
     work.mkdir(exist_ok=True)
     adapter = work / "adapter"
-    bench.model.save_pretrained(adapter)
+    bench.model.save_pretrained(adapter, save_embedding_layers=False)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(find_base(BASE, bench.models).folder)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
