@@ -8,19 +8,22 @@ Results go to `benchmarks/results/features.json`, section by section, so an inte
 trial only prints, and works in a folder of its own. `--plots` draws the finished figures into `docs/images`.
 SmolLM2-135M with LoRA r 8 on q, k, v, o (P = 921,600) after a short warm-up, on real pool rows of up to 256 tokens.
 
-How to read it. Times: the sides of a comparison take turns in one process, the first round does not count, and the
-median of the others is taken; ratios above 1 mean that ours is faster. `features_over_training_step` is tokens/s of
-features (k 8192, one form) over tokens/s of `model(**batch).loss.backward()` on the same batches.
-`over_reference_way` is against batch size 1 and a dense Rademacher projection generated anew for every 16 gradients, as
-the reference code does without its CUDA extension (PyPI `traker`, BasicProjector), each side in the dtype in which it
-is faster. `over_bergson`: our tokens/s at k 8192 over those of PyPI `bergson` 2.5.1 `build` at k 512, one global
-projection, plain gradients, both in float32; bergson runs in an environment of its own, as a process that waits for its
-turn, and its loading of the model does not count. Fidelity: Spearman correlation and
-overlap of the top 5 % with the scores of unprojected gradients (1,000 rows; BBH in LESS's format, cut from the left to
-512 tokens; mean cosine, maximum over subtasks), mean over three sketch seeds. `_less` is LESS's storage, k 8192 in 16
-bits (16 KiB a row; sparse signs, whose variance is that of dense ones); `_16kib` and `_4kib` are what `choose_storage`
-picks for that many bytes. `two_stage_*`: candidates four times the budget, scored again exactly; extra time is a share
-of extracting the whole pool. A key is null where a section could not run: the printed line says why.
+How to read it. Times: the sides of a comparison take turns, the first round does not count, and the median of the others
+is taken; ratios above 1 mean that ours is faster. `features_over_training_step` is tokens/s of features (k 8192, one
+form) over tokens/s of `model(**batch).loss.backward()` on the same batches. `over_reference_way` is against batch size 1
+and a dense Rademacher projection generated anew for every 16 gradients, as the reference code does without its CUDA
+extension (PyPI `traker`, BasicProjector), each side in the dtype in which it is faster. `over_bergson`: our tokens/s at
+k 8192 over those of PyPI `bergson` 2.5.1 `build` at k 512, one global projection, plain gradients, both in float32;
+bergson runs in an environment of its own, as a process that waits for its turn, and its loading of the model does not
+count.
+
+Fidelity: Spearman correlation and overlap of the top 5 % with the scores of unprojected gradients (1,000 rows; BBH in
+LESS's format, cut from the left to 512 tokens; mean cosine, maximum over subtasks), mean over three sketch seeds. `_less`
+is LESS's storage, k 8192 in 16 bits (16 KiB a row; sparse signs, whose variance is that of dense ones); `_16kib` and
+`_4kib` are what `choose_storage` picks for that many bytes. `_certificate_*`, at 16 KiB: the overlap that a certificate
+from 64 rows expects, the share of selected rows that it calls certain, and the share of those that exact scores select.
+`two_stage_*`: candidates four times the budget, scored again exactly; extra time is a share of extracting the whole pool.
+A key is null where a section could not run: the printed line says why.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from peft import PeftModel
 from plots import draw
@@ -55,6 +59,7 @@ from less_assets.method.features import (
     per_example_gradients,
     score_exactly,
 )
+from less_assets.method.fidelity import Queue, ScoredSample, judge, spearman
 from less_assets.method.gradients import lora_parameters
 from less_assets.method.influence import score_block, target_directions
 from less_assets.method.models import LoraSettings, find_base, load_adapter, load_base, resolve_dtype
@@ -282,11 +287,11 @@ def bergson_python() -> Path:
     if done.exists():
         return python
     print(f"  installing bergson {BERGSON} into {folder}", flush=True)
-    torch_version = torch.__version__.partition("+")[0]
+    wanted = [f"torch=={torch.__version__.partition('+')[0]}", f"bergson=={BERGSON}"]
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", str(folder)],
-        [*pip, "install", "--quiet", "--constraint", "constraints.txt", f"torch=={torch_version}", f"bergson=={BERGSON}"],
+        [*pip, "install", "--quiet", "--constraint", "constraints.txt", *wanted],
         # transformers imports torchvision where it finds it; one that was built for another torch breaks it.
         [*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],
     ):
@@ -392,18 +397,32 @@ def exact_gradients(bench: Bench, name: str, examples: list[EncodedExample]) -> 
     return gradients
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (n,) score arrays."""
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
-
-
 def top(scores: np.ndarray, count: int) -> set[int]:
     """Places of the highest scores."""
     return set(np.argsort(-scores, kind="stable")[:count].tolist())
 
 
+def certify(estimate: np.ndarray, truth: np.ndarray, count: int, seed: int) -> tuple[float, int, int]:
+    """What a certificate from 64 random rows says of the best `count` of (n,) scores, and how many it is right about.
+
+    Returns:
+        Expected overlap with the exact selection, rows labelled certain, and those of them that exact scores select.
+    """
+    sample = np.random.default_rng(seed).permutation(len(truth))[:64]
+    best = np.argsort(-estimate, kind="stable")[:count]
+    selected = pl.DataFrame({"example_id": best.astype(str), "score": estimate[best], "task": "bbh"})
+    judged = judge(
+        ScoredSample(estimate[sample, None], truth[sample, None], estimate[:, None], len(truth)),
+        [Queue("bbh", None, (0,), "max")],
+        selected.with_columns(rank=pl.int_range(1, pl.len() + 1)),
+    )
+    exact = top(truth, count)
+    right = [int(row) in exact for row in judged.table.filter("certain")["example_id"]]
+    return judged.overlap, len(right), sum(right)
+
+
 def fidelity(bench: Bench) -> dict[str, Any]:
-    """Sketched and stored scores against exact ones."""
+    """Sketched and stored scores against exact ones, and certificates against both."""
     targets, subtasks = bench.targets()
     train, target = exact_gradients(bench, "pool", bench.rows), exact_gradients(bench, "targets", targets)
     moments = [
@@ -444,12 +463,13 @@ def fidelity(bench: Bench) -> dict[str, Any]:
     print(f"  {'form':10}{'storage':9}{'k':>8}{'KiB':>7}  Spearman  top 5 %  two stages")
     for form, storage, k in sorted(grid, key=str):
         truth = exact[form].max(axis=1)
-        measured = []
+        measured, certified = [], []
         for seed in SEEDS:
             estimate = scores(form, storage, k, seed)
             candidates = np.array(sorted(top(estimate, CANDIDATES * count)))
             second = {int(candidates[place]) for place in top(truth[candidates], count)}
             best = top(truth, count)
+            certified.append(certify(estimate, truth, count, seed))
             measured.append(
                 (spearman(estimate, truth), len(top(estimate, count) & best) / count, len(second & best) / count)
             )
@@ -463,6 +483,10 @@ def fidelity(bench: Bench) -> dict[str, Any]:
                 results[f"{form}_spearman_{label}"], results[f"{form}_top5_{label}"] = rank, overlap
                 if label == "16kib":
                     overlaps.append(two_stage)
+                    expected, certain, right = np.mean(certified, axis=0).tolist()
+                    results[f"{form}_certificate_overlap"] = expected
+                    results[f"{form}_certificate_certain"] = certain / count
+                    results[f"{form}_certificate_right"] = right / certain if certain else None
     results["two_stage_overlap"] = min(overlaps)
     return results
 
