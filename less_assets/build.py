@@ -8,7 +8,17 @@ from typing import Any
 
 import dagster as dg
 
-from less_assets.assets import evaluation, finetuning, gradients, pool, rescoring, selection, targets, warmup
+from less_assets.assets import (
+    baselines,
+    evaluation,
+    finetuning,
+    gradients,
+    pool,
+    rescoring,
+    selection,
+    targets,
+    warmup,
+)
 from less_assets.checks import build_checks
 from less_assets.lineage import shared_settings
 from less_assets.logs import compact_console
@@ -42,7 +52,7 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
         # Backfill policies and partitioned checks; their behaviour is pinned by our tests.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        for module in (pool, warmup, gradients, targets, selection, rescoring, finetuning, evaluation):
+        for module in (pool, warmup, gradients, targets, baselines, selection, rescoring, finetuning, evaluation):
             assets += module.build_assets(axes)
         checks = build_checks(axes)
     versions = code_versions(project)

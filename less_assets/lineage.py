@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError, TargetFormatError
 from less_assets.ledger import Ledger
-from less_assets.project import Project
+from less_assets.project import OPTIONAL_ASSETS, Project
 from less_assets.provenance import ArtifactPlan, digest
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.files import read_bytes, write_atomically
@@ -159,13 +159,17 @@ def split(partition: str | None) -> tuple[str, str]:
 def shared_settings(project: Project) -> dict[str, Any]:
     """Settings that all partitions of an asset share, by asset: what its `code_version` folds in."""
     model, gradients = project.model_settings(), project.gradient_settings()
-    return {
+    shared = {
         "warmup_sample": project.sample_settings(),
         "warmup_checkpoints": {"model": model, **project.warmup_settings()},
         "train_gradients": {"model": model, **gradients},
         "target_gradients": {"model": model, **gradients},
+        "pool_embeddings": {"model": model},
+        "target_embeddings": {"model": model},
         "finetuned_model": project.finetuning_settings(),
     }
+    unneeded = [name for name in OPTIONAL_ASSETS if not any(project.needs(key, name) for key in project.recipe_keys)]
+    return {asset: settings for asset, settings in shared.items() if asset not in unneeded}
 
 
 def files_digest(paths: list[str]) -> str:
@@ -308,13 +312,71 @@ def _recipe_settings(line: Lineage, recipe: str | None) -> ArtifactPlan:
 
 def _selected_subset(line: Lineage, key: str | None) -> ArtifactPlan:
     recipe, task = split(key)
+    project = line.project
     inputs = line.version("recipe_settings", recipe) | line.version("pool_index")
-    if line.project.reads_scores(recipe):
+    ranking = project.ranked_by(recipe)
+    if project.reads_scores(recipe):
         inputs |= line.version("influence_scores", task)
-    if line.project.recipe(recipe).candidates is not None:
-        inputs |= line.version("exact_scores", key)
+    for asset in ("exact_scores", "text_scores", "embedding_scores"):
+        if project.needs(ranking, asset):
+            inputs |= line.version(asset, f"{ranking}|{task}")
+    if project.matches_targets(recipe):
+        inputs |= line.version("target_examples", task)
+    # How long rows are depends on the tokenizer.
+    settings = {"tokenizer": project.tokenizer_settings()} if project.counts_tokens(recipe) else {}
     folder = f"selection/{task}/recipes/{recipe}"
-    return ArtifactPlan("selected_subset", key, folder, folder, {}, inputs)
+    return ArtifactPlan("selected_subset", key, folder, folder, settings, inputs)
+
+
+def _pool_embeddings(line: Lineage, shard: str | None) -> ArtifactPlan:
+    folder = f"embeddings/pool/{shard}"
+    inputs = line.version("base_model") | line.version("instruction_pool", shard)
+    return ArtifactPlan("pool_embeddings", shard, folder, folder, {"model": line.project.model_settings()}, inputs)
+
+
+def _target_embeddings(line: Lineage, task: str | None) -> ArtifactPlan:
+    folder = f"embeddings/target/{task}"
+    model = line.version("base_model")
+    return ArtifactPlan(
+        "target_embeddings",
+        task,
+        folder,
+        folder,
+        {"model": line.project.model_settings()},
+        model | line.version("target_examples", task),
+        # Another way to evaluate the task leaves its embeddings as they are.
+        determined_by=model | {"examples": line.summary("target_examples", task)["examples_digest"]},
+    )
+
+
+def _embedding_scores(line: Lineage, key: str | None) -> ArtifactPlan:
+    recipe, task = split(key)
+    strategy = line.project.recipe(recipe).strategy
+    inputs = line.version("pool_index")
+    for shard in line.shards():
+        inputs |= line.version("pool_embeddings", shard)
+    if strategy == "rds":
+        inputs |= line.version("target_embeddings", task)
+    # By fingerprint alone: recipes that differ in their budget only share the scores.
+    pointer, folder = f"selection/{task}/embedding/{recipe}", f"selection/{task}/embedding"
+    return ArtifactPlan("embedding_scores", key, pointer, folder, {"strategy": strategy}, inputs)
+
+
+def _text_scores(line: Lineage, key: str | None) -> ArtifactPlan:
+    recipe, task = split(key)
+    settings = {"strategy": line.project.recipe(recipe).strategy}
+    index = line.version("pool_index")
+    pointer, folder = f"selection/{task}/text/{recipe}", f"selection/{task}/text"
+    examples = line.summary("target_examples", task)["examples_digest"]
+    return ArtifactPlan(
+        "text_scores",
+        key,
+        pointer,
+        folder,
+        settings,
+        index | line.version("target_examples", task),
+        determined_by=index | {"examples": examples},
+    )
 
 
 def _exact_scores(line: Lineage, key: str | None) -> ArtifactPlan:
@@ -386,6 +448,10 @@ PLANS: dict[str, Callable[[Lineage, str | None], ArtifactPlan]] = {
     "target_gradients": _target_gradients,
     "influence_scores": _influence_scores,
     "recipe_settings": _recipe_settings,
+    "pool_embeddings": _pool_embeddings,
+    "target_embeddings": _target_embeddings,
+    "embedding_scores": _embedding_scores,
+    "text_scores": _text_scores,
     "exact_scores": _exact_scores,
     "selected_subset": _selected_subset,
     "finetuned_model": _finetuned_model,

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import dagster as dg
 
-from less_assets.project import Project
+from less_assets.project import OPTIONAL_ASSETS, Project
 
 # The axes of every asset, in Dagster's order: by name.
 ASSET_AXES: dict[str, tuple[str, ...]] = {
@@ -24,6 +24,10 @@ ASSET_AXES: dict[str, tuple[str, ...]] = {
     "target_gradients": ("checkpoint", "task"),
     "influence_scores": ("task",),
     "recipe_settings": ("recipe",),
+    "pool_embeddings": ("shard",),
+    "target_embeddings": ("task",),
+    "embedding_scores": ("recipe", "task"),
+    "text_scores": ("recipe", "task"),
     "exact_scores": ("recipe", "task"),
     "selected_subset": ("recipe", "task"),
     "finetuned_model": ("recipe", "task"),
@@ -80,15 +84,18 @@ class Axes:
         return list(self.project.task_names)
 
     def of(self, asset: str) -> dg.PartitionsDefinition | None:
-        """Partitions definition of an asset; None if it is unpartitioned."""
-        if asset == "exact_scores":
-            return self._recipes_by_task(self.rescoring_recipes) if self.rescoring_recipes else None
+        """Partitions definition of an asset; None if it is unpartitioned, or if no recipe needs it."""
+        if asset in OPTIONAL_ASSETS:
+            recipes = self.needed_by(asset)
+            if not recipes:
+                return None
+            if "recipe" in ASSET_AXES[asset]:
+                return self._recipes_by_task(recipes)
         return self._definitions.get(ASSET_AXES[asset])
 
-    @cached_property
-    def rescoring_recipes(self) -> list[str]:
-        """Keys of the recipes that rescore exactly."""
-        return [key for key, recipe in self.project.recipe_keys.items() if recipe.candidates is not None]
+    def needed_by(self, asset: str) -> list[str]:
+        """Keys of the recipes that need one of `OPTIONAL_ASSETS`."""
+        return [key for key in self.project.recipe_keys if self.project.needs(key, asset)]
 
     def by_task(self, asset: str, recipes: Iterable[str] | None = None) -> dg.AssetDep:
         """Dependency of `recipe|task` on the task's partition of an asset.
@@ -106,10 +113,21 @@ class Axes:
         readers = list(self.project.recipe_keys if recipes is None else recipes)
         return _static(asset, {recipe: [f"{recipe}|{task}" for task in self._tasks] for recipe in readers})
 
-    def same_key(self, asset: str, recipes: Iterable[str]) -> dg.AssetDep:
-        """Dependency of `recipe|task` on the equal key of an asset that only has those recipes."""
-        keys = [f"{recipe}|{task}" for recipe in recipes for task in self._tasks]
-        return _static(asset, {key: [key] for key in keys})
+    def scores_of_recipes(self, asset: str) -> dg.AssetDep:
+        """Dependency of `recipe|task` on the scores that the recipe ranks by, an asset of some recipes only.
+
+        These are its own, or those of the recipe whose rows' lengths it matches; the other recipes depend on none.
+        """
+        readers = {
+            key: [reader for reader in self.project.recipe_keys if self.project.ranked_by(reader) == key]
+            for key in self.needed_by(asset)
+        }
+        children = {
+            f"{key}|{task}": [f"{reader}|{task}" for reader in found]
+            for key, found in readers.items()
+            for task in self._tasks
+        }
+        return _static(asset, children)
 
     def all_recipes(self, asset: str) -> dg.AssetDep:
         """Dependency of a task on every `recipe|task` of an asset."""

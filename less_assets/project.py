@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -35,8 +35,19 @@ Strategy = Literal["less", "random", "full", "none", "bm25", "dsir", "rds", "per
 SubtaskRule = Literal["mean_cosine", "cosine_of_mean"]
 Aggregate = Literal["max", "mean", "round_robin"]
 BUDGETS = ("fraction", "rows", "tokens")
-SEEDED = ("random", "length_matched")
+SEEDED = ("random", "dsir", "length_matched")
 """Strategies that draw: one recipe key for each of their seeds."""
+TEXT_SCORED = ("bm25", "dsir")
+"""Strategies that score the pool's text."""
+EMBEDDING_SCORED = ("rds", "perplexity")
+"""Strategies that score what the base model makes of the pool's rows."""
+AGGREGATED = ("less", "bm25", "rds")
+"""Strategies with a score for each subtask (`rds`: for each target example)."""
+MATCHABLE = ("less", "bm25", "rds", "perplexity")
+"""Strategies whose selection `length_matched` may imitate: those that rank by a score and draw nothing."""
+OPTIONAL_ASSETS = ("exact_scores", "text_scores", "pool_embeddings", "target_embeddings", "embedding_scores")
+"""Assets that exist only if a recipe needs them; grids of recipes among them have those recipes' partitions only."""
+_TOKENIZER_KEYS = ("base", "chat_format", "max_length")
 PAPER = "LESS"
 MAX_SEED = 2**32 - 1
 
@@ -419,6 +430,10 @@ class Task(Section):
         type="list of names",
         min_length=1,
     )
+    control: bool = setting(
+        False,
+        "The evaluation has nothing to do with the examples: a check warns if a recipe beats random on it all the same",
+    )
     evaluation: Evaluation | None = setting(
         None, "How models are judged; null: selection only (a group is judged by its members' evaluations)"
     )
@@ -434,18 +449,23 @@ class Task(Section):
             yield from _repeated(("members",), self.members)
             if self.evaluation:
                 yield BrokenRule(("evaluation",), "a group is judged by its members' evaluations", "leave it out")
+        if self.control and not self.evaluation:
+            yield BrokenRule(("control",), "a control without evaluation shows nothing", "give it an `evaluation`")
 
 
 class Recipe(Section):
     """A way to choose a subset, and the model to fine-tune on it."""
 
     name: Name = setting(
-        ..., "Name of the recipe; a partition key (`random` and `length_matched`: with `-seed0`, …)", type="name"
+        ...,
+        "Name of the recipe; a partition key (`random`, `dsir` and `length_matched`: with `-seed0`, …)",
+        type="name",
     )
     strategy: Strategy = setting(
         ...,
-        "`less` by influence; `random`; `full` the whole pool; `none` the base model; baselines: `bm25`, `dsir`, "
-        "`rds`, `perplexity`, `length_matched`",
+        "`less` by influence; `random`; `full` the whole pool; `none` the base model; `bm25` shared words; `dsir` "
+        "n-gram importance; `rds` cosine of hidden states (RDS+); `perplexity` of the base model; `length_matched` "
+        "random rows as long as others",
     )
     form: Form | None = setting(
         None, "Direction Γ (`less`), one of `gradients.forms`; null: `marginal` if it is there, else the first"
@@ -456,8 +476,8 @@ class Recipe(Section):
     )
     aggregate: Aggregate = setting(
         "round_robin",
-        "How subtasks make one ranking (`less`): `max` is LESS's and lets one subtask take most; `round_robin` takes "
-        "turns",
+        "How subtasks make one ranking (`less`, `bm25`; `rds`: target examples): `max` is LESS's and lets one subtask "
+        "take most; `round_robin` takes turns",
     )
     fraction: float | None = setting(
         None, "Budget: share of the pool's distinct examples; the paper has 0.05", gt=0, lt=1
@@ -469,7 +489,31 @@ class Recipe(Section):
     )
     candidates: float = setting(4.0, "Candidates to rescore, as a multiple of the budget", ge=1)
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = setting(
-        [0], "One draw, one recipe key for each seed (`random`, `length_matched`)", type="list of numbers", min_length=1
+        [0],
+        "One draw, one recipe key for each seed (`random`, `dsir`, `length_matched`)",
+        type="list of numbers",
+        min_length=1,
+    )
+    keep: Literal["mid", "top"] = setting(
+        "mid", "Rows to keep (`perplexity`): the middle of the pool's distribution, or the highest"
+    )
+    match: Name | None = setting(
+        None,
+        "Recipe whose selected rows' lengths are matched (`length_matched`); null: those of the task's target examples",
+        type="name",
+    )
+    near_duplicates: float | None = setting(
+        None,
+        "Pass over a row whose gradient has at least this cosine with that of a row selected before it (`less`); null: "
+        "keep all",
+        gt=0,
+        le=1,
+    )
+    quotas: dict[Name, Annotated[float, Field(gt=0, le=1)]] | None = setting(
+        None,
+        "Largest share of the budget that a source may have, by name of the source; sources not named have no limit",
+        type="mapping of sources to shares",
+        min_length=1,
     )
     model: ModelReference | None = setting(
         None, "Fine-tune this model instead of `model.base` (LESS-T)", type="id or path", source=PAPER
@@ -483,10 +527,13 @@ class Recipe(Section):
         elif len(budgets) != 1:
             said = f"has {len(budgets)} budgets: {', '.join(budgets)}" if budgets else "has no budget"
             yield BrokenRule((budgets[1],) if budgets else (), said, "give exactly one of `fraction`, `rows`, `tokens`")
-        if self.strategy != "less":
-            for key in self.given("form", "subtask", "aggregate", "rescore", "candidates"):
+        read = {"form": ("less",), "subtask": ("less",), "aggregate": AGGREGATED, "rescore": ("less",)}
+        read |= {"candidates": ("less",), "near_duplicates": ("less",), "keep": ("perplexity",)}
+        read |= {"match": ("length_matched",), "quotas": tuple(set(get_args(Strategy)) - {"full", "none"})}
+        for key in self.given(*read):
+            if self.strategy not in read[key]:
                 yield BrokenRule((key,), f"has no meaning for strategy {self.strategy}", "leave it out")
-        elif self.rescore == "none" and self.given("candidates"):
+        if self.strategy == "less" and self.rescore == "none" and self.given("candidates"):
             yield BrokenRule(("candidates",), "has no meaning without `rescore: exact`", "leave it out")
         if self.strategy not in SEEDED and self.given("seeds"):
             yield BrokenRule(("seeds",), f"strategy {self.strategy} draws nothing", "leave it out")
@@ -525,11 +572,15 @@ class ResolvedRecipe:
         name: Name in the file; recipes of several seeds share it.
         strategy: How to choose.
         budget: None for `full` and `none`.
-        form: Direction form; None unless the strategy is `less`, as the next two.
+        form: Direction form; None unless the strategy is `less`, as the next.
         subtask: Influence on a subtask.
-        aggregate: How subtasks make one ranking.
+        aggregate: How subtasks make one ranking; None where there is one score only.
         candidates: Candidates for exact rescoring as a multiple of the budget; None: no rescoring.
         seed: Seed of the draw; None for strategies that draw nothing.
+        keep: Rows to keep by perplexity; None for other strategies.
+        match: Key of the recipe whose lengths are matched; None: those of the targets, or another strategy.
+        near_duplicates: Cosine from which a row is passed over; None: never.
+        quotas: Largest share of the budget by source; empty: no limits.
         model: Model to fine-tune instead of the project's.
     """
 
@@ -542,6 +593,10 @@ class ResolvedRecipe:
     aggregate: Aggregate | None
     candidates: float | None
     seed: int | None
+    keep: Literal["mid", "top"] | None
+    match: str | None
+    near_duplicates: float | None
+    quotas: Mapping[str, float]
     model: str | None
 
 
@@ -623,9 +678,31 @@ class Project(Section):
         task = self.task(name)
         return [self.task(member) for member in task.members] if task.members else [task]
 
+    def needs(self, key: str, asset: str) -> bool:
+        """Whether a recipe needs one of `OPTIONAL_ASSETS` for scores of its own."""
+        recipe = self.recipe(key)
+        if asset == "exact_scores":
+            return recipe.candidates is not None
+        strategies = {"text_scores": TEXT_SCORED, "target_embeddings": ("rds",)}
+        return recipe.strategy in strategies.get(asset, EMBEDDING_SCORED)
+
+    def ranked_by(self, key: str) -> str:
+        """Key of the recipe whose scores a recipe reads: its own, or that of the recipe whose lengths it matches."""
+        return self.recipe(key).match or key
+
     def reads_scores(self, key: str) -> bool:
-        """Whether a recipe selects by influence scores."""
-        return self.recipe(key).strategy == "less"
+        """Whether a recipe reads influence scores."""
+        return self.recipe(self.ranked_by(key)).strategy == "less"
+
+    def matches_targets(self, key: str) -> bool:
+        """Whether a recipe draws rows that are as long as the task's target examples."""
+        recipe = self.recipe(key)
+        return recipe.strategy == "length_matched" and recipe.match is None
+
+    def counts_tokens(self, key: str) -> bool:
+        """Whether a recipe's selection depends on the lengths of rows in tokens of the base model."""
+        recipe = self.recipe(key)
+        return recipe.strategy == "length_matched" or (recipe.budget is not None and recipe.budget.unit == "tokens")
 
     # What follows names the settings that can change numbers, as plain data for fingerprints. Left out is what cannot:
     # where things are kept and run, batch sizes that only change rounding, and paths, whose content is hashed instead.
@@ -674,8 +751,15 @@ class Project(Section):
 
     def recipe_settings(self, key: str) -> dict[str, Any]:
         """Settings of a selection: equal for recipes that differ in name or in the model to fine-tune only."""
-        settings = asdict(self.recipe(key))
+        recipe = self.recipe(key)
+        settings = asdict(recipe)
+        if recipe.match:
+            settings["match"] = self.recipe_settings(recipe.match)
         return {name: settings[name] for name in settings if name not in ("key", "name", "model")}
+
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Settings that decide how long a row is in tokens."""
+        return {name: value for name, value in self.model_settings().items() if name in _TOKENIZER_KEYS}
 
     def finetuning_settings(self, key: str | None = None) -> dict[str, Any]:
         """Settings of a recipe's fine-tuning; without a key, those that all recipes share.
@@ -753,8 +837,7 @@ def _rules_between_sections(data: Mapping[str, Any], context: dict[str, Any]) ->
     distinct = {recipe.name: index for index, recipe in reversed(recipes.items())}.values()
     keys = [(index, each.key) for index in sorted(distinct) for each in _resolve(recipes[index], ["adamw"])]
     yield from _taken(("recipes",), keys, "recipe key")
-    stated = data["tasks"] if isinstance(data.get("tasks"), list) else []
-    all_names = {task["name"] for task in stated if isinstance(task, dict) and isinstance(task.get("name"), str)}
+    all_names = _stated_names(data.get("tasks"))
     groups = {task.name for task in tasks.values() if task.members}
     for index, task in tasks.items():
         for position, member in enumerate(task.members or []):
@@ -770,6 +853,30 @@ def _rules_between_sections(data: Mapping[str, Any], context: dict[str, Any]) ->
                 f"gradients.forms does not list {recipe.form!r}",
                 f"add it there, or choose one of {', '.join(gradients[0].forms)}",
             )
+    stated = _stated_names(pool.get("sources") if isinstance(pool, dict) else None)
+    yield from _names_in_recipes(recipes, stated, _stated_names(data.get("recipes")))
+
+
+def _stated_names(parts: Any) -> set[str]:
+    """Names of the parts of a list, valid or not."""
+    listed = parts if isinstance(parts, list) else []
+    return {part["name"] for part in listed if isinstance(part, dict) and isinstance(part.get("name"), str)}
+
+
+def _names_in_recipes(recipes: Mapping[int, Recipe], sources: set[str], names: set[str]) -> Iterator[BrokenRule]:
+    """Recipes name sources and other recipes: they must exist, and be of a kind that makes sense there."""
+    strategies = {recipe.name: recipe.strategy for recipe in recipes.values()}
+    matchable = sorted(name for name, strategy in strategies.items() if strategy in MATCHABLE)
+    for index, recipe in recipes.items():
+        for name in sorted({*(recipe.quotas or {})} - sources):
+            path: KeyPath = ("recipes", index, "quotas", name)
+            yield BrokenRule(path, f"there is no source {name!r}", nearest(name, sorted(sources)))
+        path = ("recipes", index, "match")
+        if recipe.match is not None and recipe.match not in names:
+            yield BrokenRule(path, f"there is no recipe {recipe.match!r}", nearest(recipe.match, matchable))
+        elif recipe.match in strategies and recipe.match not in matchable:
+            what = f"{recipe.match!r} has strategy {strategies[str(recipe.match)]}"
+            yield BrokenRule(path, what, f"name a recipe with strategy {', '.join(MATCHABLE)}")
 
 
 def _valid_parts(kind: type[SomeSection], parts: Any, context: dict[str, Any]) -> dict[int, SomeSection]:
@@ -806,9 +913,13 @@ def _resolve(recipe: Recipe, forms: list[Form]) -> Iterator[ResolvedRecipe]:
             budget=Budget(unit, getattr(recipe, unit)) if unit else None,  # type: ignore[arg-type]
             form=(recipe.form or ("marginal" if "marginal" in forms else forms[0])) if less else None,
             subtask=recipe.subtask if less else None,
-            aggregate=recipe.aggregate if less else None,
+            aggregate=recipe.aggregate if recipe.strategy in AGGREGATED else None,
             candidates=recipe.candidates if recipe.rescore == "exact" else None,
             seed=seed,
+            keep=recipe.keep if recipe.strategy == "perplexity" else None,
+            match=recipe.match,
+            near_duplicates=recipe.near_duplicates,
+            quotas=recipe.quotas or {},
             model=recipe.model,
         )
 

@@ -94,6 +94,7 @@ class ModelLoader:
         self._project, self._cache = project, cache
         self._checkpoint: tuple[str, LoadedCheckpoint] | None = None
         self._tokenizer: Any = None
+        self._frozen: tuple[Any, Any] | None = None
 
     def describe_base(self, base: str) -> dict[str, Any]:
         """What the base model is: digest, licence, and where it comes from."""
@@ -116,6 +117,13 @@ class ModelLoader:
             quantization=None if model.quantization == "none" else model.quantization,
             device_map=model.device_map,
         )
+
+    def frozen_base(self) -> tuple[Any, Any]:
+        """The project's base model for forward passes only, and its tokenizer; stays loaded for the next partition."""
+        if self._frozen is None:
+            self._checkpoint = None  # two models may not fit
+            self._frozen = self.base()
+        return self._frozen
 
     def scratch(self, name: str) -> Path:
         """A local folder for a training's unfinished work; a killed run goes on from what is there."""
@@ -141,7 +149,7 @@ class ModelLoader:
 
         fingerprint = line.fresh("warmup_checkpoints", checkpoint).fingerprint
         if self._checkpoint is None or self._checkpoint[0] != fingerprint:
-            self._checkpoint = None  # before the next one is loaded: two may not fit
+            self._checkpoint = self._frozen = None  # before the next one is loaded: two may not fit
             model, tokenizer = self.base()
             with line.folder("warmup_checkpoints", checkpoint).local(write=False) as folder:
                 adapted = load_adapter(model, folder)

@@ -134,7 +134,7 @@ def extract_train_gradients(work: Work) -> Computed:
                 on_progress=progress,
             )
             writer.write_block(block, features)
-    return Computed(_feature_summary(work, RowStatus))
+    return Computed(_feature_summary(work, RowStatus, sum(len(example.input_ids) for example in examples if example)))
 
 
 def _token_budget(work: Work, loaded: LoadedCheckpoint, longest: int) -> int:
@@ -147,7 +147,7 @@ def _token_budget(work: Work, loaded: LoadedCheckpoint, longest: int) -> int:
     return budget
 
 
-def _feature_summary(work: Work, statuses: Any) -> dict[str, Any]:
+def _feature_summary(work: Work, statuses: Any, tokens: int) -> dict[str, Any]:
     from less_assets.store.features import FeatureReader
 
     reader = FeatureReader(work.folder.path(FEATURES))
@@ -158,6 +158,7 @@ def _feature_summary(work: Work, statuses: Any) -> dict[str, Any]:
     }
     return {
         "rows": reader.rows,
+        "tokens": tokens,
         "usable": int(usable.sum()),
         "status": counts,
         "loss_tokens": int(reader.loss_tokens[usable].sum()),
@@ -203,7 +204,7 @@ def extract_target_gradients(work: Work) -> Computed:
     table = read_parquet(work.line.folder("target_examples", task), TARGETS)
     settings = work.project.gradients
     loaded = work.models.checkpoint(work.line, checkpoint)
-    examples, _ = encode_targets(work, task, loaded)
+    examples, _ = encode_targets(work, task, loaded.tokenizer)
     longest = max(len(example.input_ids) for example in examples)
     block = extract_features(
         loaded.model,
@@ -236,12 +237,13 @@ def extract_target_gradients(work: Work) -> Computed:
             "examples": table.height,
             "subtasks": subtasks,
             "mean_loss": float(block.loss.mean()),
+            "tokens": sum(len(example.input_ids) for example in examples),
             "loss_tokens": int(block.loss_tokens.sum()),
         }
     )
 
 
-def encode_targets(work: Work, task: str, loaded: LoadedCheckpoint) -> tuple[list[Any], list[str]]:
+def encode_targets(work: Work, task: str, tokenizer: Any) -> tuple[list[Any], list[str]]:
     """A task's target examples as tokens, and the subtask of each; a group's members keep their own longest length."""
     from less_assets.method.chat import encode_target
     from less_assets.method.targets import targets_from_table
@@ -253,7 +255,7 @@ def encode_targets(work: Work, task: str, loaded: LoadedCheckpoint) -> tuple[lis
         for member in work.project.member_tasks(task)
     }
     examples = [
-        encode_target(target, loaded.tokenizer, chat_format=model.chat_format, max_length=longest[member])
+        encode_target(target, tokenizer, chat_format=model.chat_format, max_length=longest[member])
         for target, member in zip(targets_from_table(table), table["member"], strict=True)
     ]
     return examples, table["subtask"].to_list()

@@ -74,7 +74,7 @@ def record_base_model(work: Work) -> Computed:
 
 def read_shard(work: Work) -> Computed:
     """Read the rows of a shard, normalise them and quarantine the bad ones."""
-    from less_assets.method.examples import pool_table, read_rows
+    from less_assets.method.examples import is_very_short, pool_table, read_rows
 
     shard = work.line.ledger.shard(work.partition)
     source = work.project.source(shard.source)
@@ -94,6 +94,7 @@ def read_shard(work: Work) -> Computed:
         "rows": table.height,
         "usable": table.height - bad.height,
         "quarantined": bad.height - reasons.get("blank", 0),
+        "very_short": sum(map(is_very_short, table["messages"].drop_nulls())),
         "reasons": reasons,
     }
     rows = table.select("example_id", "source_file", "source_row", "status").rows()

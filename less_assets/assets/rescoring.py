@@ -12,7 +12,7 @@ import polars as pl
 from less_assets import metadata
 from less_assets.assets.gradients import encode_targets
 from less_assets.assets.pool import EXAMPLES
-from less_assets.assets.selection import EXACT, EXACT_COLUMN, budget_of, candidates_of
+from less_assets.assets.ranking import EXACT, EXACT_COLUMN, budget_of, candidates_of
 from less_assets.lineage import split
 from less_assets.materialization import Computed, Work, materialize_one
 from less_assets.partitions import Axes
@@ -24,7 +24,8 @@ from less_assets.store.tables import read_parquet, write_parquet
 
 def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
     """The asset `exact_scores`, if a recipe asks for it."""
-    if axes.of("exact_scores") is None:
+    recipes = axes.needed_by("exact_scores")
+    if not recipes:
         return []
 
     @dg.asset(
@@ -33,10 +34,10 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         pool="gpu",
         partitions_def=axes.of("exact_scores"),
         deps=[
-            axes.by_task("influence_scores", axes.rescoring_recipes),
-            axes.by_recipe("recipe_settings", axes.rescoring_recipes),
+            axes.by_task("influence_scores", recipes),
+            axes.by_recipe("recipe_settings", recipes),
             axes.all_partitions("warmup_checkpoints"),
-            axes.by_task("target_examples", axes.rescoring_recipes),
+            axes.by_task("target_examples", recipes),
             "pool_index",
         ],
     )
@@ -76,7 +77,7 @@ def rescore(work: Work) -> Computed:
     progress = work.progress(len(checkpoints) * (len(examples) + 2 * targets), "rows")
     for checkpoint in checkpoints:
         loaded = work.models.checkpoint(line, checkpoint)
-        encoded, subtasks = encode_targets(work, task, loaded)
+        encoded, subtasks = encode_targets(work, task, loaded.tokenizer)
         longest = max(len(example.input_ids) for example in [*examples, *encoded])
         labels, scores = exact_influence(
             loaded.model,
@@ -104,6 +105,7 @@ def rescore(work: Work) -> Computed:
     kept_rows = exact.table.height
     summary = {
         "candidates": table.height,
+        "tokens": len(checkpoints) * sum(len(example.input_ids) for example in examples),
         "subtasks": labels,
         "overlap_with_sketch": len(first & set(exact.table["example_id"])) / max(1, kept_rows),
     }

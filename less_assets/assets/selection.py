@@ -1,10 +1,10 @@
 """From features to a ranked subset: influence scores per task, the recipe as resolved, the selected rows.
 
-Belongs here: wiring only. Mathematics is `method/influence.py`, ranking `method/selection.py`.
+Belongs here: wiring only. Mathematics is `method/influence.py`; which scores a recipe ranks by is `ranking.py`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
@@ -13,7 +13,15 @@ import polars as pl
 
 from less_assets import metadata
 from less_assets.assets.gradients import FEATURES, TARGET_FEATURES
-from less_assets.assets.pool import EXAMPLES, INDEX
+from less_assets.assets.pool import EXAMPLES
+from less_assets.assets.ranking import (
+    Pool,
+    aggregate_of,
+    draw_rows,
+    score_file,
+    scored_pool,
+    select_by_recipe,
+)
 from less_assets.lineage import Lineage, split
 from less_assets.materialization import Computed, Work, materialize_one
 from less_assets.partitions import Axes
@@ -28,9 +36,8 @@ from less_assets.store.tables import read_parquet, write_json, write_parquet
 SUBSET = "subset.parquet"
 SUBSET_JSONL = "subset.jsonl"
 POOL_SCORES = "pool_scores.parquet"
-EXACT = "exact.parquet"
-EXACT_COLUMN = "exact"
 SUBTASKS = "subtasks.json"
+PASSED_OVER = "passed_over.parquet"
 CHART_SCORES = 20_000
 """Scores kept for the histogram: enough for its bins, small for any pool."""
 
@@ -65,8 +72,10 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         return materialize_one(context, project, store, models, resolve_recipe, metadata.summary)
 
     scores = [axes.by_task("influence_scores", readers)] if readers else []
-    if axes.of("exact_scores") is not None:
-        scores.append(axes.same_key("exact_scores", axes.rescoring_recipes))
+    optional = ("exact_scores", "embedding_scores", "text_scores")
+    scores += [axes.scores_of_recipes(asset) for asset in optional if axes.of(asset) is not None]
+    if matching := [key for key in axes.project.recipe_keys if axes.project.matches_targets(key)]:
+        scores.append(axes.by_task("target_examples", matching))
 
     @dg.asset(
         group_name="selection",
@@ -84,11 +93,6 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         return materialize_one(context, project, store, models, select_subset, describe_subset)
 
     return [influence_scores, recipe_settings, selected_subset]
-
-
-def score_file(shard: str) -> str:
-    """Name of a shard's score table inside `influence_scores`."""
-    return f"scores/{shard}.parquet"
 
 
 def score_pool(work: Work) -> Computed:
@@ -149,11 +153,14 @@ def resolve_recipe(work: Work) -> Computed:
 
 def select_subset(work: Work) -> Computed:
     """Rank the pool by the recipe, cut at the budget, and add the messages."""
+    from less_assets.method.examples import is_very_short
+
     recipe_key, task = split(work.partition)
     recipe = work.project.recipe(recipe_key)
     selection = _select(work, recipe, task)
+    counts: dict[str, Any] = {}
     if selection is None:
-        table, counts = pl.DataFrame(schema=_subset_schema()), {}
+        table = pl.DataFrame(schema=_subset_schema())
     else:
         table = _with_messages(work.line, selection.table)
         found = selection.summary
@@ -164,7 +171,10 @@ def select_subset(work: Work) -> Computed:
             "subtasks": found.rows_per_subtask,
             "cut_scores": found.cut_scores,
             "removed": found.removed,
+            "very_short": sum(map(is_very_short, table["messages"])),
         }
+        if recipe.quotas or recipe.near_duplicates is not None:
+            write_parquet(work.folder, PASSED_OVER, selection.passed_over)
     write_parquet(work.folder, SUBSET, table)
     lines = [
         json.dumps(row, ensure_ascii=False)
@@ -181,109 +191,13 @@ def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:
 
     if recipe.strategy == "none":
         return None
-    budget = budget_of(work.line, recipe) if recipe.budget else None
+    pool = Pool(work)
     if recipe.strategy == "full":
-        return selection.select_all(_pool_rows(work, tokens=False))
-    assert budget is not None
-    if recipe.strategy == "random":
-        assert recipe.seed is not None
-        return selection.select_at_random(_pool_rows(work, tokens=budget.kind == "tokens"), budget, recipe.seed)
-    if recipe.strategy == "less":
-        candidates = candidates_of(work.line, recipe, task)
-        _keep_pool_scores(work, candidates, str(recipe.aggregate))
-        if recipe.candidates is not None:
-            key = f"{recipe.key}|{task}"
-            exact = read_parquet(work.line.folder("exact_scores", key), EXACT)
-            candidates = candidates_of(work.line, recipe, task, exact=exact)
-        return selection.select_by_score(candidates, budget, str(recipe.aggregate))
-    raise AssertionError(f"refused at load: {recipe.strategy}")
-
-
-def _pool_rows(work: Work, *, tokens: bool) -> Callable[[], Iterator[pl.DataFrame]]:
-    """The pool's usable rows by shard; with their loss tokens if a budget counts those."""
-    index = read_parquet(work.line.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
-
-    def shards() -> Iterator[pl.DataFrame]:
-        for shard in work.line.shards():
-            rows = index.filter(pl.col("shard") == shard)
-            yield rows.with_columns(_loss_tokens(work, shard, rows)) if tokens else rows
-
-    return shards
-
-
-def _loss_tokens(work: Work, shard: str, rows: pl.DataFrame) -> pl.Series:
-    from less_assets.method.chat import encode_messages
-
-    table = read_parquet(work.line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
-    tokenizer, model = work.models.tokenizer(), work.project.model
-    counts = [
-        encode_messages(
-            each["example_id"], each["messages"], tokenizer, chat_format=model.chat_format, max_length=model.max_length
-        ).loss_tokens
-        for each in table[rows["row"].to_list()].iter_rows(named=True)
-    ]
-    return pl.Series("loss_tokens", counts, pl.Int32)
-
-
-def budget_of(line: Lineage, recipe: ResolvedRecipe) -> Any:
-    """A recipe's budget in the method's words.
-
-    A fraction is one of the pool's distinct examples, for every strategy alike: so that recipes stay comparable where
-    one of them cannot use all rows.
-    """
-    from less_assets.method.selection import Budget
-
-    assert recipe.budget is not None
-    budget = Budget(recipe.budget.unit, recipe.budget.amount)
-    rows = budget.rows_of(line.summary("pool_index")["unique"])
-    return Budget("rows", rows) if rows else budget
-
-
-def candidates_of(line: Lineage, recipe: ResolvedRecipe, task: str, exact: pl.DataFrame | None = None) -> list[Any]:
-    """The scored pool: once for a task, once for each member of a group (whose labels are `member/subtask`).
-
-    Args:
-        line: Reads the scores.
-        recipe: Says which of the scores.
-        task: The task or group.
-        exact: Rows with exact scores, instead of the whole pool with sketched ones.
-    """
-    from less_assets.method.selection import Candidates
-
-    folder = line.folder("influence_scores", task)
-    labels = [str(label) for label in line.summary("influence_scores", task)["subtasks"]]
-    column = f"{recipe.form}.{recipe.subtask}" if exact is None else EXACT_COLUMN
-    canonical = read_parquet(line.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
-
-    def tables() -> Iterator[pl.DataFrame]:
-        if exact is not None:
-            yield exact
-            return
-        columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
-        for shard in line.shards():
-            table = read_parquet(folder, score_file(shard), columns)
-            yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
-                pl.col("canonical").fill_null(False)
-            )
-
-    def shards(places: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
-        def read() -> Iterator[pl.DataFrame]:
-            for table in tables():
-                if len(places) < len(labels):
-                    part = pl.concat_arr(pl.col(column).arr.get(place) for place in places)
-                    table = table.with_columns(pl.when(pl.col(column).is_not_null()).then(part).alias(column))
-                yield table
-
-        return read
-
-    if line.project.task(task).members is None:
-        return [Candidates(task, column, tuple(labels), shards(list(range(len(labels)))))]
-    members = []
-    for member in line.project.member_tasks(task):
-        places = [place for place, label in enumerate(labels) if label.startswith(f"{member.name}/")]
-        own = tuple(labels[place].removeprefix(f"{member.name}/") for place in places)
-        members.append(Candidates(member.name, column, own, shards(places)))
-    return members
+        return selection.select_all(pool.shards(tokens=False))
+    if recipe.strategy in ("random", "length_matched"):
+        return draw_rows(work, pool, recipe, task)
+    _keep_pool_scores(work, scored_pool(work, pool, recipe, task), aggregate_of(recipe))
+    return select_by_recipe(work, pool, recipe, task)
 
 
 def _keep_pool_scores(work: Work, candidates: list[Any], aggregate: str) -> None:

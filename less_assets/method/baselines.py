@@ -10,11 +10,15 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from less_assets.method.chat import IGNORED
 
 if TYPE_CHECKING:
     from less_assets.method.chat import EncodedExample
@@ -24,7 +28,10 @@ NGRAM_BUCKETS = 10_000
 # Words, and runs of what is neither letter nor space, as NLTK's wordpunct_tokenize cuts, which DSIR uses.
 _WORDS_AND_MARKS = re.compile(r"\w+|[^\w\s]+")
 # Single letters and digits count: they are the answers of many tasks.
-_WORDS = r"(?u)\b\w+\b"
+_WORDS = re.compile(r"(?u)\b\w+\b")
+K1, B = 1.5, 0.75
+BINS_PER_OCTAVE = 2
+LENGTH_BINS = 64  # lengths up to 2**32
 
 
 def text_of(messages: Sequence[Message]) -> str:
@@ -39,39 +46,77 @@ def text_of(messages: Sequence[Message]) -> str:
 # ---- BM25 ----
 
 
-def bm25_scores(pool: Sequence[str], targets: Sequence[str], subtasks: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Score pool texts by BM25 with each target example as a query, averaged within the subtask.
+@dataclass
+class WordStatistics:
+    """What BM25 needs to know of the whole pool, for the words of the queries only; a pool is counted shard by shard.
 
-    Lucene's variant with k1 = 1.5 and b = 0.75, words in lower case, no stop words and no stemming, for pools have many
-    languages. The index holds the whole pool (about 8 bytes per distinct word of each text).
+    Attributes:
+        words: Word of the queries -> its column.
+        containing: int64 (words,), texts of the pool that contain the word.
+        texts: Number of texts counted.
+        total_words: Words in all of them.
+    """
+
+    words: dict[str, int]
+    containing: np.ndarray
+    texts: int = 0
+    total_words: int = 0
+
+    @classmethod
+    def of(cls, targets: Iterable[str]) -> WordStatistics:
+        """Statistics over the words of these target texts, nothing counted yet."""
+        words = {
+            word: column for column, word in enumerate(sorted({word for text in targets for word in _bm25_words(text)}))
+        }
+        return cls(words, np.zeros(len(words), dtype=np.int64))
+
+    def count(self, texts: Iterable[str]) -> None:
+        """Count some texts of the pool."""
+        for text in texts:
+            words = _bm25_words(text)
+            self.texts += 1
+            self.total_words += len(words)
+            self.containing[[self.words[word] for word in set(words) if word in self.words]] += 1
+
+
+def bm25_scores(
+    texts: Sequence[str], targets: Sequence[str], subtasks: Sequence[str], pool: WordStatistics
+) -> tuple[list[str], np.ndarray]:
+    """Score texts of a pool by BM25 with each target example as a query, averaged within the subtask.
+
+    Lucene's variant (Robertson and Zaragoza 2009, §3; idf ln(1 + (N − n + ½) / (n + ½))) with k1 = 1.5 and b = 0.75,
+    words in lower case, no stop words and no stemming, for pools have many languages; the same numbers as the package
+    bm25s, whose index would hold the whole pool. A query that says a word twice counts it twice.
 
     Args:
-        pool: n texts.
+        texts: n texts of the pool.
         targets: m target texts.
         subtasks: Subtask of each target, length m.
+        pool: Statistics of the whole pool over the words of these targets.
 
     Returns:
-        The J subtasks, sorted, and scores float32 (n, J); a text without words scores 0.
+        The J subtasks, sorted, and scores float32 (n, J); a text without words of a query scores 0.
     """
-    import bm25s
-
     labels = sorted(set(subtasks))
-    scores = np.zeros((len(pool), len(labels)), dtype=np.float32)
-    documents = _bm25_words(pool)
-    if not any(documents):
-        return labels, scores
-    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    index.index(documents, show_progress=False)
-    for words, subtask in zip(_bm25_words(targets), subtasks, strict=True):
-        known = [word for word in words if word in index.vocab_dict]
-        if known:
-            scores[:, labels.index(subtask)] += index.get_scores(known)
-    return labels, scores / np.array([subtasks.count(label) for label in labels], dtype=np.float32)
+    wanted = np.zeros((len(pool.words), len(labels)))  # how often a mean query of the subtask says the word
+    for text, subtask in zip(targets, subtasks, strict=True):
+        for word, count in Counter(_bm25_words(text)).items():
+            wanted[pool.words[word], labels.index(subtask)] += count / subtasks.count(subtask)
+    idf = np.log1p((pool.texts - pool.containing + 0.5) / (pool.containing + 0.5))
+    weights = idf[:, None] * wanted
+    average = pool.total_words / max(1, pool.texts)
+    scores = np.zeros((len(texts), len(labels)), dtype=np.float32)
+    for row, text in enumerate(texts):
+        words = _bm25_words(text)
+        found = Counter(pool.words[word] for word in words if word in pool.words)
+        if found:
+            counts = np.fromiter(found.values(), dtype=np.float64)
+            scores[row] = (counts / (counts + K1 * (1 - B + B * len(words) / average))) @ weights[list(found)]
+    return labels, scores
 
 
-def _bm25_words(texts: Sequence[str]) -> list[list[str]]:
-    pattern = re.compile(_WORDS)
-    return [pattern.findall(text.lower()) for text in texts]
+def _bm25_words(text: str) -> list[str]:
+    return _WORDS.findall(text.lower())
 
 
 # ---- DSIR ----
@@ -147,39 +192,73 @@ def with_gumbel_noise(log_weights: np.ndarray, example_ids: Sequence[str], seed:
 # ---- RDS+ ----
 
 
-def embed(model: Any, examples: Sequence[EncodedExample], *, token_budget: int = 4096) -> np.ndarray:
+@dataclass(frozen=True)
+class Embedded:
+    """What one forward pass makes of n examples.
+
+    Attributes:
+        embeddings: float32 (n, hidden size), not normalised.
+        losses: float32 (n,), mean cross-entropy over the loss tokens in nats, the log of the perplexity; NaN for an
+            example without loss tokens.
+    """
+
+    embeddings: np.ndarray
+    losses: np.ndarray
+
+
+def embed(
+    model: Any,
+    examples: Sequence[EncodedExample],
+    *,
+    token_budget: int = 4096,
+    on_progress: Callable[[int], None] | None = None,
+) -> Embedded:
     """Embed examples by the last hidden state, averaged with weights that grow with the position (RDS+).
 
     Token i of n weighs i / (1 + … + n), because in a causal model later tokens have seen more (Ivison et al. 2025,
-    §3; the pooling is Muennighoff's SGPT). All tokens count, prompt and answer alike.
+    §3; the pooling is Muennighoff's SGPT). All tokens count, prompt and answer alike. Losses come from the same pass.
 
     Args:
         model: A causal language model, with or without an adapter.
-        examples: n encoded examples, at least one token each; labels play no part.
+        examples: n encoded examples, at least one token each.
         token_budget: Padded tokens per batch.
-
-    Returns:
-        float32 (n, hidden size), not normalised.
+        on_progress: Called with the number of examples done since the last call.
     """
     import torch
+    from torch.nn.functional import cross_entropy
 
     from less_assets.method.batching import collate, plan_batches
-    from less_assets.method.generation import inference
+    from less_assets.method.generation import inference, keeps_logits
 
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    losses = np.full(len(examples), np.nan, dtype=np.float32)
     embeddings: np.ndarray | None = None
-    with inference(model):
-        for batch in plan_batches([len(example.input_ids) for example in examples], token_budget):
-            padded = collate([examples[i] for i in batch], pad_token_id=0)
-            mask = padded["attention_mask"].to(model.device)
-            states = core.base_model(
-                input_ids=padded["input_ids"].to(model.device), attention_mask=mask, use_cache=False
-            ).last_hidden_state
-            pooled = position_weighted_mean(states.to(torch.float32), mask).cpu().numpy()
-            if embeddings is None:
-                embeddings = np.empty((len(examples), pooled.shape[1]), dtype=np.float32)
-            embeddings[batch] = pooled
-    return np.empty((0, 0), dtype=np.float32) if embeddings is None else embeddings
+    seen: dict[str, Any] = {}
+    hook = core.base_model.register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state))
+    try:
+        with inference(model):
+            for batch in plan_batches([len(example.input_ids) for example in examples], token_budget):
+                padded = {
+                    name: each.to(model.device) for name, each in collate([examples[i] for i in batch], 0).items()
+                }
+                labels, mask = padded["labels"][:, 1:], padded["attention_mask"]
+                columns = torch.nonzero((labels != IGNORED).any(0)).flatten()  # the head is needed there only
+                kept = {"logits_to_keep": columns} if keeps_logits(model) and len(columns) else {}
+                logits = model(input_ids=padded["input_ids"], attention_mask=mask, use_cache=False, **kept).logits
+                logits = (logits if kept else logits[:, columns]).float()
+                pooled = position_weighted_mean(seen.pop("states").float(), mask).cpu().numpy()
+                if embeddings is None:
+                    embeddings = np.empty((len(examples), pooled.shape[1]), dtype=np.float32)
+                embeddings[batch] = pooled
+                for row, place in enumerate(batch):
+                    own = labels[row, columns]
+                    if (own != IGNORED).any():
+                        losses[place] = float(cross_entropy(logits[row], own, ignore_index=IGNORED))
+                if on_progress:
+                    on_progress(len(batch))
+    finally:
+        hook.remove()
+    return Embedded(np.empty((0, 0), dtype=np.float32) if embeddings is None else embeddings, losses)
 
 
 def position_weighted_mean(states: Any, mask: Any) -> Any:
@@ -219,15 +298,16 @@ def cosine_scores(pool: np.ndarray, targets: np.ndarray) -> np.ndarray:
 # ---- perplexity and length ----
 
 
-def perplexity_scores(losses: np.ndarray, keep: Literal["mid", "top"]) -> np.ndarray:
+def perplexity_scores(losses: np.ndarray, keep: Literal["mid", "top"], pool: np.ndarray) -> np.ndarray:
     """Score rows by the base model's loss on them: the middle of the pool's distribution, or the highest.
 
     Marion et al. 2023 ("When less is more") found the middle of the perplexity distribution best for pretraining. The
     loss is the log of the perplexity, so both have one order.
 
     Args:
-        losses: Mean loss of each row of the whole pool, (n,); NaN stays NaN and never ranks.
+        losses: Mean loss of some rows of the pool, (n,); NaN stays NaN and never ranks.
         keep: "mid": nearest to the median in rank; "top": highest perplexity.
+        pool: Mean losses of the whole pool; those that are not finite do not count.
 
     Returns:
         float32 (n,).
@@ -238,35 +318,44 @@ def perplexity_scores(losses: np.ndarray, keep: Literal["mid", "top"]) -> np.nda
     if keep == "top":
         scores[finite] = losses[finite]
         return scores
-    ordered = np.sort(losses[finite])
+    ordered = np.sort(np.asarray(pool, dtype=np.float64)[np.isfinite(pool)])
     # Equal losses share the middle of their ranks, so that copies score alike.
     ranks = (np.searchsorted(ordered, losses[finite], "left") + np.searchsorted(ordered, losses[finite], "right")) / 2
     scores[finite] = -np.abs(ranks / max(1, len(ordered)) - 0.5)
     return scores
 
 
-def length_matched_log_weights(lengths: np.ndarray, reference: np.ndarray, bins_per_octave: int = 2) -> np.ndarray:
+def length_histogram(lengths: np.ndarray) -> np.ndarray:
+    """Count lengths in bins of half an octave; counts of parts of a pool add up to the pool's.
+
+    Args:
+        lengths: Lengths in tokens, int (n,); those below 1 count as 1.
+
+    Returns:
+        int64 (bins,).
+    """
+    return np.bincount(_length_bins(lengths), minlength=LENGTH_BINS)
+
+
+def length_matched_log_weights(lengths: np.ndarray, pool: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Return log weights under which random draws have the reference's distribution of lengths.
 
     The control for "it only picked rows of a certain length": everything but the length is left to chance. The weight
-    is the ratio of the two histograms over log2(length). Rank with `with_gumbel_noise`.
+    is the ratio of the two histograms. Rank with `with_gumbel_noise`.
 
     Args:
-        lengths: Lengths of the whole pool in tokens, int (n,), at least 1 each.
-        reference: Lengths to match, int (m,), such as those of a selected subset or of the targets.
-        bins_per_octave: Histogram bins per doubling of the length.
+        lengths: Lengths of some rows of the pool in tokens, int (n,).
+        pool: `length_histogram` of the whole pool.
+        reference: `length_histogram` of the lengths to match, such as those of a selected subset or of the targets.
 
     Returns:
         float64 (n,); lengths that the reference does not have rank after all that it has.
     """
-    bins, targets = (
-        np.floor(np.log2(np.maximum(1, np.asarray(each))) * bins_per_octave).astype(np.int64)
-        for each in (lengths, reference)
-    )
-    size = int(max(bins.max(initial=0), targets.max(initial=0))) + 1
-    pool_share = np.bincount(bins, minlength=size) / max(1, len(bins))
-    wanted_share = np.bincount(targets, minlength=size) / max(1, len(targets))
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.log(wanted_share / pool_share)
+        ratio = np.log((reference / max(1, reference.sum())) / (pool / max(1, pool.sum())))
     # Far below any Gumbel noise (at most 37), yet finite, so that a budget larger than the match can be filled.
-    return np.maximum(ratio, -1000.0)[bins]
+    return np.maximum(np.nan_to_num(ratio, nan=-1000.0), -1000.0)[_length_bins(lengths)]
+
+
+def _length_bins(lengths: np.ndarray) -> np.ndarray:
+    return np.floor(np.log2(np.maximum(1, np.asarray(lengths))) * BINS_PER_OCTAVE).astype(np.int64)

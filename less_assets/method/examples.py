@@ -52,6 +52,8 @@ POOL_SCHEMA = pl.Schema(
 )
 """Columns of a table of pool rows; see `PoolRow`."""
 
+SHORT_ANSWER = 20
+
 _BATCH_BYTES = 32 << 20
 
 # ShareGPT's words and those of its descendants.
@@ -120,6 +122,15 @@ def example_id(messages: Sequence[Message]) -> str:
     turns = [[message["role"], message["content"]] for message in messages]
     canonical = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode("utf-8"), digest_size=16).hexdigest()
+
+
+def is_very_short(messages: Sequence[Message]) -> bool:
+    """Return whether the assistant's turns together have at most `SHORT_ANSWER` characters: a word or two.
+
+    Args:
+        messages: The turns.
+    """
+    return sum(len(turn["content"].strip()) for turn in messages if turn["role"] == "assistant") <= SHORT_ANSWER
 
 
 def detect_format(record: Mapping[str, Any]) -> RowFormat | None:

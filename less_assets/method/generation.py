@@ -169,7 +169,7 @@ class _Run:
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            **({"logits_to_keep": kept} if _keeps_logits(self.model) else {}),
+            **({"logits_to_keep": kept} if keeps_logits(self.model) else {}),
         )
         self.cache = result.past_key_values
         return result.logits
@@ -237,7 +237,7 @@ def logits_at(
     Yields:
         Index of the sequence and its float32 logits (positions, vocabulary) on the model's device.
     """
-    keeps = _keeps_logits(model)
+    keeps = keeps_logits(model)
     first_wanted = [int(wanted[0]) for wanted in positions]
     with inference(model):
         for batch, prefix, cache in _batches(model, sequences, first_wanted, 0, token_budget):
@@ -268,7 +268,7 @@ def _batches(
         shared = None
         if prefix:
             ids = torch.as_tensor(np.asarray(sequences[members[0]][:prefix]), dtype=torch.long, device=model.device)
-            only_last = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+            only_last = {"logits_to_keep": 1} if keeps_logits(model) else {}
             shared = model(input_ids=ids[None], use_cache=True, **only_last).past_key_values
             if not _can_share(shared):
                 prefix, shared = 0, None
@@ -324,8 +324,12 @@ def _pad(rows: Sequence[Tokens], side: str, device: Any) -> tuple[torch.Tensor, 
     return input_ids.to(device), mask.to(device)
 
 
-def _keeps_logits(model: Any) -> bool:
-    """Whether the model's forward can leave out positions before its head."""
+def keeps_logits(model: Any) -> bool:
+    """Whether the model's forward can leave out positions before its head.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+    """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(core.forward).parameters
 

@@ -20,7 +20,7 @@ from test_run import run
 from tiny import TinyProject, question, write_rows
 
 from less_assets.assets import gradients
-from less_assets.assets.selection import score_file
+from less_assets.assets.ranking import score_file
 from less_assets.assets.warmup import SAMPLE
 from less_assets.build import build_definitions
 from less_assets.errors import MissingArtifactError, StaleArtifactError, TrainingError

@@ -4,7 +4,8 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from less_assets.assets.selection import EXACT, EXACT_COLUMN, SUBSET
+from less_assets.assets.ranking import EXACT, EXACT_COLUMN
+from less_assets.assets.selection import SUBSET
 from less_assets.build import build_definitions
 from less_assets.jobs import GraphRunner, Outcome, Request, register_shards
 from less_assets.lineage import Lineage

@@ -1,0 +1,159 @@
+"""Every baseline as a recipe, from the project file to the subset, on a tiny model."""
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+from test_run import run
+from tiny import TinyProject, question, write_rows
+
+from less_assets.assets.baselines import EMBEDDINGS
+from less_assets.assets.selection import PASSED_OVER, SUBSET
+from less_assets.jobs import Request
+from less_assets.lineage import Lineage
+from less_assets.project import load_project
+from less_assets.resources import open_store
+from less_assets.store.tables import read_parquet
+
+TASKS = ("sums", "both")
+SUBSETS = Request(tasks=TASKS, until="selected_subset")
+RECIPES = [
+    {"name": "less", "strategy": "less", "fraction": 0.2},
+    {"name": "bm25", "strategy": "bm25", "fraction": 0.2},
+    {"name": "dsir", "strategy": "dsir", "fraction": 0.2, "seeds": [0, 1]},
+    {"name": "rds", "strategy": "rds", "fraction": 0.2},
+    {"name": "rds-tokens", "strategy": "rds", "tokens": 30},
+    {"name": "mid", "strategy": "perplexity", "fraction": 0.2},
+    {"name": "top", "strategy": "perplexity", "keep": "top", "fraction": 0.2},
+    {"name": "as-long", "strategy": "length_matched", "match": "rds", "fraction": 0.2},
+    {"name": "as-targets", "strategy": "length_matched", "fraction": 0.2},
+    {"name": "limited", "strategy": "bm25", "fraction": 0.5, "quotas": {"plus": 0.25}},
+]
+
+
+class Baselines:
+    """A tiny project brought up to its subsets, and what it has stored."""
+
+    def __init__(self, project: TinyProject, instance: dg.DagsterInstance) -> None:
+        self.tiny, self.instance = project, instance
+
+    def run(self, request: Request = SUBSETS) -> dict[str, list]:
+        return run(self.tiny.path, self.instance, request).materialized
+
+    @property
+    def line(self) -> Lineage:
+        project = load_project(self.tiny.path)
+        return Lineage(project, open_store(project))
+
+    def subset(self, key: str) -> pl.DataFrame:
+        return read_parquet(self.line.folder("selected_subset", key), SUBSET)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_model):
+    """All baselines of a project with two tasks and a group of both."""
+    project = TinyProject(tmp_path_factory.mktemp("baselines"), tiny_model)
+    longer = [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "blue " * 12}]
+    rows = [question(place, "blue") for place in range(12)] + [[*longer, *question(place, "sea")] for place in range(8)]
+    write_rows(project.folder / "data/colors.jsonl", rows)
+    project.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
+    project.settings["recipes"] = RECIPES
+    with dg.DagsterInstance.ephemeral() as instance:
+        found = Baselines(project, instance)
+        found.first = found.run()
+        yield found
+
+
+def test_each_asset_is_made_for_the_recipes_that_need_it(made):
+    assert made.first["pool_embeddings"] == made.line.shards()
+    assert made.first["target_embeddings"] == list(TASKS)
+    grid = {"embedding_scores": ["rds", "rds-tokens", "mid", "top"]}
+    grid["text_scores"] = ["bm25", "dsir-seed0", "dsir-seed1", "limited"]
+    for asset, recipes in grid.items():
+        assert made.first[asset] == [f"{recipe}|{task}" for recipe in recipes for task in TASKS]
+    assert len(made.first["selected_subset"]) == len(made.line.project.recipe_keys) * 2
+    assert made.run() == {}
+
+
+def test_words_find_the_rows_of_the_tasks_kind(made):
+    assert set(made.subset("bm25|sums")["source"]) == {"plus"}
+    assert made.subset("bm25|sums")["rank"].to_list() == list(range(1, 9))
+    drawn = pl.concat([made.subset(f"dsir-seed{seed}|sums") for seed in (0, 1)])
+    assert drawn.filter(source="plus").height > 0.8 * drawn.height, "24 of the pool's 44 rows are of that kind"
+
+
+def test_recipes_that_differ_in_budget_or_seed_share_their_scores(made):
+    line = made.line
+    for asset, keys in (("embedding_scores", ("rds", "rds-tokens")), ("text_scores", ("dsir-seed0", "dsir-seed1"))):
+        first, second = (line.folder(asset, f"{key}|sums") for key in keys)
+        assert str(first.root) == str(second.root)
+
+
+def test_rds_takes_the_nearest_row_of_each_target_example_in_turn(made):
+    line = made.line
+    pool = pl.concat([read_parquet(line.folder("pool_embeddings", shard), EMBEDDINGS) for shard in line.shards()])
+    targets = read_parquet(line.folder("target_embeddings", "sums"), EMBEDDINGS)
+    vectors, wanted = (
+        table["embedding"].to_numpy() / np.linalg.norm(table["embedding"].to_numpy(), axis=1, keepdims=True)
+        for table in (pool, targets)
+    )
+    cosines = vectors @ wanted.T
+    taken: list[int] = []
+    while len(taken) < 8:
+        scores = cosines[:, len(taken) % 4].copy()
+        scores[taken] = -2
+        taken.append(int(scores.argmax()))
+    subset = made.subset("rds|sums")
+    assert subset["example_id"].to_list() == pool["example_id"][taken].to_list()
+    assert subset["subtask"].to_list() == (targets["subtask"].to_list() * 2)
+
+
+def test_perplexity_keeps_the_middle_or_the_top(made):
+    line = made.line
+    pool = pl.concat([read_parquet(line.folder("pool_embeddings", shard), EMBEDDINGS) for shard in line.shards()])
+    ordered = pool.sort("loss", descending=True)["example_id"].to_list()
+    assert made.subset("top|sums")["example_id"].to_list() == ordered[:8]
+    middle = made.subset("mid|both")["example_id"].to_list()
+    assert set(middle) <= set(ordered[16:28])
+    assert made.subset("mid|sums")["example_id"].to_list() == middle, "no task has a part in it"
+
+
+def test_token_budgets_hold_for_baselines(made):
+    subset = made.subset("rds-tokens|sums")
+    assert 0 < subset["loss_tokens"].sum() <= 30
+
+
+def test_length_matched_rows_are_as_long_as_the_others(made):
+    matched, reference = made.subset("as-long-seed0|sums"), made.subset("rds|sums")
+    assert matched.height == reference.height
+    assert matched["score"].null_count() == matched.height
+    # Targets have two tokens, the short rows of the pool three (with their end): the long ones are never drawn.
+    assert made.subset("as-targets-seed0|sums")["loss_tokens"].max() < 10
+
+
+def test_quotas_limit_a_source_and_say_what_was_passed_over(made):
+    subset = made.subset("limited|sums")
+    assert subset.filter(source="plus").height == 5  # a quarter of 22, rounded down
+    assert subset.height == 22
+    folder = made.line.folder("selected_subset", "limited|sums")
+    passed = read_parquet(folder, PASSED_OVER)
+    assert set(passed["reason"]) == {"quota"}
+    assert made.line.summary("selected_subset", "limited|sums")["removed"]["quota"] == passed.height
+    assert not set(passed["example_id"]) & set(subset["example_id"])
+
+
+def test_a_group_of_tasks_shares_one_subset_and_each_row_says_whose_it_is(made):
+    for recipe in ("less", "bm25", "rds", "dsir-seed0"):
+        subset = made.subset(f"{recipe}|both")
+        assert subset["task"].to_list()[:4] == ["sums", "sky", "sums", "sky"], recipe
+        assert subset["task"].value_counts().sort("task")["count"].to_list() == [4, 4], recipe
+        assert subset["example_id"].is_unique().all()
+    assert set(made.subset("rds|both")["subtask"]) == {"part-0", "part-1"}
+
+
+def test_a_new_shard_costs_one_partition_of_embeddings(made):
+    write_rows(made.tiny.folder / "data/colors_more.jsonl", [question(500 + place, "blue") for place in range(6)])
+    again = made.run(Request(tasks=TASKS, until="embedding_scores"))
+    assert again["pool_embeddings"] == ["colors-00002"]
+    assert "target_embeddings" not in again
+    assert len(again["embedding_scores"]) == 4 * 2
