@@ -7,7 +7,7 @@ import pytest
 from test_run import run
 from tiny import TinyProject, question, write_rows
 
-from less_assets.assets.baselines import EMBEDDINGS
+from less_assets.assets.baselines import EMBEDDINGS, score_file
 from less_assets.assets.selection import PASSED_OVER, SUBSET
 from less_assets.jobs import Request
 from less_assets.lineage import Lineage
@@ -15,16 +15,15 @@ from less_assets.project import load_project
 from less_assets.resources import open_store
 from less_assets.store.tables import read_parquet
 
-TASKS = ("sums", "both")
-SUBSETS = Request(tasks=TASKS, until="selected_subset")
+SUBSETS = Request(tasks=("sums",), until="selected_subset")
+OF_A_GROUP = Request(tasks=("both",), recipes=("bm25", "rds", "dsir-seed0"), until="selected_subset")
 RECIPES = [
     {"name": "less", "strategy": "less", "fraction": 0.2},
     {"name": "bm25", "strategy": "bm25", "fraction": 0.2},
-    {"name": "dsir", "strategy": "dsir", "fraction": 0.2, "seeds": [0, 1]},
+    {"name": "dsir", "strategy": "dsir", "fraction": 0.2},
     {"name": "rds", "strategy": "rds", "fraction": 0.2},
     {"name": "rds-tokens", "strategy": "rds", "tokens": 30},
     {"name": "mid", "strategy": "perplexity", "fraction": 0.2},
-    {"name": "top", "strategy": "perplexity", "keep": "top", "fraction": 0.2},
     {"name": "as-long", "strategy": "length_matched", "match": "rds", "fraction": 0.2},
     {"name": "as-targets", "strategy": "length_matched", "fraction": 0.2},
     {"name": "limited", "strategy": "bm25", "fraction": 0.5, "quotas": {"plus": 0.25}},
@@ -54,7 +53,7 @@ def made(tmp_path_factory, tiny_model):
     """All baselines of a project with two tasks and a group of both."""
     project = TinyProject(tmp_path_factory.mktemp("baselines"), tiny_model)
     longer = [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "blue " * 12}]
-    rows = [question(place, "blue") for place in range(12)] + [[*longer, *question(place, "sea")] for place in range(8)]
+    rows = [question(place, "blue") for place in range(10)] + [[*longer, *question(place, "sea")] for place in range(6)]
     write_rows(project.folder / "data/colors.jsonl", rows)
     project.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
     project.settings["recipes"] = RECIPES
@@ -66,25 +65,28 @@ def made(tmp_path_factory, tiny_model):
 
 def test_each_asset_is_made_for_the_recipes_that_need_it(made):
     assert made.first["pool_embeddings"] == made.line.shards()
-    assert made.first["target_embeddings"] == list(TASKS)
-    grid = {"embedding_scores": ["rds", "rds-tokens", "mid", "top"]}
-    grid["text_scores"] = ["bm25", "dsir-seed0", "dsir-seed1", "limited"]
-    for asset, recipes in grid.items():
-        assert made.first[asset] == [f"{recipe}|{task}" for recipe in recipes for task in TASKS]
-    assert len(made.first["selected_subset"]) == len(made.line.project.recipe_keys) * 2
+    assert made.first["target_embeddings"] == ["sums"]
+    assert made.first["embedding_scores"] == ["rds|sums", "rds-tokens|sums", "mid|sums"]
+    assert made.first["text_scores"] == ["bm25|sums", "dsir-seed0|sums", "limited|sums"]
+    assert len(made.first["selected_subset"]) == len(made.line.project.recipe_keys)
     assert made.run() == {}
 
 
 def test_words_find_the_rows_of_the_tasks_kind(made):
     assert set(made.subset("bm25|sums")["source"]) == {"plus"}
     assert made.subset("bm25|sums")["rank"].to_list() == list(range(1, 9))
-    drawn = pl.concat([made.subset(f"dsir-seed{seed}|sums") for seed in (0, 1)])
-    assert drawn.filter(source="plus").height > 0.8 * drawn.height, "24 of the pool's 44 rows are of that kind"
+    drawn = made.subset("dsir-seed0|sums")
+    line = made.line
+    weights = pl.concat(
+        [read_parquet(line.folder("text_scores", "dsir-seed0|sums"), score_file(shard)) for shard in line.shards()]
+    ).select("example_id", pl.col("score").arr.first().alias("weight"))
+    mean = drawn.join(weights, on="example_id")["weight"].mean()
+    assert mean > weights["weight"].mean() + weights["weight"].std() / 2
 
 
 def test_recipes_that_differ_in_budget_or_seed_share_their_scores(made):
     line = made.line
-    for asset, keys in (("embedding_scores", ("rds", "rds-tokens")), ("text_scores", ("dsir-seed0", "dsir-seed1"))):
+    for asset, keys in (("embedding_scores", ("rds", "rds-tokens")), ("text_scores", ("bm25", "limited"))):
         first, second = (line.folder(asset, f"{key}|sums") for key in keys)
         assert str(first.root) == str(second.root)
 
@@ -108,14 +110,12 @@ def test_rds_takes_the_nearest_row_of_each_target_example_in_turn(made):
     assert subset["subtask"].to_list() == (targets["subtask"].to_list() * 2)
 
 
-def test_perplexity_keeps_the_middle_or_the_top(made):
+def test_perplexity_keeps_the_middle(made):
     line = made.line
     pool = pl.concat([read_parquet(line.folder("pool_embeddings", shard), EMBEDDINGS) for shard in line.shards()])
     ordered = pool.sort("loss", descending=True)["example_id"].to_list()
-    assert made.subset("top|sums")["example_id"].to_list() == ordered[:8]
-    middle = made.subset("mid|both")["example_id"].to_list()
-    assert set(middle) <= set(ordered[16:28])
-    assert made.subset("mid|sums")["example_id"].to_list() == middle, "no task has a part in it"
+    middle = made.subset("mid|sums")["example_id"].to_list()
+    assert set(middle) <= set(ordered[14:26])
 
 
 def test_token_budgets_hold_for_baselines(made):
@@ -133,8 +133,8 @@ def test_length_matched_rows_are_as_long_as_the_others(made):
 
 def test_quotas_limit_a_source_and_say_what_was_passed_over(made):
     subset = made.subset("limited|sums")
-    assert subset.filter(source="plus").height == 5  # a quarter of 22, rounded down
-    assert subset.height == 22
+    assert subset.filter(source="plus").height == 5  # a quarter of 20, rounded down
+    assert subset.height == 20
     folder = made.line.folder("selected_subset", "limited|sums")
     passed = read_parquet(folder, PASSED_OVER)
     assert set(passed["reason"]) == {"quota"}
@@ -143,7 +143,8 @@ def test_quotas_limit_a_source_and_say_what_was_passed_over(made):
 
 
 def test_a_group_of_tasks_shares_one_subset_and_each_row_says_whose_it_is(made):
-    for recipe in ("less", "bm25", "rds", "dsir-seed0"):
+    made.run(OF_A_GROUP)
+    for recipe in OF_A_GROUP.recipes:
         subset = made.subset(f"{recipe}|both")
         assert subset["task"].to_list()[:4] == ["sums", "sky", "sums", "sky"], recipe
         assert subset["task"].value_counts().sort("task")["count"].to_list() == [4, 4], recipe
@@ -153,7 +154,7 @@ def test_a_group_of_tasks_shares_one_subset_and_each_row_says_whose_it_is(made):
 
 def test_a_new_shard_costs_one_partition_of_embeddings(made):
     write_rows(made.tiny.folder / "data/colors_more.jsonl", [question(500 + place, "blue") for place in range(6)])
-    again = made.run(Request(tasks=TASKS, until="embedding_scores"))
-    assert again["pool_embeddings"] == ["colors-00002"]
+    again = made.run(Request(tasks=("sums",), until="embedding_scores"))
+    assert again["pool_embeddings"] == ["colors-00001"]
     assert "target_embeddings" not in again
-    assert len(again["embedding_scores"]) == 4 * 2
+    assert again["embedding_scores"] == ["rds|sums", "rds-tokens|sums", "mid|sums"]

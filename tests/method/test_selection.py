@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from less_assets.errors import PoolFormatError, ProjectFileError
 from less_assets.method import selection
 from less_assets.method.selection import (
+    PASSED_OVER_SCHEMA,
     SELECTION_SCHEMA,
     Budget,
     Candidates,
+    Restraints,
     select_all,
     select_at_random,
     select_by_score,
@@ -171,6 +173,121 @@ def test_the_summary_says_who_got_what_and_where_the_cut_is():
     assert summary.rows_per_source == {"source-0": 2, "source-1": 1}
     assert summary.rows_per_subtask == {"bbh": {"alpha": 2, "beta": 1}}
     assert summary.cut_scores == {"bbh": {"alpha": 7.0, "beta": 8.0}}
+
+
+def greedy(pool, budget, aggregate, quotas, threshold, vectors):
+    """Ids taken and (id, reason, kept) passed over, row by row over fully sorted queues."""
+    queue_ids = [[id_ for id_, *_ in queue] for queue in sorted_queues(pool, aggregate)]
+    rows = {row["example_id"]: row for row in pool.iter_rows(named=True)}
+    limit = budget.rows_of(len(pool))
+    whole = budget.amount if limit is None else limit
+    left = {source: int(share * whole + 1e-9) for source, share in quotas.items()}
+    taken, passed, spent, turn = [], [], 0, 0
+    live = list(queue_ids)
+    while live:
+        queue = live[0]
+        gone = {*taken, *(id_ for id_, *_ in passed)}
+        id_ = next((id_ for id_ in queue if id_ not in gone), None)
+        if id_ is None:
+            live.pop(0)
+            continue
+        row = rows[id_]
+        cost = row["loss_tokens"] if limit is None else 1
+        if row["source"] in left and left[row["source"]] < cost:
+            passed.append((id_, "quota", None))
+            continue
+        similar = [(float(vectors[other] @ vectors[id_]), other) for other in taken]
+        if threshold is not None and similar and max(similar)[0] >= threshold:
+            passed.append((id_, "near_duplicate", None))
+            continue
+        spent += cost
+        if limit is None and spent > budget.amount:
+            break
+        taken.append(id_)
+        if row["source"] in left:
+            left[row["source"]] -= cost
+        if len(taken) == limit:
+            break
+        live.append(live.pop(0))
+        turn += 1
+    return taken, passed
+
+
+def sorted_queues(pool, aggregate):
+    scores = pool["adamw.mean_cosine"].to_numpy()
+    ids = pool["example_id"].to_list()
+    if aggregate == "round_robin":
+        columns = [scores[:, place] for place in range(scores.shape[1])]
+    else:
+        columns = [scores.max(axis=1) if aggregate == "max" else scores.mean(axis=1, dtype=np.float64).astype("f4")]
+    return [[(id_,) for _, id_ in sorted(zip((-column).tolist(), ids, strict=True))] for column in columns]
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    score_lists,
+    budgets,
+    st.sampled_from(selection.AGGREGATES),
+    st.dictionaries(st.sampled_from(["source-0", "source-1"]), st.sampled_from([0.3, 0.5, 1.0])),
+    st.sampled_from([None, 0.5, 0.95]),
+    st.integers(1, 4),
+)
+def test_rows_are_passed_over_as_one_by_one(scores, budget, aggregate, quotas, threshold, cuts):
+    pool = make_pool(np.asarray(scores, np.float32))
+    angles = np.random.default_rng(0).integers(0, 6, len(pool)) * 0.4
+    vectors = dict(zip(pool["example_id"], np.stack([np.cos(angles), np.sin(angles)], 1).astype("f4"), strict=True))
+    restraints = Restraints(quotas, threshold, lambda rows: np.stack([vectors[id_] for id_ in rows["example_id"]]))
+    taken, passed = greedy(pool, budget, aggregate, quotas, threshold, vectors)
+    if not taken:
+        with pytest.raises(ProjectFileError):
+            select_by_score([candidates(pool, cuts)], budget, aggregate, restraints)
+        return
+    found = select_by_score([candidates(pool, cuts)], budget, aggregate, restraints)
+    assert found.table["example_id"].to_list() == taken
+    assert found.passed_over.schema == PASSED_OVER_SCHEMA
+    assert found.passed_over.select("example_id", "reason").rows() == [entry[:2] for entry in passed]
+    for row in found.passed_over.iter_rows(named=True):
+        if row["reason"] == "near_duplicate":
+            assert row["kept"] in taken
+            assert row["similarity"] >= threshold
+            assert row["similarity"] == pytest.approx(
+                float(vectors[row["kept"]] @ vectors[row["example_id"]]), abs=1e-5
+            )
+    assert sum(found.summary.removed.values()) == len(passed)
+
+
+def test_far_more_near_duplicates_than_the_budget_are_passed_over():
+    """Queues hold twice the budget at first: here they must grow several times."""
+    scores = np.linspace(1, 0, 3000, dtype=np.float32)[:, None]
+    pool = make_pool(scores)
+    places = dict(zip(pool["example_id"], range(3000), strict=True))
+
+    def vectors(rows):
+        angle = np.array([places[id_] // 1000 for id_ in rows["example_id"]])
+        return np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+
+    found = select_by_score([candidates(pool, 7)], Budget("rows", 3), "max", Restraints({}, 0.99, vectors))
+    assert found.table["row"].to_list() == [0, 1000, 2000]
+    assert found.summary.removed == {"near_duplicate": 1998}
+    assert found.passed_over["kept"].unique().sort().to_list() == sorted(found.table["example_id"][:2].to_list())
+
+
+def test_draws_keep_to_quotas_and_weights():
+    pool = make_pool(np.zeros((400, 1), np.float32))
+    quotas = Restraints({"source-0": 0.1})
+    found = select_at_random(lambda: [pool], Budget("rows", 100), 0, restraints=quotas)
+    assert found.summary.rows_per_source == {"source-0": 10, "source-1": 90}
+    weighted = select_at_random(
+        lambda: [pool], Budget("rows", 50), 0, log_weights=lambda rows: np.where(rows["row"] < 100, 0.0, -1000.0)
+    )
+    assert weighted.table["row"].max() < 100
+    assert weighted.table["score"].null_count() == 50
+
+
+def test_quotas_that_allow_nothing_are_an_error():
+    pool = make_pool(np.zeros((4, 1), np.float32)).with_columns(source=pl.lit("only"))
+    with pytest.raises(ProjectFileError, match="quotas"):
+        select_by_score([candidates(pool)], Budget("rows", 2), "max", Restraints({"only": 0.1}))
 
 
 def test_a_plain_column_of_scores_will_do():
