@@ -9,7 +9,7 @@ from less_assets.errors import CorruptArtifactError, MissingArtifactError, Stale
 from less_assets.ledger import Ledger
 from less_assets.lineage import PLANS, Lineage, draw_sample_again, files_digest, sample_draw, shared_settings, split
 from less_assets.partitions import ASSET_AXES
-from less_assets.project import Project, load_project
+from less_assets.project import OPTIONAL_ASSETS, Project, load_project
 from less_assets.provenance import digest
 from less_assets.store.artifacts import ArtifactStore
 
@@ -83,7 +83,7 @@ class Bench:
         }
         line = self.line
         for asset in ASSET_AXES:
-            if asset == "exact_scores":
+            if asset in OPTIONAL_ASSETS:
                 continue
             for partition in self.partitions(asset, axes):
                 self.put(asset, partition, line, **summaries.get(asset, {}))
@@ -102,7 +102,7 @@ class Bench:
         return {
             asset if partition is None else f"{asset}/{partition}": state
             for asset in ASSET_AXES
-            if asset != "exact_scores"
+            if asset not in OPTIONAL_ASSETS
             for partition in self.partitions(asset, axes)
             if (state := line.status(asset, partition).state) != "fresh"
         }

@@ -12,7 +12,7 @@ from dagster._core.definitions.partitions.context import partition_loading_conte
 
 from less_assets.build import build_definitions
 from less_assets.partitions import ASSET_AXES, SHARDS, Axes
-from less_assets.project import Project, parse_project
+from less_assets.project import OPTIONAL_ASSETS, Project, parse_project
 
 PROJECT = b"""
 name: small
@@ -30,11 +30,19 @@ recipes:
   - {name: random, strategy: random, fraction: 0.1, seeds: [0, 1]}
   - {name: full, strategy: full}
   - {name: base, strategy: none}
+  - {name: rds, strategy: rds, fraction: 0.1}
+  - {name: mid, strategy: perplexity, fraction: 0.1}
+  - {name: bm25, strategy: bm25, fraction: 0.1}
+  - {name: dsir, strategy: dsir, fraction: 0.1}
+  - {name: as-less, strategy: length_matched, match: less, fraction: 0.1}
+  - {name: as-rds, strategy: length_matched, match: rds, fraction: 0.1}
+  - {name: as-targets, strategy: length_matched, fraction: 0.1}
 """
 CHECKPOINTS = ["epoch-1", "epoch-2", "epoch-3"]
 SHARD_KEYS = ["plus-00000", "plus-00001"]
 TASKS = ["sums", "sky", "both"]
-RECIPES = ["less", "less-paper", "random-seed0", "random-seed1", "full", "base"]
+RECIPES = ["less", "less-paper", "random-seed0", "random-seed1", "full", "base", "rds", "mid", "bm25", "dsir-seed0"]
+RECIPES += ["as-less-seed0", "as-rds-seed0", "as-targets-seed0"]
 KEYS = {"checkpoint": CHECKPOINTS, "shard": SHARD_KEYS, "task": TASKS, "recipe": RECIPES}
 
 # Child, one of its keys, parent, the parent's keys that it reads. Where the parent is unpartitioned: [None].
@@ -58,6 +66,31 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("exact_scores", "less|sky", "warmup_checkpoints", CHECKPOINTS),
     ("exact_scores", "less|sky", "target_examples", ["sky"]),
     ("exact_scores", "less|sky", "pool_index", [None]),
+    ("pool_embeddings", "plus-00001", "base_model", [None]),
+    ("pool_embeddings", "plus-00001", "instruction_pool", ["plus-00001"]),
+    ("target_embeddings", "sky", "base_model", [None]),
+    ("target_embeddings", "sky", "target_examples", ["sky"]),
+    ("embedding_scores", "rds|sky", "pool_embeddings", SHARD_KEYS),
+    ("embedding_scores", "rds|sky", "target_embeddings", ["sky"]),
+    ("embedding_scores", "rds|sky", "pool_index", [None]),
+    ("embedding_scores", "mid|sky", "pool_embeddings", SHARD_KEYS),
+    ("embedding_scores", "mid|sky", "target_embeddings", []),
+    ("text_scores", "bm25|sky", "target_examples", ["sky"]),
+    ("text_scores", "bm25|sky", "pool_index", [None]),
+    ("selected_subset", "rds|sky", "embedding_scores", ["rds|sky"]),
+    ("selected_subset", "rds|sky", "text_scores", []),
+    ("selected_subset", "dsir-seed0|sky", "text_scores", ["dsir-seed0|sky"]),
+    ("selected_subset", "dsir-seed0|sky", "embedding_scores", []),
+    ("selected_subset", "as-rds-seed0|sky", "embedding_scores", ["rds|sky"]),
+    ("selected_subset", "as-rds-seed0|sky", "influence_scores", []),
+    ("selected_subset", "as-less-seed0|sky", "influence_scores", ["sky"]),
+    ("selected_subset", "as-less-seed0|sky", "exact_scores", ["less|sky"]),
+    ("selected_subset", "as-targets-seed0|sky", "target_examples", ["sky"]),
+    ("selected_subset", "as-targets-seed0|sky", "exact_scores", []),
+    ("selected_subset", "rds|sky", "target_examples", []),
+    ("selected_subset", "random-seed0|sky", "embedding_scores", []),
+    ("selected_subset", "random-seed0|sky", "text_scores", []),
+    ("selected_subset", "random-seed0|sky", "target_examples", []),
     ("selected_subset", "less|sky", "recipe_settings", ["less"]),
     ("selected_subset", "less|sky", "pool_index", [None]),
     ("selected_subset", "less|sky", "influence_scores", ["sky"]),
@@ -75,7 +108,11 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("task_results", "sky", "eval_results", [f"{recipe}|sky" for recipe in RECIPES]),
     ("leaderboard", None, "task_results", TASKS),
 ]
-RESCORING = ["less"]
+SOME_RECIPES = {
+    "exact_scores": ["less"],
+    "embedding_scores": ["rds", "mid"],
+    "text_scores": ["bm25", "dsir-seed0"],
+}
 WITHOUT_PARENTS = ["base_model", "instruction_pool", "target_examples", "recipe_settings"]
 
 
@@ -124,8 +161,15 @@ def test_every_dependency_of_the_graph_is_in_the_table(graph):
 
 
 def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance):
-    """Every key, not only the ones in the table; recipes that do not read scores are the one exception."""
-    readers = {"influence_scores": ["less", "less-paper"], "exact_scores": RESCORING}
+    """Every key, not only the ones in the table; recipes that do not read what others do are the one exception."""
+    readers = {
+        ("selected_subset", "influence_scores"): ["less", "less-paper", "as-less-seed0"],
+        ("selected_subset", "exact_scores"): ["less", "as-less-seed0"],
+        ("selected_subset", "embedding_scores"): ["rds", "mid", "as-rds-seed0"],
+        ("selected_subset", "text_scores"): ["bm25", "dsir-seed0"],
+        ("selected_subset", "target_examples"): ["as-targets-seed0"],
+        ("embedding_scores", "target_embeddings"): ["rds"],
+    }
     for child, axes in ASSET_AXES.items():
         if child in WITHOUT_PARENTS or not axes:
             continue
@@ -133,7 +177,7 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         for key in definition.get_partition_keys(dynamic_partitions_store=instance):
             for parent in graph.get(dg.AssetKey(child)).parent_keys:
                 name = parent.to_user_string()
-                reads = key.split("|")[0] in readers[name] if name in readers else True
+                reads = key.split("|")[0] in readers.get((child, name), RECIPES) or "recipe" not in axes
                 assert bool(parents(graph, instance, child, key, name)) is reads, (child, key, name)
 
 
@@ -161,10 +205,13 @@ def test_a_new_task_or_recipe_leaves_the_parents_of_others_alone(instance):
 def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
     text = PROJECT.replace(b"strategy: less, form: adamw, fraction: 0.1", b"strategy: full")
     text = text.replace(b"strategy: less, fraction: 0.1, rescore: exact", b"strategy: full")
+    for strategy in (b"rds", b"perplexity", b"bm25", b"dsir"):
+        text = text.replace(b"strategy: " + strategy + b", fraction: 0.1", b"strategy: full")
+    text = text.replace(b"match: less, ", b"").replace(b"match: rds, ", b"")
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
     assert dg.AssetKey("influence_scores") not in graph.get(dg.AssetKey("selected_subset")).parent_keys
     assert dg.AssetKey("influence_scores") in graph.get_all_asset_keys()
-    assert dg.AssetKey("exact_scores") not in graph.get_all_asset_keys()
+    assert not {dg.AssetKey(asset) for asset in OPTIONAL_ASSETS} & set(graph.get_all_asset_keys())
 
 
 def test_axes_are_those_of_the_assets_definitions(graph, instance):
@@ -178,7 +225,7 @@ def test_axes_are_those_of_the_assets_definitions(graph, instance):
         if len(axes) == 1:
             assert list(keys) == KEYS[axes[0]], asset
         else:
-            rows = RESCORING if asset == "exact_scores" else KEYS[axes[0]]
+            rows = SOME_RECIPES.get(asset, KEYS[axes[0]])
             assert list(keys) == [f"{first}|{second}" for first in rows for second in KEYS[axes[1]]], asset
         # Dagster orders the parts of a grid's key by dimension name.
         assert list(axes) == sorted(axes), asset
@@ -193,7 +240,8 @@ def test_dagster_accepts_every_mapping(graph):
 
 def test_range_runs_are_for_the_assets_that_share_a_loaded_model_or_a_read_file(graph):
     single = [asset for asset in ASSET_AXES if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
-    assert single == ["instruction_pool", "warmup_checkpoints", "train_gradients", "target_gradients"]
+    range_runs = ["instruction_pool", "warmup_checkpoints", "train_gradients", "target_gradients", "pool_embeddings"]
+    assert single == range_runs
     for asset in single:
         assert graph.get(dg.AssetKey(asset)).backfill_policy == dg.BackfillPolicy.single_run()
 

@@ -110,6 +110,38 @@ WRONG = {
     "seeds for less": (MINIMAL + "    seeds: [1]\n", 14, "strategy less draws nothing", "leave it out"),
     "seed twice": (with_line("y: less", "y: random\n    seeds: [1, 1]"), 13, "1 is listed 2 times", "list it once"),
     "candidates without rescoring": (MINIMAL + "    candidates: 2\n", 14, "without `rescore: exact`", "leave it out"),
+    "near-duplicates without gradients": (
+        with_line("y: less", "y: bm25\n    near_duplicates: 0.9"),
+        13,
+        "near_duplicates: has no meaning for strategy bm25",
+        "leave it out",
+    ),
+    "quotas for full": (
+        with_line("y: less", "y: full\n    quotas: {dolly: 0.5}").replace("    fraction: 0.05\n", ""),
+        13,
+        "quotas: has no meaning for strategy full",
+        "leave it out",
+    ),
+    "quota of no source": (MINIMAL + "    quotas: {doly: 0.5}\n", 14, "there is no source 'doly'", "'dolly'"),
+    "quota of more than all": (MINIMAL + "    quotas: {dolly: 1.5}\n", 14, "quotas.dolly: must be at most 1", "see"),
+    "lengths of no recipe": (
+        MINIMAL + "  - {name: m, strategy: length_matched, match: lss, rows: 1}\n",
+        14,
+        "there is no recipe 'lss'",
+        "did you mean 'less'",
+    ),
+    "lengths of a draw": (
+        MINIMAL + "  - {name: m, strategy: length_matched, match: m, rows: 1}\n",
+        14,
+        "'m' has strategy length_matched",
+        "less, bm25, rds, perplexity",
+    ),
+    "control without evaluation": (
+        with_line("recipes:", "    control: true\nrecipes:"),
+        10,
+        "a control without evaluation shows nothing",
+        "evaluation",
+    ),
     "same recipe twice": (
         MINIMAL + "  - {name: less, strategy: full}\n",
         14,
@@ -416,6 +448,23 @@ def test_a_less_recipe_takes_the_marginal_form_if_it_is_stored_else_the_first(fo
     assert project(f"gradients: {{forms: {forms}}}\n").recipe("less").form == form
 
 
+def test_a_recipe_that_matches_lengths_reads_what_the_matched_one_reads():
+    text = "  - {name: as-less, strategy: length_matched, match: less, rows: 5}\n"
+    found = project(text + "  - {name: as-targets, strategy: length_matched, rows: 5}\n")
+    assert (found.ranked_by("as-less-seed0"), found.ranked_by("as-targets-seed0")) == ("less", "as-targets-seed0")
+    assert [key for key in found.recipe_keys if found.reads_scores(key)] == ["less", "as-less-seed0"]
+    assert [key for key in found.recipe_keys if found.matches_targets(key)] == ["as-targets-seed0"]
+    assert found.recipe_settings("as-less-seed0")["match"] == found.recipe_settings("less")
+
+
+def test_only_keys_that_a_strategy_reads_are_in_its_settings():
+    text = "  - {name: top, strategy: perplexity, keep: top, rows: 5}\n  - {name: b, strategy: bm25, rows: 5}\n"
+    found = project(text)
+    assert (found.recipe("top").keep, found.recipe("less").keep) == ("top", None)
+    assert (found.recipe("b").aggregate, found.recipe("b").form) == ("round_robin", None)
+    assert found.recipe("top").aggregate is None
+
+
 def test_checkpoints_are_epochs_or_imported_ones():
     assert project("warmup: {epochs: 2}\n").checkpoints == ["epoch-1", "epoch-2"]
     imported = project("warmup: {import: [a, b, c]}\n")
@@ -526,7 +575,10 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "recipes[].fraction": (0.2, RECIPE),
     "recipes[].rescore": ("none", RECIPE),
     "recipes[].candidates": (2.0, RECIPE),
+    "recipes[].near_duplicates": (0.9, RECIPE),
+    "recipes[].quotas": ({"s": 0.5}, RECIPE),
     "recipes[].model": ("owner/third", {"finetuning"}),
+    "tasks[].control": (True, set()),
     **{
         f"{section}.{key}": (value, {section} if changes else set())
         for section in ("warmup", "finetuning")
@@ -558,6 +610,8 @@ STRUCTURE = {
     "recipes[].rows",
     "recipes[].tokens",
     "recipes[].seeds",
+    "recipes[].keep",
+    "recipes[].match",
     "warmup.import",
     "warmup.mean_learning_rates",
     "tasks[].evaluation.harness",
