@@ -20,6 +20,7 @@ from less_assets.assets import (
     warmup,
 )
 from less_assets.checks import build_checks
+from less_assets.guardrails import build_guardrails
 from less_assets.lineage import shared_settings
 from less_assets.logs import compact_console
 from less_assets.partitions import Axes
@@ -54,7 +55,7 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
         warnings.simplefilter("ignore", dg.PreviewWarning)
         for module in (pool, warmup, gradients, targets, baselines, selection, rescoring, finetuning, evaluation):
             assets += module.build_assets(axes)
-        checks = build_checks(axes)
+        checks = [*build_checks(axes), *build_guardrails(axes)]
     versions = code_versions(project)
     versioned = dg.map_asset_specs(
         lambda spec: spec.replace_attributes(code_version=versions.get(spec.key.to_user_string(), versions["*"])),

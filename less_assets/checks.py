@@ -43,10 +43,14 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
-        counts = Lineage(project, store).summary("selected_subset", context.partition_key).get("subtasks") or {}
+        line = Lineage(project, store)
+        recipe, task = split(context.partition_key)
+        counts = line.summary("selected_subset", context.partition_key).get("subtasks") or {}
         shares = {f"{task}/{name}": count for task, part in counts.items() for name, count in part.items()}
         total = sum(shares.values())
-        if len(shares) < 2:
+        # A subtask that has won everything is the only one that was counted.
+        choices = line.summary("target_examples", task)["subtasks"] if project.recipe(recipe).aggregate else []
+        if len(choices) < 2 or not total:
             return _warning(True, "The recipe does not choose between subtasks.", {})
         name, most = max(shares.items(), key=lambda item: item[1])
         return _warning(
