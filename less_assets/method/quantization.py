@@ -28,8 +28,8 @@ def bytes_per_row(storage: str, dimension: int) -> int:
 def choose_storage(byte_budget: int, form: str, parameters: int | None = None) -> tuple[str, int]:
     """Storage and dimension that keep scores truest for a number of bytes a row.
 
-    Few bits and many dimensions beat the reverse: 1 bit for `marginal`, 4 bits for the other Adam forms, 8 for `sgd`.
-    Dimensions beyond the number of parameters would be empty: there the bits grow instead.
+    Few bits and many dimensions beat the reverse (`benchmarks/results/features.json`): 1 bit for directions of Adam, 8 for
+    `sgd`. Dimensions beyond the number of parameters would be empty: there the bits grow instead.
 
     Args:
         byte_budget: Bytes of codes a row, at least 1.
@@ -39,8 +39,7 @@ def choose_storage(byte_budget: int, form: str, parameters: int | None = None) -
     Returns:
         (storage, dimension) with `bytes_per_row(storage, dimension) <= byte_budget`.
     """
-    ladder = {"marginal": ("int1", "int4", "int8", "float16"), "sgd": ("int8", "float16")}
-    for storage in ladder.get(form, ("int4", "int8", "float16")):
+    for storage in ("int8", "float16") if form == "sgd" else ("int1", "int4", "int8", "float16"):
         dimension = byte_budget * 8 // BITS[storage]
         if parameters is None or dimension <= parameters:
             return storage, dimension
