@@ -54,7 +54,7 @@ EXAMPLES = {
 }
 TESTS = {"gsm8k": "gsm8k/test.jsonl", "bbh": "bbh/test", "tydiqa": "tydiqa/dev", "mmlu": "mmlu/test"}
 # Questions of each subtask, and longest answer in tokens.
-ASKED = {"gsm8k": (60, 96), "bbh": (3, 32), "tydiqa": (6, 24), "mmlu": (2, None)}
+ASKED = {"gsm8k": (40, 64), "bbh": (3, 32), "tydiqa": (6, 24), "mmlu": (2, None)}
 CHARACTERS_PER_TOKEN = 3.5
 GRADIENT_RATE, TRAINING_RATE, QUESTION_RATE = 190.0, 140.0, 1.5
 """Tokens/s of gradients and of training, questions/s of evaluation: SmolLM2-135M, r 8, two CPU cores."""
@@ -75,6 +75,7 @@ class Design:
     dimension: int
     limit: int | None
     few_shot: bool
+    full: bool
     small: bool
 
 
@@ -107,7 +108,7 @@ def recipes(design: Design) -> list[dict[str, Any]]:
             baselines = {name: baselines[name] for name in ("random", "bm25", "rds", "as-long")}
         for name, settings in {**variants, **baselines}.items():
             found.append({"name": f"{name}{end}", **settings, "fraction": fraction})
-    return found if design.small else [*found, {"name": "full", "strategy": "full"}]
+    return [*found, {"name": "full", "strategy": "full"}] if design.full else found
 
 
 def project_settings(design: Design, data: Path, pool: Sequence[Path]) -> dict[str, Any]:
@@ -174,33 +175,40 @@ def estimate(design: Design, project: Project, pool: Sequence[Path]) -> None:
     lines = [line for path in pool for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     tokens = sum(min(design.max_length, _characters(line) / CHARACTERS_PER_TOKEN) for line in lines)
     keys = project.recipe_keys.values()
-    trained = sum(each.budget.amount for each in keys if each.budget) * tokens * design.epochs
+    subtasks = {task: _subtasks(project, task) for task in design.tasks}
+    models = {task: _different(project, single=subtasks[task] == 1) for task in design.tasks}
+    trained = sum(budget for found in models.values() for budget in found) * tokens * design.epochs
     full = tokens * design.epochs if any(each.strategy == "full" for each in keys) else 0
-    limits = [(design.limit or ASKED[task][0], _subtasks(project, task)) for task in design.tasks]
-    questions = sum(limit * subtasks for limit, subtasks in limits)
+    questions = {task: (design.limit or ASKED[task][0]) * subtasks[task] for task in design.tasks}
+    asked = sum(questions[task] * (len(models[task]) + 2) for task in design.tasks)
     steps = {
-        "warm-up": (0.1 * tokens * 2, TRAINING_RATE, 1),
-        "gradients of the pool, 2 checkpoints": (2 * tokens, GRADIENT_RATE, 1),
-        "embeddings": (tokens, 2 * GRADIENT_RATE, 1),
-        "fine-tuning, per task (equal subsets once)": (trained, TRAINING_RATE, len(design.tasks)),
-        "fine-tuning on the whole pool": (full, TRAINING_RATE, 1),
+        "warm-up": (0.1 * tokens * 2, TRAINING_RATE),
+        "gradients of the pool, 2 checkpoints": (2 * tokens, GRADIENT_RATE),
+        "embeddings": (tokens, 2 * GRADIENT_RATE),
+        "fine-tuning, equal subsets once": (trained, TRAINING_RATE),
+        "fine-tuning on the whole pool": (full, TRAINING_RATE),
     }
     print(
         f"pool: {len(lines)} rows, about {tokens:,.0f} tokens; {len(project.recipe_keys)} recipe keys; "
-        f"{questions} questions"
+        f"{sum(questions.values())} questions"
     )
     hours = 0.0
-    for name, (amount, rate, times) in steps.items():
-        hours += amount * times / rate / 3600
-        print(
-            f"  {name:<44}{amount * times:>12,.0f} tokens  {amount * times / rate / 60:>7.1f} min at {rate:g} tokens/s"
-        )
-    asked = questions * len(project.recipe_keys)
+    for name, (amount, rate) in steps.items():
+        hours += amount / rate / 3600
+        print(f"  {name:<38}{amount:>12,.0f} tokens  {amount / rate / 60:>7.1f} min at {rate:g} tokens/s")
     hours += asked / QUESTION_RATE / 3600
-    print(f"  {'evaluation':<44}{asked:>12,} questions{asked / QUESTION_RATE / 60:>6.1f} min at {QUESTION_RATE:g}/s")
-    print(
-        f"  together at most {hours:.1f} h (rates: SmolLM2-135M on two CPU cores; recipes with equal rows train once)"
-    )
+    print(f"  {'evaluation':<38}{asked:>12,} questions{asked / QUESTION_RATE / 60:>7.1f} min at {QUESTION_RATE:g}/s")
+    print(f"  together about {hours:.1f} h (rates: SmolLM2-135M, r 8, on two CPU cores)")
+
+
+def _different(project: Project, *, single: bool) -> list[float]:
+    """Budgets of the recipes that select different rows: with a single subtask, all aggregations select the same."""
+    found = {}
+    for key, recipe in project.recipe_keys.items():
+        if recipe.budget:
+            same = (recipe.form, recipe.subtask, recipe.budget) if single and recipe.strategy == "less" else key
+            found[same] = float(recipe.budget.amount)
+    return list(found.values())
 
 
 def _subtasks(project: Project, task: str) -> int:
@@ -285,6 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--dimension", type=int, default=32768)
     parser.add_argument("--limit", type=int, default=None, help="questions of each subtask")
+    parser.add_argument("--no-full", action="store_true", help="leave training on the whole pool out")
     parser.add_argument("--few-shot", action="store_true", help="worked examples in the prompts, as in the paper")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "selection_quality")
@@ -302,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dimension=asked.dimension,
         limit=asked.limit or (8 if asked.small else None),
         few_shot=asked.few_shot,
+        full=not (asked.small or asked.no_full),
         small=asked.small,
     )
     name = "selection_quality_small.json" if asked.small else "selection_quality.json"

@@ -410,13 +410,14 @@ def _finetuned_model(line: Lineage, key: str | None) -> ArtifactPlan:
 def _eval_results(line: Lineage, key: str | None) -> ArtifactPlan:
     recipe, task = split(key)
     model = line.fresh("finetuned_model", key)
-    folder = f"evaluation/{recipe}/{task}"
+    # By fingerprint alone, as models: two recipes that have selected the same rows are evaluated once.
+    pointer, folder = f"evaluation/{recipe}/{task}", f"evaluation/samples/{task}"
     inputs = line.version("finetuned_model", key) | line.version("target_examples", task)
     evaluation = line.summary("target_examples", task)["evaluation_digest"]
     return ArtifactPlan(
         "eval_results",
         key,
-        folder,
+        pointer,
         folder,
         {},
         inputs,
