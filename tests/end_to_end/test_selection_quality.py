@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,9 +39,18 @@ def data(tmp_path) -> Path:
     return folder
 
 
-def test_the_small_design_runs_and_its_figures_are_complete(benchmark, data, tiny_model, tmp_path, capsys):
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A folder in memory: Dagster's records of many small runs are slow on a disk."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="less-quality-", dir=memory if memory.is_dir() else None))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_small_design_runs_and_its_figures_are_complete(benchmark, data, tiny_model, work, tmp_path, capsys):
     results = tmp_path / "results.json"
-    options = ["--small", "--base", str(tiny_model), "--data", str(data), "--work", str(tmp_path / "work")]
+    options = ["--small", "--base", str(tiny_model), "--data", str(data), "--work", str(work)]
     options += ["--rows", "40", "--dimension", "256", "--limit", "2", "--seeds", "0", "1", "--results", str(results)]
     benchmark.main([*options, "--estimate"])
     assert "together about" in capsys.readouterr().out
@@ -53,7 +65,7 @@ def test_the_small_design_runs_and_its_figures_are_complete(benchmark, data, tin
     assert all(each["budget"] == 0.1 and each["tokens"] > 0 for each in found[1:])
     assert found[0]["budget"] is None
     assert all(0 < each["loss"] < 10 and each["score"] in (0, 0.5, 1) for each in found)
-    sources = {path.stem for path in (tmp_path / "work/small/pool").iterdir()}
+    sources = {path.stem for path in (work / "small/pool").iterdir()}
     assert sources == {"cot", "dolly"}, "GSM8K's own training source is left out"
     assert "| less-marginal-round_robin.10 |" in results.with_suffix(".md").read_text()
     assert "to make" in capsys.readouterr().out

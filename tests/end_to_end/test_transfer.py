@@ -50,6 +50,7 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
     settings["warmup"]["epochs"] = 1
     settings["model"]["max_length"] = 128
     settings["lora"]["target_modules"] = ["q_proj", "v_proj", "c_attn"]
+    settings["finetuning"] = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 4}
     settings["recipes"] = [
         {"name": "less", "strategy": "less", "fraction": 0.2},
         {"name": "less-t", "strategy": "less", "fraction": 0.2, "model": str(byte_folder)},
