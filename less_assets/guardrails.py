@@ -131,7 +131,7 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
         )
         return _warning(
             profits.is_empty(),
-            f"Better than random on a target it was not selected for: {said}. Gains elsewhere may not be due to targets."
+            f"Better than random on what it was not selected for: {said}. Gains elsewhere may have other reasons too."
             if said
             else "No recipe beats random on the control.",
             {},

@@ -393,12 +393,15 @@ def _finetuned_model(line: Lineage, key: str | None) -> ArtifactPlan:
     recipe, task = split(key)
     inputs = line.version("base_model") | line.version("selected_subset", key)
     subset = line.fresh("selected_subset", key)
+    settings = line.project.finetuning_settings(recipe)
+    if other := line.project.recipe(recipe).model:
+        settings |= {"stamp": _model_stamp(other)}  # no asset stands for another model than the project's
     return ArtifactPlan(
         "finetuned_model",
         key,
         f"models/of/{recipe}/{task}",
         "models",  # by fingerprint alone: `full`, `random` and the base model are trained once for all tasks
-        line.project.finetuning_settings(recipe),
+        settings,
         inputs,
         determined_by=line.version("base_model") | {"rows": subset.data_version},
     )
@@ -407,13 +410,14 @@ def _finetuned_model(line: Lineage, key: str | None) -> ArtifactPlan:
 def _eval_results(line: Lineage, key: str | None) -> ArtifactPlan:
     recipe, task = split(key)
     model = line.fresh("finetuned_model", key)
-    folder = f"evaluation/{recipe}/{task}"
+    # By fingerprint alone, as models: two recipes that have selected the same rows are evaluated once.
+    pointer, folder = f"evaluation/{recipe}/{task}", f"evaluation/samples/{task}"
     inputs = line.version("finetuned_model", key) | line.version("target_examples", task)
     evaluation = line.summary("target_examples", task)["evaluation_digest"]
     return ArtifactPlan(
         "eval_results",
         key,
-        folder,
+        pointer,
         folder,
         {},
         inputs,

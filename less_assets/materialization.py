@@ -17,6 +17,7 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 
+from less_assets.costs import seconds_of, timed
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage import Lineage
 from less_assets.progress import Progress
@@ -220,16 +221,18 @@ def _make(
 ) -> tuple[Manifest, dict[str, Any]]:
     plan = line.plan(context.asset_key.to_user_string(), partition)
     name = f"{plan.asset} {partition}" if partition else plan.asset
-    manifest = materialize(
-        line.store,
-        plan,
-        lambda folder: compute(Work(line, partition or "", folder, models, context.log.info, name)),
-        resumable=resumable,
-    )
+
+    def timed_compute(folder: ArtifactFolder) -> Computed:
+        with timed(line.store, plan.asset, plan.fingerprint):
+            return compute(Work(line, partition or "", folder, models, context.log.info, name))
+
+    manifest = materialize(line.store, plan, timed_compute, resumable=resumable)
     folder = line.store.artifact(manifest.key, manifest.fingerprint)
+    seconds = seconds_of(line.store, plan.asset, plan.fingerprint)
     shown = {
         "fingerprint": manifest.fingerprint,
         "path": dg.MetadataValue.path(str(folder.root)),
+        **({} if seconds is None else {"seconds": seconds}),
         **describe(folder, manifest),
     }
     return manifest, shown

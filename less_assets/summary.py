@@ -35,7 +35,7 @@ def results(project: Project, store: ArtifactStore) -> str:
 
 
 def _leaderboard(line: Lineage) -> str:
-    from less_assets.method.leaderboard import differences, recipes_by_tasks
+    from less_assets.method.leaderboard import COSTS_HEADING, costs, differences, recipes_by_tasks
 
     board = read_parquet(line.folder("leaderboard"), BOARD)
     if board.is_empty():
@@ -44,6 +44,7 @@ def _leaderboard(line: Lineage) -> str:
         ("Held-out loss (nats per token, lower is better)", recipes_by_tasks(board, "loss")),
         ("Score (higher is better)", recipes_by_tasks(board, "score")),
         ("Difference from random, on the same samples", differences(board, "random")),
+        (COSTS_HEADING, costs(board)),
     ]
     note = (
         "[95 % bootstrap interval over samples]  ± standard deviation over seeds  "

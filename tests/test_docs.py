@@ -113,7 +113,7 @@ def same_columns(documented: dict[str, str], stored: dict[str, str]) -> list[str
         if not matches:
             problems.append(f"{name} is documented and not stored")
         kinds = re.findall(r"`([^`]+)`", kind)
-        expected = {re.sub(r"Array\(Float32, [kJ]\)", "Array(Float32, *)", each) for each in kinds}
+        expected = {re.sub(r"Array\(Float32, [hkJ]\)", "Array(Float32, *)", each) for each in kinds}
         problems += [f"{column} is {left[column]}, not {kind}" for column in matches if left[column] not in expected]
         for column in matches:
             del left[column]
@@ -184,7 +184,9 @@ def test_the_graph_in_the_readme_is_the_graph():
         for key in graph.get_all_asset_keys()
         for parent in graph.get(key).parent_keys
     }
-    legible = {(parent, "exact_scores") for parent in ASSET_AXES} | {("pool_index", "influence_scores")}
+    legible = {(parent, "exact_scores") for parent in ASSET_AXES}
+    legible |= {("pool_index", f"{kind}_scores") for kind in ("influence", "embedding", "text")}
+    legible |= {("base_model", f"{kind}_embeddings") for kind in ("pool", "target")}
     assert drawn <= edges, "an arrow that the graph does not have"
     assert edges - drawn <= legible, "a dependency that the picture does not show"
 
@@ -206,7 +208,8 @@ def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     settings["tasks"] = settings["tasks"][:1]
     settings["warmup"]["epochs"] = 1
     less = {"name": "less", "strategy": "less", "fraction": 0.2, "rescore": "exact"}
-    settings["recipes"] = [less, {"name": "base", "strategy": "none"}]
+    settings["recipes"] = [less, {"name": "base", "strategy": "none"}, {"name": "rds", "strategy": "rds", "rows": 4}]
+    settings["recipes"].append({"name": "bm25", "strategy": "bm25", "rows": 4, "quotas": {"plus": 0.5}})
     project = load_project(tiny_project.path)
     store = open_store(project)
     with dg.DagsterInstance.ephemeral() as instance:

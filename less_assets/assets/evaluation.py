@@ -11,6 +11,7 @@ import dagster as dg
 import polars as pl
 
 from less_assets import metadata
+from less_assets.costs import cost_of, cost_with_inputs
 from less_assets.lineage import split
 from less_assets.materialization import Computed, Work, materialize_one
 from less_assets.partitions import Axes
@@ -174,6 +175,7 @@ def compare(work: Work) -> Computed:
         if not line.summary("eval_results", partition)["evaluated"]:
             continue
         stored, trained = line.folder("eval_results", partition), line.summary("finetuned_model", partition)
+        selection = cost_with_inputs(line, "selected_subset", partition)
         budget = f"{recipe.budget.unit} {recipe.budget.amount}" if recipe.budget else None
         results.append(
             RecipeResult(
@@ -186,6 +188,9 @@ def compare(work: Work) -> Computed:
                 budget=budget,
                 rows=trained["examples"],
                 tokens=trained.get("tokens"),
+                minutes=cost_of(line, "finetuned_model", partition).minutes if trained["trained"] else None,
+                selection_tokens=selection.tokens,
+                selection_minutes=selection.minutes,
             )
         )
     board = compare_recipes(task, results) if results else pl.DataFrame(schema=LEADERBOARD_SCHEMA)
@@ -216,4 +221,7 @@ def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, A
         losses = board.filter(pl.col("metric") == "loss")
         drawn = charts.leaderboard_chart(losses, value_title="held-out loss (lower is better)")
         shown["held_out_loss"] = metadata.picture(drawn, "held-out loss of each recipe")
+        if (scores := board.filter("primary")).height:
+            drawn = charts.leaderboard_chart(scores, value_title="score (higher is better)")
+            shown["score"] = metadata.picture(drawn, "score of each recipe")
     return shown

@@ -138,6 +138,7 @@ def train_checkpoint(work: Work) -> Computed:
             "mean_learning_rate": checkpoint.mean_learning_rate,
             "mean_loss": fmean(checkpoint.losses),
             "examples": len(examples),
+            "tokens": sum(len(example.input_ids) for example in examples),  # of the epoch that the checkpoint ends
         }
     )
 

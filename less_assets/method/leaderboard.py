@@ -18,7 +18,9 @@ from less_assets.method.intervals import CONFIDENCE, REPLICATES, clustered_boots
 
 REFERENCES = {"base": "none", "random": "random", "full": "full"}
 """What recipes are compared with: column prefix and strategy."""
+COSTS_HEADING = "Cost (mean over tasks; the selection's in full for each recipe, although recipes share most of it)"
 
+COSTS = ("rows", "tokens", "minutes", "selection_tokens", "selection_minutes")
 _NUMBERS = ["value", "low", "high"]
 
 LEADERBOARD_SCHEMA = pl.Schema(
@@ -43,7 +45,9 @@ LEADERBOARD_SCHEMA = pl.Schema(
         },
         "rows": pl.Float64,  # training rows, mean over seeds
         "tokens": pl.Float64,  # training tokens seen, mean over seeds
-        "minutes": pl.Float64,  # training and evaluation, mean over seeds
+        "minutes": pl.Float64,  # of training, mean over seeds
+        "selection_tokens": pl.Float64,  # tokens through a model for the selection and all it was made from
+        "selection_minutes": pl.Float64,  # minutes for them; what recipes share counts in full for each
     }
 )
 
@@ -62,7 +66,9 @@ class RecipeResult:
         budget: Budget as written, such as `fraction 0.05`; a recipe is compared with the random one of its own budget.
         rows: Training rows.
         tokens: Training tokens seen.
-        minutes: Minutes spent on training and evaluation.
+        minutes: Minutes of training.
+        selection_tokens: Tokens through a model for the selection and all that it was made from.
+        selection_minutes: Minutes for them; None if they are not known for all.
     """
 
     recipe: str
@@ -75,6 +81,8 @@ class RecipeResult:
     rows: int | None = None
     tokens: int | None = None
     minutes: float | None = None
+    selection_tokens: int | None = None
+    selection_minutes: float | None = None
 
 
 def compare_recipes(
@@ -195,20 +203,11 @@ def to_markdown(board: pl.DataFrame) -> str:
     Args:
         board: Table of `LEADERBOARD_SCHEMA`.
     """
-    costs = (
-        board.unique(["task", "recipe"], keep="first", maintain_order=True)
-        .group_by("recipe", maintain_order=True)
-        .agg(pl.col("rows").mean(), pl.col("tokens").mean(), pl.col("minutes").sum())
-        .with_columns(
-            pl.col("rows", "tokens").round(0).cast(pl.Int64).cast(pl.String).fill_null("–"),
-            pl.when(pl.col("minutes") > 0).then(pl.col("minutes").round(1).cast(pl.String)).otherwise(pl.lit("–")),
-        )
-    )
     parts = [
         ("Held-out loss (nats per token, lower is better)", recipes_by_tasks(board, "loss")),
         ("Score (higher is better)", recipes_by_tasks(board, "score")),
         ("Difference from random, same samples", differences(board, "random")),
-        ("Cost (rows and tokens: mean over tasks; minutes: all tasks)", costs),
+        (COSTS_HEADING, costs(board)),
     ]
     shown = [f"**{heading}**\n\n{markdown_table(table)}" for heading, table in parts if table.height]
     note = (
@@ -216,6 +215,31 @@ def to_markdown(board: pl.DataFrame) -> str:
         "standard deviation over seeds; \\*: better than random, interval of the paired difference without 0."
     )
     return "\n\n".join([*shown, note])
+
+
+def costs(board: pl.DataFrame) -> pl.DataFrame:
+    """Return what each recipe cost, mean over tasks, as text: rows and training, and what the selection took.
+
+    Args:
+        board: Table of `LEADERBOARD_SCHEMA`.
+    """
+    return (
+        board.unique(["task", "recipe"], keep="first", maintain_order=True)
+        .group_by("recipe", maintain_order=True)
+        .agg(pl.col(COSTS).mean())
+        .with_columns(
+            pl.col("rows", "tokens", "selection_tokens").round(0).cast(pl.Int64).cast(pl.String).fill_null("–"),
+            *(_text(pl.col(name), digits=1).fill_null("–") for name in ("minutes", "selection_minutes")),
+        )
+        .rename(
+            {
+                "tokens": "training tokens",
+                "minutes": "training minutes",
+                "selection_tokens": "selection tokens",
+                "selection_minutes": "selection minutes",
+            }
+        )
+    )
 
 
 def markdown_table(table: pl.DataFrame) -> str:
@@ -317,7 +341,7 @@ def _row(
         "higher_is_better": metric["higher_is_better"],
         "seeds": len(draws),
         "n": len(own) or metric["n"],
-        **{name: _mean([getattr(draw, name) for draw in draws]) for name in ("rows", "tokens", "minutes")},
+        **{name: _mean([getattr(draw, name) for draw in draws]) for name in COSTS},
     }
     if own.is_empty():  # a figure of the harness's own, without samples
         return row | {name: metric[name] for name in _NUMBERS}
@@ -346,7 +370,7 @@ def _mean(numbers: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _text(column: pl.Expr, *, sign: bool = False) -> pl.Expr:
-    """Format to three decimals: 1.5934 gives "1.593"."""
-    pattern = "{:+.3f}" if sign else "{:.3f}"
+def _text(column: pl.Expr, *, sign: bool = False, digits: int = 3) -> pl.Expr:
+    """Format to some decimals: 1.5934 gives "1.593"."""
+    pattern = f"{{:{'+' if sign else ''}.{digits}f}}"
     return column.map_elements(pattern.format, return_dtype=pl.String)

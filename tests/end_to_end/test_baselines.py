@@ -1,5 +1,7 @@
 """Every baseline as a recipe, from the project file to the subset, on a tiny model."""
 
+from types import SimpleNamespace
+
 import dagster as dg
 import numpy as np
 import polars as pl
@@ -8,6 +10,7 @@ from test_run import run
 from tiny import TinyProject, question, write_rows
 
 from less_assets.assets.baselines import EMBEDDINGS, score_file
+from less_assets.assets.ranking import restraints_of
 from less_assets.assets.selection import PASSED_OVER, SUBSET
 from less_assets.jobs import Request
 from less_assets.lineage import Lineage
@@ -26,6 +29,7 @@ RECIPES = [
     {"name": "mid", "strategy": "perplexity", "fraction": 0.2},
     {"name": "as-long", "strategy": "length_matched", "match": "rds", "fraction": 0.2},
     {"name": "as-targets", "strategy": "length_matched", "fraction": 0.2},
+    {"name": "apart", "strategy": "less", "fraction": 0.2, "near_duplicates": 0.6},
     {"name": "limited", "strategy": "bm25", "fraction": 0.5, "quotas": {"plus": 0.25}},
 ]
 
@@ -140,6 +144,28 @@ def test_quotas_limit_a_source_and_say_what_was_passed_over(made):
     assert set(passed["reason"]) == {"quota"}
     assert made.line.summary("selected_subset", "limited|sums")["removed"]["quota"] == passed.height
     assert not set(passed["example_id"]) & set(subset["example_id"])
+
+
+def test_near_duplicates_in_gradient_space_are_passed_over_and_the_kept_one_is_named(made):
+    line = made.line
+    subset = made.subset("apart|sums")
+    passed = read_parquet(line.folder("selected_subset", "apart|sums"), PASSED_OVER)
+    work = SimpleNamespace(line=line, project=line.project)
+    vectors = restraints_of(work, line.project.recipe("apart")).vectors
+    rows = pl.concat([subset, passed], how="diagonal").sort("shard", "row")
+    vector = dict(zip(rows["example_id"], vectors(rows), strict=True))
+    chosen = np.stack([vector[each] for each in subset["example_id"]])
+    similar = chosen @ chosen.T
+    assert np.diag(similar) == pytest.approx(1, abs=1e-5)
+    assert (similar - np.eye(len(chosen)) * 2).max() < 0.6
+    assert passed.height > 0
+    for row in passed.iter_rows(named=True):
+        assert row["reason"] == "near_duplicate"
+        assert row["similarity"] == pytest.approx(vector[row["example_id"]] @ vector[row["kept"]], abs=1e-5)
+        assert row["kept"] in set(subset["example_id"])
+    plain = made.subset("less|sums")["example_id"].to_list()
+    assert subset["example_id"][0] == plain[0]
+    assert line.summary("selected_subset", "apart|sums")["removed"]["near_duplicate"] == passed.height
 
 
 def test_a_group_of_tasks_shares_one_subset_and_each_row_says_whose_it_is(made):

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from less_assets.errors import TargetFormatError
 from less_assets.method.influence import (
+    SIMILARITY_DIMENSION,
     SUBTASK_RULES,
     normalised_weights,
     row_statuses,
     score_block,
     score_shard,
     score_table,
+    similarity_vectors,
     target_directions,
 )
 
@@ -230,3 +232,38 @@ def test_influence_agrees_with_the_published_code(form):
     }
     scores = score_shard(sources, directions, weights, [form])["task"][f"{form}.mean_cosine"]
     np.testing.assert_allclose(scores.max(axis=1), golden[f"score_{form}"], atol=1e-5)
+
+
+class Blocks:
+    """Features in memory, read in blocks of five rows."""
+
+    def __init__(self, features: np.ndarray) -> None:
+        self.features = features
+
+    def blocks(self, form):
+        for first in range(0, len(self.features), 5):
+            yield first, self.features[first : first + 5]
+
+
+@pytest.mark.parametrize("width", [40, 3 * SIMILARITY_DIMENSION + 7])
+def test_similarity_is_the_weighted_mean_of_the_cosines_at_all_checkpoints(width):
+    rng = np.random.default_rng(0)
+    common = rng.standard_normal(width)
+    features = [
+        (common * np.linspace(0, 3, 12)[:, None] + rng.standard_normal((12, width))).astype(np.float32)
+        for _ in range(2)
+    ]
+    rows = np.array([0, 4, 5, 6, 11])
+    found = similarity_vectors(
+        {"epoch-1": Blocks(features[0]), "epoch-2": Blocks(features[1])},
+        {"epoch-1": 0.75, "epoch-2": 0.25},
+        "sgd",
+        rows,
+    )
+    similar = found @ found.T
+    exact = np.array(
+        [[sum(w * cosine(f[i], f[j]) for w, f in zip((0.75, 0.25), features, strict=True)) for j in rows] for i in rows]
+    )
+    # Exact where nothing is folded; else within a few times 1/√2048, and closer where rows are nearly the same.
+    np.testing.assert_allclose(similar, exact, atol=1e-5 if width == 40 else 0.08)
+    assert found.shape == (5, 2 * min(width, SIMILARITY_DIMENSION))
