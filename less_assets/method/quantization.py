@@ -28,7 +28,7 @@ def bytes_per_row(storage: str, dimension: int) -> int:
 def choose_storage(byte_budget: int, form: str, parameters: int | None = None) -> tuple[str, int]:
     """Storage and dimension that keep scores truest for a number of bytes a row.
 
-    Few bits and many dimensions beat the reverse (`benchmarks/results/features.json`): 1 bit for directions of Adam, 8 for
+    Few bits and many dimensions beat the reverse (`benchmarks/results/features.json`): 1 bit for Adam forms, 8 for
     `sgd`. Dimensions beyond the number of parameters would be empty: there the bits grow instead.
 
     Args:
