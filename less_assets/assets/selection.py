@@ -247,6 +247,8 @@ def describe_subset(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, 
     subtasks = dict(table["subtask"].drop_nulls().value_counts().iter_rows())
     if len(subtasks) > 1:
         shown["shares_by_subtask"] = metadata.picture(charts.share_bars(subtasks), "share of each subtask")
+    if PASSED_OVER in manifest.files:
+        shown["passed_over"] = metadata.table(read_parquet(folder, PASSED_OVER).head(metadata.TABLE_ROWS))
     if POOL_SCORES in manifest.files:
         scores = read_parquet(folder, POOL_SCORES)["score"].to_numpy()
         cut = float(table["score"].min())  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from less_assets.method.leaderboard import (
     LEADERBOARD_SCHEMA,
     RecipeResult,
     compare_recipes,
+    costs,
     differences,
     markdown_table,
     merge,
@@ -70,7 +71,17 @@ def board():
             for seed in range(3)
         ),
         result("random-big", losses(0.3), right, strategy="random", budget="10 %"),
-        result("less", losses(0.2), right, budget="5 %", rows=50, tokens=4000, minutes=3.0),
+        result(
+            "less",
+            losses(0.2),
+            right,
+            budget="5 %",
+            rows=50,
+            tokens=4000,
+            minutes=3.0,
+            selection_tokens=90_000,
+            selection_minutes=61.25,
+        ),
         result("less-big", losses(0.2), right, budget="10 %"),
         result("full", losses(0.5), np.ones(ROWS), strategy="full", rows=1000, tokens=90_000),
     ]
@@ -105,6 +116,20 @@ def test_random_of_the_same_budget_is_the_reference_and_references_do_not_meet_t
     assert cell(board, "random", "loss", "vs_random") is None
     assert cell(board, "random-big", "loss", "vs_random") is None
     assert cell(board, "base", "loss", "vs_base") is None
+
+
+def test_costs_are_told_as_recorded_and_what_is_unknown_stays_unknown(board):
+    rows = {row["recipe"]: row for row in costs(board).iter_rows(named=True)}
+    assert rows["less"] == {
+        "recipe": "less",
+        "rows": "50",
+        "training tokens": "4000",
+        "training minutes": "3.0",
+        "selection tokens": "90000",
+        "selection minutes": "61.2",
+    }
+    assert rows["random"]["training minutes"] == "2.0"
+    assert rows["base"]["training minutes"] == rows["random"]["selection minutes"] == "–"
 
 
 def test_only_results_on_one_model_are_compared():
