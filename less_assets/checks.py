@@ -1,19 +1,34 @@
 """Checks that a person should see in the UI: nothing here stops a run. Gates that must stop one raise inside assets.
 
-Belongs here: judging figures that assets have recorded. Does not belong here: computing new ones.
+Belongs here: judging figures, and telling a person. Does not belong here: computing them (`assets/`).
 """
 
-import dagster as dg
+from typing import Any
 
+import dagster as dg
+import polars as pl
+
+from less_assets import metadata
+from less_assets.errors import LessAssetsError
 from less_assets.lineage import Lineage, split
 from less_assets.partitions import Axes
 from less_assets.project import Project
+from less_assets.resources import ModelLoader
 from less_assets.store.artifacts import ArtifactStore
+from less_assets.store.tables import read_parquet
 
 QUARANTINE_LIMIT = 0.05
 """Share of quarantined rows above which a pool is worth a look."""
 DOMINANCE_LIMIT = 0.5
 """Share of the selection above which one subtask has won too much (issue with `max` aggregation, method.md)."""
+
+OVERLAP_LIMIT = 0.7
+"""Expected overlap with the exact selection below which sketches are too coarse; LESS's own storage reaches 0.6."""
+CORRELATION_LIMIT = 0.5
+"""Correlation of predicted with real influence below which first-order influence says little about this model."""
+
+TROUBLE = (LessAssetsError, MemoryError, RuntimeError)
+"""What a check that takes gradients may meet on a machine (torch raises RuntimeError) and tells instead of stopping."""
 
 
 def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
@@ -81,12 +96,106 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         said = ", ".join(f"{name} {ours[name]:.3f}, base {base[name]:.3f}" for name in worse)
         return _warning(not worse, f"Worse than the base model: {said}" if worse else "Not worse than the base.", {})
 
-    return [few_rows_quarantined, no_subtask_dominates, not_worse_than_base]
+    @dg.asset_check(
+        asset="influence_scores",
+        partitions_def=axes.of("influence_scores"),
+        pool="gpu",
+        description="Exact scores would select nearly the same rows: a random sample of the pool is scored exactly.",
+    )
+    def sketch_is_faithful(
+        context: dg.AssetCheckExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.AssetCheckResult:
+        from less_assets.assets.fidelity import certified_on, certify
+        from less_assets.certificates import certified_recipes
+
+        if not project.gradients.certificate_rows or not certified_recipes(project):
+            return _warning(True, "No certificate is asked for.", {})
+        try:
+            task = context.partition_key
+            folder = certify(project, store, models, task, context.log.info)
+            return _judge_fidelity(folder.manifest().summary, certified_on(Lineage(project, store), folder, task))
+        except TROUBLE as error:
+            return _warning(False, f"No certificate could be made: {error}", {})
+
+    @dg.asset_check(
+        asset="influence_scores",
+        partitions_def=axes.of("influence_scores"),
+        pool="gpu",
+        description="Rows of higher predicted influence lower the targets' loss more when a real step is taken.",
+    )
+    def influence_is_real(
+        context: dg.AssetCheckExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.AssetCheckResult:
+        from less_assets.assets.fidelity import take_real_steps
+        from less_assets.certificates import STEPS
+
+        if not project.gradients.real_step_rows:
+            return _warning(True, "No real steps are asked for.", {})
+        try:
+            folder = take_real_steps(project, store, models, context.partition_key, context.log.info)
+            return _judge_steps(folder.manifest().summary, read_parquet(folder, STEPS))
+        except TROUBLE as error:
+            return _warning(False, f"No real step could be taken: {error}", {})
+
+    return [few_rows_quarantined, no_subtask_dominates, not_worse_than_base, sketch_is_faithful, influence_is_real]
 
 
-def _warning(
-    passed: bool, description: str, metadata: dict[str, dg.MetadataValue | float | int | str]
-) -> dg.AssetCheckResult:
+def _judge_fidelity(summary: dict[str, Any], recipes: list[Any]) -> dg.AssetCheckResult:
+    """Show a certificate: figures per recipe, and the sample's scores as a picture for the first one."""
+    from less_assets.report.charts import agreement_scatter
+
+    figures: dict[str, Any] = {
+        "sampled_rows": summary["rows"],
+        "cosine_error": dg.MetadataValue.json(summary["cosine_error"]),
+        "one_over_root_k": summary["theory"],
+    }
+    if not recipes:
+        return _warning(True, "The pool is too small for a certificate.", figures)
+    columns = ("recipe", "spearman", "sample_overlap", "overlap", "certain", "band")
+    figures["recipes"] = metadata.table(
+        pl.DataFrame([{name: getattr(each, name) for name in columns} for each in recipes])
+    )
+    sketched, exact, cut = recipes[0].scores
+    figures["sample"] = metadata.picture(agreement_scatter(sketched, exact, cut=cut), "sketched and exact scores")
+    worst = min(recipes, key=lambda each: each.overlap)
+    return _warning(
+        worst.overlap >= OVERLAP_LIMIT,
+        f"Exact scores would select about {worst.overlap:.0%} of the rows that {worst.recipe} selects; "
+        f"{worst.certain:.0%} of them are certain, the others borderline. "
+        "More dimensions, or `rescore: exact` in the recipe, make it more.",
+        figures,
+    )
+
+
+def _judge_steps(summary: dict[str, Any], steps: pl.DataFrame) -> dg.AssetCheckResult:
+    """Show how predicted and real influence agree, as figures and as a picture."""
+    from less_assets.report.charts import agreement_scatter
+
+    names = sorted(summary["agreement"], key=lambda name: name != "predicted")
+    agreement = [{"predictor": name, **summary["agreement"][name]} for name in names]
+    axes = ("predicted fall of the loss", "real fall of the loss")
+    chart = agreement_scatter(steps["predicted"].to_list(), steps["real"].to_list(), axes=axes)
+    correlation = summary["agreement"]["predicted"]["spearman"]
+    return _warning(
+        correlation is not None and correlation >= CORRELATION_LIMIT,
+        f"Rank correlation of predicted with real influence: "
+        f"{'none' if correlation is None else format(correlation, '.2f')} "
+        f"({summary['rows']} rows, {summary['target_examples']} target examples, {summary['checkpoint']}).",
+        {
+            "agreement": metadata.table(pl.DataFrame(agreement)),
+            "learning_rate": summary["learning_rate"],
+            "steps": metadata.picture(chart, "predicted and real influence"),
+        },
+    )
+
+
+def _warning(passed: bool, description: str, shown: dict[str, Any]) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        passed=passed, severity=dg.AssetCheckSeverity.WARN, description=description, metadata=metadata
+        passed=passed, severity=dg.AssetCheckSeverity.WARN, description=description, metadata=shown
     )

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from less_assets.errors import ProjectFileError
+from less_assets.method import SKETCH_VERSION
 from less_assets.project_schema import BrokenRule, Section, explain, nearest, setting, shown_path
 from less_assets.project_yaml import KeyPath, MarkedData, Problem, parse_yaml, problems_error, read_yaml
 
@@ -346,12 +347,29 @@ class Gradients(Section):
         shown="2 GB",
         ge=0,
     )
+    certificate_rows: int = setting(
+        64,
+        "Random pool rows that the check `sketch_is_faithful` scores exactly, to say how far a selection can be "
+        "trusted; 0: no certificate, else at least 8",
+        unit="rows",
+        ge=0,
+    )
+    real_step_rows: int = setting(
+        16,
+        "Random pool rows on which the check `influence_is_real` takes a true optimizer step, to compare what becomes "
+        "of the targets' loss with the prediction; 0: none, else at least 3",
+        unit="rows",
+        ge=0,
+    )
     block_rows: int = setting(
         512, "Rows per stored block; a killed run resumes at the last finished one", unit="rows", ge=1
     )
 
     def _broken_rules(self) -> Iterator[BrokenRule]:
         yield from _repeated(("forms",), self.forms)
+        for key, fewest in (("certificate_rows", 8), ("real_step_rows", 3)):
+            if 0 < getattr(self, key) < fewest:
+                yield BrokenRule((key,), f"fewer than {fewest} rows say nothing", f"write 0, or {fewest} or more")
 
 
 class TargetExamples(Section):
@@ -727,9 +745,10 @@ class Project(Section):
         return {"lora": self.lora.model_dump(), "warmup": self.warmup.training_settings()}
 
     def gradient_settings(self) -> dict[str, Any]:
-        """Settings of features, except the token budget, which is resolved and recorded with them."""
-        settings = self.gradients.model_dump(exclude={"token_budget", "gradient_checkpointing", "directions_limit"})
-        return settings | {"forms": sorted(self.gradients.forms)}
+        """Settings of features, except the token budget, which is resolved and recorded with them, and of checks."""
+        left_out = {"token_budget", "gradient_checkpointing", "directions_limit", "certificate_rows", "real_step_rows"}
+        settings = self.gradients.model_dump(exclude=left_out)
+        return settings | {"forms": sorted(self.gradients.forms), "sketch_version": SKETCH_VERSION}
 
     def task_settings(self, name: str) -> dict[str, Any]:
         """Settings of a task; files are hashed by whoever reads them."""

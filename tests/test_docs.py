@@ -207,6 +207,7 @@ def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     settings["pool"]["sources"] = settings["pool"]["sources"][:1]
     settings["tasks"] = settings["tasks"][:1]
     settings["warmup"]["epochs"] = 1
+    settings["gradients"] |= {"certificate_rows": 8, "real_step_rows": 3}
     less = {"name": "less", "strategy": "less", "fraction": 0.2, "rescore": "exact"}
     settings["recipes"] = [less, {"name": "base", "strategy": "none"}, {"name": "rds", "strategy": "rds", "rows": 4}]
     settings["recipes"].append({"name": "bm25", "strategy": "bm25", "rows": 4, "quotas": {"plus": 0.5}})

@@ -50,7 +50,15 @@ class TinyProject:
                 ],
             },
             "warmup": {"fraction": 0.5, "epochs": 2, "learning_rate": 1e-3, "batch_size": 4},
-            "gradients": {"forms": ["adamw", "marginal"], "dimension": 256, "storage": "int8", "block_rows": 8},
+            "gradients": {
+                "forms": ["adamw", "marginal"],
+                "dimension": 256,
+                "storage": "int8",
+                "block_rows": 8,
+                # Tests that are about them switch them on.
+                "certificate_rows": 0,
+                "real_step_rows": 0,
+            },
             "tasks": [
                 {
                     "name": task,

@@ -4,16 +4,18 @@ Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
 import numpy as np
+import polars as pl
 
 from less_assets import metadata
 from less_assets.assets.pool import EXAMPLES
 from less_assets.assets.targets import TARGETS
-from less_assets.errors import TargetFormatError
+from less_assets.errors import StaleArtifactError, TargetFormatError
 from less_assets.lineage import split
 from less_assets.materialization import Computed, Work, materialize_one, materialize_range
 from less_assets.partitions import Axes
@@ -27,6 +29,8 @@ from less_assets.store.tables import read_parquet, write_json, write_parquet
 FEATURES = "features.zarr"
 BATCHING = "batching.json"
 TARGET_FEATURES = "features.parquet"
+REASONS = 20
+"""Reasons shown for rows that the chat template refuses, the most frequent ones."""
 
 
 def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
@@ -134,7 +138,11 @@ def extract_train_gradients(work: Work) -> Computed:
                 on_progress=progress,
             )
             writer.write_block(block, features)
-    return Computed(_feature_summary(work, RowStatus, sum(len(example.input_ids) for example in examples if example)))
+    tokens = sum(len(example.input_ids) for example in examples if example)
+    reasons = Counter(example.problem for example in examples if example and example.problem)
+    refused: dict[str, Any] = {"template_refused": dict(reasons.most_common(REASONS))} if reasons else {}
+    sketch = {"sketch_digest": loaded.sketch(settings).fingerprint}
+    return Computed(_feature_summary(work, RowStatus, tokens) | sketch | refused)
 
 
 def _token_budget(work: Work, loaded: LoadedCheckpoint, longest: int) -> int:
@@ -173,8 +181,12 @@ def _feature_summary(work: Work, statuses: Any, tokens: int) -> dict[str, Any]:
 
 
 def describe_train_gradients(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The shard's figures, and its row count where the UI plots it over partitions."""
-    return {**metadata.summary(folder, manifest), "dagster/partition_row_count": manifest.summary["rows"]}
+    """The shard's figures, and its row count where the UI plots it over partitions; why the template refused rows."""
+    shown = {**metadata.summary(folder, manifest), "dagster/partition_row_count": manifest.summary["rows"]}
+    if refused := manifest.summary.get("template_refused"):
+        reasons = pl.DataFrame(list(refused.items()), ["reason", "rows"], orient="row")  # type: ignore[union-attr]
+        shown["template_refused"] = metadata.table(reasons)
+    return shown
 
 
 def close_datastore(work: Work) -> Computed:
@@ -182,22 +194,47 @@ def close_datastore(work: Work) -> Computed:
     checkpoint = work.partition
     rows: dict[str, int] = {}
     usable = loss_tokens = 0
+    sketches: dict[str, str] = {}
     for shard in work.line.shards():
         key = f"{checkpoint}|{shard}"
         found = work.line.summary("train_gradients", key)
+        check_sketch(sketches, f"train_gradients {key}", found["sketch_digest"])
         open_features(work.line.folder("train_gradients", key), FEATURES)
         rows[shard] = found["rows"]
         usable += found["usable"]
         loss_tokens += found["loss_tokens"]
-    summary = {"shards": len(rows), "rows": sum(rows.values()), "usable": usable, "loss_tokens": loss_tokens}
+    summary = {
+        "shards": len(rows),
+        "rows": sum(rows.values()),
+        "usable": usable,
+        "loss_tokens": loss_tokens,
+        "sketch_digest": next(iter(sketches.values()), None),
+    }
     write_json(work.folder, "shards.json", {"rows": rows})  # type: ignore[dict-item]
     return Computed(summary)
 
 
+def check_sketch(known: dict[str, str], name: str, digest: str) -> None:
+    """Remember an artifact's sketch, and refuse one that is not like those before.
+
+    Equal settings give another sketch if a library has changed the order of the model's parameters, which no setting
+    shows.
+
+    Raises:
+        StaleArtifactError: Naming both artifacts.
+    """
+    first = next(iter(known), None)
+    if first is not None and known[first] != digest:
+        raise StaleArtifactError(
+            f"The features of {first} and {name} were sketched with the parameters in different orders.",
+            where=name,
+            fix="transformers or PEFT has changed in between; set another `gradients.seed` to make all features again",
+        )
+    known[name] = digest
+
+
 def extract_target_gradients(work: Work) -> Computed:
     """Sketch the plain gradient of each target example."""
-    import polars as pl
-
     from less_assets.method.features import RowStatus, extract_features
 
     checkpoint, task = split(work.partition)
@@ -239,6 +276,7 @@ def extract_target_gradients(work: Work) -> Computed:
             "mean_loss": float(block.loss.mean()),
             "tokens": sum(len(example.input_ids) for example in examples),
             "loss_tokens": int(block.loss_tokens.sum()),
+            "sketch_digest": loaded.sketch(settings).fingerprint,
         }
     )
 

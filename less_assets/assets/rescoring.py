@@ -67,7 +67,7 @@ def rescore(work: Work) -> Computed:
     budget = budget_of(line, recipe)
     found = select_by_score(sketched, budget.times(recipe.candidates), str(recipe.aggregate))
     ranked = found.table.sort("shard", "row")
-    examples = _encode(work, ranked)
+    examples = encode_rows(work, ranked)
     checkpoints = work.project.checkpoints
     weights = normalised_weights(
         {name: line.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
@@ -112,7 +112,8 @@ def rescore(work: Work) -> Computed:
     return Computed(summary)
 
 
-def _encode(work: Work, rows: pl.DataFrame) -> list[Any]:
+def encode_rows(work: Work, rows: pl.DataFrame) -> list[Any]:
+    """Pool rows as tokens; `rows` has columns shard and row, those of a shard next to each other."""
     from less_assets.method.chat import encode_messages
 
     model, tokenizer = work.project.model, work.models.tokenizer()

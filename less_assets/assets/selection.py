@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from less_assets import metadata
-from less_assets.assets.gradients import FEATURES, TARGET_FEATURES
+from less_assets.assets.gradients import FEATURES, TARGET_FEATURES, check_sketch
 from less_assets.assets.pool import EXAMPLES
 from less_assets.assets.ranking import (
     Pool,
@@ -22,6 +22,7 @@ from less_assets.assets.ranking import (
     scored_pool,
     select_by_recipe,
 )
+from less_assets.certificates import judge_selection
 from less_assets.lineage import Lineage, split
 from less_assets.materialization import Computed, Work, materialize_one
 from less_assets.partitions import Axes
@@ -90,7 +91,12 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.MaterializeResult:
         """The rows that a recipe selects for a task, ranked, with their messages: Parquet and JSON lines."""
-        return materialize_one(context, project, store, models, select_subset, describe_subset)
+
+        def describe(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+            trust = describe_trust(Lineage(project, store), context.partition_key, read_parquet(folder, SUBSET))
+            return {**describe_subset(folder, manifest), **trust}
+
+        return materialize_one(context, project, store, models, select_subset, describe)
 
     return [influence_scores, recipe_settings, selected_subset]
 
@@ -136,7 +142,11 @@ def _directions(line: Lineage, task: str) -> tuple[list[str], dict[str, dict[tup
     labels: list[str] = []
     directions: dict[str, dict[tuple[str, str], np.ndarray]] = {}
     for checkpoint in line.project.checkpoints:
-        table = read_parquet(line.folder("target_gradients", f"{checkpoint}|{task}"), TARGET_FEATURES)
+        key = f"{checkpoint}|{task}"
+        sketches: dict[str, str] = {}
+        for asset, partition in (("gradient_datastore", checkpoint), ("target_gradients", key)):
+            check_sketch(sketches, f"{asset} {partition}", line.summary(asset, partition)["sketch_digest"])
+        table = read_parquet(line.folder("target_gradients", key), TARGET_FEATURES)
         features = np.stack(list(table["features"].to_numpy()))
         directions[checkpoint] = {}
         for rule in SUBTASK_RULES:
@@ -228,6 +238,18 @@ def _with_messages(line: Lineage, ranked: pl.DataFrame) -> pl.DataFrame:
         wanted = ranked.filter(pl.col("shard") == shard)
         parts.append(wanted.join(table.unique("example_id"), on="example_id", how="left"))
     return pl.concat(parts).sort("rank") if parts else pl.DataFrame(schema=_subset_schema())
+
+
+def describe_trust(line: Lineage, key: str, table: pl.DataFrame) -> Mapping[str, Any]:
+    """What the certificate of the scores says of the selected rows; nothing where there is none."""
+    judged = judge_selection(line, key, table)
+    if judged is None:
+        return {}
+    return {
+        "certain_rows": judged.certain,
+        "borderline_rows": judged.table.height - judged.certain,
+        "expected_overlap_with_exact": judged.overlap,
+    }
 
 
 def describe_subset(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:

@@ -1,1 +1,5 @@
 """LESS itself: plain Python on torch, numpy and polars. Never imports dagster, never knows where artifacts lie."""
+
+SKETCH_VERSION = 1
+"""Raised whenever the same seed would give another sketch (`sketch.py`). Part of the fingerprint of all features, which
+is made without loading torch; that is why it stands here."""

@@ -40,6 +40,7 @@ class RowStatus(IntEnum):
     ZERO_GRADIENT = 3
     NONFINITE_LOSS = 4
     NONFINITE_GRADIENT = 5
+    TEMPLATE_REFUSED = 6  # `EncodedExample.problem` says why
     PENDING = 255
 
 
@@ -470,6 +471,9 @@ def _backpropagate(
     for row, example in enumerate(examples):
         if example is None:
             status[row] = RowStatus.QUARANTINED
+            continue
+        if example.problem is not None:
+            status[row] = RowStatus.TEMPLATE_REFUSED
             continue
         # The first token has no prediction before it, so a loss on it cannot be taken.
         loss_tokens[row] = np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED)

@@ -11,7 +11,7 @@ exact score the cut lies at, and what chance each selected row has of lying abov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -128,7 +128,7 @@ class Queue:
         return own.max(axis=1) if self.aggregate == "max" else own.mean(axis=1, dtype=np.float64)
 
 
-def queues_of(tasks: dict[str, Sequence[tuple[str, int]]], aggregate: str) -> list[Queue]:
+def queues_of(tasks: Mapping[str, Sequence[tuple[str, int]]], aggregate: str) -> list[Queue]:
     """The orders in which a recipe ranks the pool.
 
     Args:
@@ -138,6 +138,39 @@ def queues_of(tasks: dict[str, Sequence[tuple[str, int]]], aggregate: str) -> li
     if aggregate == "round_robin":
         return [Queue(task, label, (place,), "max") for task, parts in tasks.items() for label, place in parts]
     return [Queue(task, None, tuple(place for _, place in parts), aggregate) for task, parts in tasks.items()]
+
+
+def take_in_turn(scores: np.ndarray, queues: Sequence[Queue], rows: int) -> pl.DataFrame:
+    """What a recipe would select from a few thousand rows: tasks in turn, each from its queues in turn, as `selection`.
+
+    Args:
+        scores: Scores (m, J).
+        queues: `queues_of` the recipe.
+        rows: How many to take.
+
+    Returns:
+        Rank, example_id (the row's place as text), score, task and subtask of each selected row.
+    """
+    ranked = [
+        (queue, values, iter(np.argsort(-values, kind="stable").tolist()))
+        for queue in queues
+        for values in [queue.scores(scores)]
+    ]
+    turns = [[entry for entry in ranked if entry[0].task == task] for task in dict.fromkeys(q.task for q in queues)]
+    taken: dict[int, tuple[float, str, str | None]] = {}
+    while len(taken) < min(rows, len(scores)):
+        for entries in turns:
+            queue, values, order = entries.pop(0)
+            entries.append((queue, values, order))
+            row = next((row for row in order if row not in taken), None)
+            if row is not None and len(taken) < rows:
+                taken[row] = (float(values[row]), queue.task, queue.subtask)
+    parts = zip(*taken.values(), strict=True)
+    columns = dict(zip(("score", "task", "subtask"), parts, strict=True))
+    return pl.DataFrame(
+        {"rank": range(1, len(taken) + 1), "example_id": [str(row) for row in taken], **columns},
+        schema_overrides={"score": pl.Float32, "subtask": pl.String},
+    )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ rounding per term, so the sparse sketch of a vector has the same bytes everywher
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,8 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SKETCH_VERSION = 1
-"""Raised whenever the same seed would give other bits; part of every fingerprint."""
+from less_assets.method import SKETCH_VERSION
 
 KINDS = ("sparse", "rademacher")
 _SIGNS, _SHIFTS, _DENSE = 1, 2, 3  # one stream of random words for each use
@@ -91,7 +92,8 @@ class Sketch:
         kind: `sparse` or `rademacher`.
         dimension: k.
         seed: Fixes the projection.
-        parameters: (name, shape) in `named_parameters()` order: the columns of Π. Another order is another sketch.
+        parameters: (name, shape) in `named_parameters()` order: the columns of Π. Another order is another sketch, with
+            another `fingerprint` (hex).
 
     Raises:
         ValueError: If the kind is unknown or the dimension is below 1.
@@ -111,6 +113,8 @@ class Sketch:
         self.kind, self.dimension, self.seed = kind, dimension, seed
         self.parameters = [(name, tuple(shape)) for name, shape in parameters]
         self.size = sum(math.prod(shape) for _, shape in self.parameters)
+        content = json.dumps([SKETCH_VERSION, kind, dimension, seed, self.parameters])
+        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         self._signs: dict[tuple[int, int, torch.device], Tensor] = {}
 
     @cached_property

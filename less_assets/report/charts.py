@@ -169,6 +169,38 @@ def training_curve(
     return _png(chart, title)
 
 
+def agreement_scatter(
+    sketched: Sequence[float],
+    exact: Sequence[float],
+    *,
+    cut: tuple[float, float] | None = None,
+    title: str = "",
+    axes: tuple[str, str] = ("sketched score", "exact score"),
+) -> bytes:
+    """Draw what was predicted against what is, one point a row.
+
+    Args:
+        sketched: Predicted values (n,).
+        exact: True values (n,).
+        cut: The cut on both axes, drawn as two lines; None draws none.
+        title: Heading.
+        axes: Names of the two axes.
+    """
+    import altair as alt
+
+    table = pl.DataFrame({"x": list(map(float, sketched)), "y": list(map(float, exact))})
+    scale = alt.Scale(zero=False)
+    chart: Any = (
+        alt.Chart(table, width=300, height=260)
+        .mark_point(color=BLUE, size=30, filled=True, opacity=0.7)
+        .encode(x=alt.X("x:Q", title=axes[0], scale=scale), y=alt.Y("y:Q", title=axes[1], scale=scale))
+    )
+    if cut is not None:
+        line = alt.Chart(pl.DataFrame({"x": [cut[0]], "y": [cut[1]]})).mark_rule(color=INK, strokeDash=[5, 3])
+        chart = chart + line.encode(x="x:Q") + line.encode(y="y:Q")
+    return _png(chart, title)
+
+
 def leaderboard_chart(
     table: pl.DataFrame,
     *,

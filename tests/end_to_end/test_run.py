@@ -1,9 +1,12 @@
 """The whole graph on a tiny model, through the same runner as the command line."""
 
+import shutil
+
 import dagster as dg
 import polars as pl
 import pytest
 
+from less_assets.assets.gradients import describe_train_gradients
 from less_assets.assets.ranking import EXACT, EXACT_COLUMN
 from less_assets.assets.selection import SUBSET
 from less_assets.build import build_definitions
@@ -38,6 +41,29 @@ def test_everything_is_made_once(tiny_project, instance):
         for shard in ("plus-00000", "plus-00001", "colors-00000", "colors-00001")
     ]
     assert run(tiny_project.path, instance).materialized == {}
+
+
+def test_rows_that_the_chat_template_refuses_are_told_with_its_own_words(tiny_project, instance, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "strict-model")
+    template = model / "chat_template.jinja"
+    strict = "{% for m in messages %}{% if 'forbidden' in m['content'] %}{{ raise_exception('no such words here') }}"
+    template.write_text(strict + "{% endif %}{% endfor %}" + template.read_text())
+    pool = tiny_project.folder / "data/plus.jsonl"
+    rows = pool.read_text().splitlines()
+    pool.write_text("\n".join([rows[0].replace("what", "forbidden"), *rows[1:]]) + "\n")
+    tiny_project.settings["model"]["base"] = str(model)
+    run(tiny_project.path, instance, Request(tasks=("sums",), until="influence_scores"))
+    project = load_project(tiny_project.path)
+    line = Lineage(project, open_store(project))
+    scores = read_parquet(line.folder("influence_scores", "sums"), "scores/plus-00000.parquet")
+    assert scores["status"].to_list() == ["template_refused", *["ok"] * 15]
+    summary = line.summary("train_gradients", "epoch-1|plus-00000")
+    assert summary["status"] == {"ok": 15, "template_refused": 1}
+    (reason,) = summary["template_refused"]
+    assert "no such words here" in reason
+    manifest = line.fresh("train_gradients", "epoch-1|plus-00000")
+    shown = describe_train_gradients(line.folder("train_gradients", "epoch-1|plus-00000"), manifest)
+    assert [record.data for record in shown["template_refused"].records] == [{"reason": reason, "rows": 1}]
 
 
 def test_exact_rescoring_of_the_whole_pool_selects_the_exact_best(tiny_project, instance):

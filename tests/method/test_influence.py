@@ -201,10 +201,10 @@ def test_the_score_table_has_null_where_a_row_is_not_ok():
 
 def test_a_rows_status_is_the_first_reason_against_it():
     statuses = row_statuses(
-        ["ok", "empty_turn", "ok", "ok"],
-        {"epoch-1": np.array([0, 1, 2, 0], np.uint8), "epoch-2": np.array([0, 1, 3, 5], np.uint8)},
+        ["ok", "empty_turn", "ok", "ok", "ok"],
+        {"epoch-1": np.array([0, 1, 2, 0, 6], np.uint8), "epoch-2": np.array([0, 1, 3, 5, 6], np.uint8)},
     )
-    assert statuses == ["ok", "empty_turn", "no_loss_tokens", "nonfinite_gradient"]
+    assert statuses == ["ok", "empty_turn", "no_loss_tokens", "nonfinite_gradient", "template_refused"]
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="../shared/golden is not here")

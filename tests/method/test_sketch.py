@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from less_assets.method.sketch import SKETCH_VERSION, Sketch, random_signs, random_words
+from less_assets.method import SKETCH_VERSION
+from less_assets.method.sketch import Sketch, random_signs, random_words
 
 KINDS = ["sparse", "rademacher"]
 
@@ -129,6 +130,28 @@ def test_different_seeds_and_orders_of_parameters_are_different_sketches():
     values = vector(100)
     first = Sketch("sparse", 32, 0, [("w", (100,))])(values)
     assert not torch.equal(first, Sketch("sparse", 32, 1, [("w", (100,))])(values))
+
+
+def test_the_fingerprint_tells_sketches_apart_and_nothing_else():
+    weights = [("a", (3, 2)), ("b", (6,))]
+    same = Sketch("sparse", 8, 1, weights).fingerprint
+    assert Sketch("sparse", 8, 1, [("a", [3, 2]), ("b", [6])]).fingerprint == same
+    others = [("rademacher", 8, 1, weights), ("sparse", 9, 1, weights), ("sparse", 8, 2, weights)]
+    others.append(("sparse", 8, 1, weights[::-1]))
+    assert len({same, *(Sketch(*other).fingerprint for other in others)}) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_threads_changes_no_byte_of_a_sparse_sketch_and_no_sign_of_a_dense_one(kind):
+    values = torch.arange(4 * 50_000, dtype=torch.float32).view(4, -1) % 17 - 8  # integers: sums are exact
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made.append(Sketch(kind, 256, 3, [("w", (50_000,))])(values).numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0] == made[1] == made[2]
 
 
 def test_nan_stays_in_its_row():

@@ -1,0 +1,150 @@
+"""The two checks of influence scores, run as a user's run does, and what becomes of a certificate."""
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+
+from less_assets.assets import fidelity
+from less_assets.assets.selection import SUBSET
+from less_assets.build import build_definitions
+from less_assets.certificates import POOL, SAMPLE, STEPS, judge_selection, read_certificate, steps_plan
+from less_assets.errors import LessAssetsError
+from less_assets.jobs import GraphRunner, Request, register_shards
+from less_assets.lineage import Lineage
+from less_assets.project import load_project
+from less_assets.resources import open_store
+from less_assets.store.tables import read_parquet
+
+CHECKED = {"certificate_rows": 64, "real_step_rows": 16}
+ONLY_SUMS = Request(tasks=("sums",), until="selected_subset")
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as found:
+        yield found
+
+
+def run(tiny_project, instance, request=ONLY_SUMS) -> Lineage:
+    project = load_project(tiny_project.path)
+    store = open_store(project)
+    register_shards(project, store, instance)
+    GraphRunner(build_definitions(project), project, store, instance, print).run(request)
+    return Lineage(project, store)
+
+
+def evaluations(instance) -> dict[str, dg.AssetCheckEvaluation]:
+    """Last evaluation of each check of `influence_scores`."""
+    records = instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION))
+    found = [record.event_log_entry.dagster_event.event_specific_data for record in reversed(list(records))]
+    return {each.check_name: each for each in found if each.asset_key == dg.AssetKey("influence_scores")}
+
+
+def selected_metadata(instance, key: str) -> dict[str, dg.MetadataValue]:
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey("selected_subset"), asset_partitions=[key]), limit=1
+    ).records
+    return records[0].asset_materialization.metadata
+
+
+def test_a_run_certifies_its_scores_and_labels_what_it_selects(tiny_project, instance):
+    # More dimensions than parameters: the sketch only permutes and signs, so sketched scores are exact.
+    tiny_project.settings["gradients"] |= {"dimension": 4096, "storage": "float16", **CHECKED}
+    line = run(tiny_project, instance)
+    faithful, reality = (evaluations(instance)[name] for name in ("sketch_is_faithful", "influence_is_real"))
+    assert faithful.passed
+    assert faithful.partition == "sums"
+    assert faithful.severity == dg.AssetCheckSeverity.WARN
+    certificate = read_certificate(line, "sums")
+    summary = certificate.manifest().summary
+    assert summary["rows"] == summary["pool_rows"] == 44  # the whole pool is less than 64 rows
+    assert max(summary["cosine_error"].values()) < 1e-3
+    sample = read_parquet(certificate, SAMPLE)
+    for form in ("adamw", "marginal"):
+        sketched, exact = (sample[f"{kind}.{form}.mean_cosine"].to_numpy() for kind in ("sketched", "exact"))
+        np.testing.assert_allclose(sketched, exact, atol=2e-3)
+    shown = selected_metadata(instance, "less|sums")
+    assert shown["certain_rows"].value + shown["borderline_rows"].value == 8
+    assert shown["certain_rows"].value >= 5
+    assert "certain_rows" not in selected_metadata(instance, "random-seed0|sums")
+
+    steps = line.store.current(steps_plan(line, "sums").pointer)
+    assert steps.summary["rows"] == 16
+    assert reality.metadata["agreement"].value.records[0].data["predictor"] == "predicted"
+    table = read_parquet(line.store.artifact(steps.key, steps.fingerprint), STEPS)
+    assert pl.Series(table["real"]).n_unique() > 1
+    assert reality.passed, reality.description
+
+
+def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project, instance, monkeypatch):
+    tiny_project.settings["warmup"]["epochs"] = 1
+    tiny_project.settings["gradients"] |= {"dimension": 8, "storage": "int1", "certificate_rows": 64}
+    line = run(tiny_project, instance)
+    check = evaluations(instance)["sketch_is_faithful"]
+    assert not check.passed
+    assert "rescore: exact" in check.description
+    assert check.metadata["one_over_root_k"].value == pytest.approx(8**-0.5)
+    assert "No real steps are asked for" in evaluations(instance)["influence_is_real"].description
+    judged = judge_selection(line, "less|sums", read_parquet(line.folder("selected_subset", "less|sums"), SUBSET))
+    assert judged.certain < 8
+
+    def broken(*_, **__):
+        raise LessAssetsError("Out of memory, say.")
+
+    monkeypatch.setattr("less_assets.method.features.exact_influence", broken)
+    monkeypatch.setattr("less_assets.method.fidelity.step_effects", broken)
+    tiny_project.settings["gradients"] |= {"dimension": 16, "real_step_rows": 4}
+    line = run(tiny_project, instance)
+    assert line.status("selected_subset", "less|sums").state == "fresh"
+    for check in evaluations(instance).values():
+        assert not check.passed
+        assert "Out of memory, say." in check.description
+    assert read_certificate(line, "sums") is None, "a certificate of other scores must not count"
+    assert "certain_rows" not in selected_metadata(instance, "less|sums")
+
+
+@pytest.mark.parametrize("shard_rows", [7, 100])
+def test_samples_do_not_depend_on_how_the_pool_is_cut(shard_rows, monkeypatch):
+    pool = pl.DataFrame({"example_id": [f"{place:032x}" for place in range(44)], "row": range(44)})
+    pool = pool.with_columns(shard=pl.lit("shard"))
+
+    def shards(_line, _task, _columns=None):
+        return pool.iter_slices(shard_rows)
+
+    class Scores:
+        def summary(self, *_):
+            return {"scored": pool.height}
+
+    monkeypatch.setattr(fidelity, "_scored_rows", shards)
+    drawn = fidelity.draw_sample(Scores(), "task", 10)
+    by_hash = sorted(pool["example_id"], key=fidelity._hash)[:10]
+    assert drawn["example_id"].to_list() == sorted(by_hash)
+    whole, rows = fidelity.even_sample(Scores(), "task", ["row"])
+    assert (whole["row"].to_list(), rows) == (list(range(44)), 44)
+    monkeypatch.setattr(fidelity, "POOL_SAMPLE", 15)
+    thinned, rows = fidelity.even_sample(Scores(), "task", ["row"])
+    assert (thinned["row"].to_list(), rows) == (list(range(0, 44, 3)), 44)
+
+
+def test_a_group_of_tasks_with_turns_is_certified_by_subtask(tiny_project, instance):
+    tiny_project.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
+    tiny_project.settings["recipes"] = [
+        {"name": "turns", "strategy": "less", "rows": 8, "aggregate": "round_robin", "subtask": "cosine_of_mean"},
+        {"name": "again", "strategy": "less", "rows": 8, "aggregate": "mean", "rescore": "exact", "candidates": 3},
+        {"name": "tokens", "strategy": "less", "tokens": 40, "aggregate": "max"},
+    ]
+    tiny_project.settings["warmup"]["epochs"] = 1
+    tiny_project.settings["gradients"] |= {"dimension": 4096, "storage": "float16", "certificate_rows": 64}
+    line = run(tiny_project, instance, Request(tasks=("both",), until="selected_subset"))
+    records = evaluations(instance)["sketch_is_faithful"].metadata["recipes"].value.records
+    assert [record.data["recipe"] for record in records] == ["turns", "again", "tokens"]
+    assert set(read_parquet(read_certificate(line, "both"), POOL).columns) >= {
+        "marginal.cosine_of_mean",
+        "adamw.mean_cosine",
+    }
+    for recipe in ("turns", "again", "tokens"):
+        subset = read_parquet(line.folder("selected_subset", f"{recipe}|both"), SUBSET)
+        judged = judge_selection(line, f"{recipe}|both", subset)
+        assert judged.table["example_id"].to_list() == subset["example_id"].to_list()
+        assert judged.overlap > 0.8
