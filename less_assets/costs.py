@@ -41,8 +41,13 @@ def timed(store: ArtifactStore, asset: str, fingerprint: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds = (seconds_of(store, asset, fingerprint) or 0.0) + time.monotonic() - started
-        write_atomically(store.root / _file(asset, fingerprint), json.dumps({"seconds": round(seconds, 3)}).encode())
+        add_seconds(store, asset, fingerprint, time.monotonic() - started)
+
+
+def add_seconds(store: ArtifactStore, asset: str, fingerprint: str, seconds: float) -> None:
+    """Add seconds to those on record for an artifact."""
+    total = (seconds_of(store, asset, fingerprint) or 0.0) + seconds
+    write_atomically(store.root / _file(asset, fingerprint), json.dumps({"seconds": round(total, 3)}).encode())
 
 
 def seconds_of(store: ArtifactStore, asset: str, fingerprint: str) -> float | None:

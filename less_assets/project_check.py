@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from less_assets.backends import missing_package
 from less_assets.errors import LessAssetsError
 from less_assets.project import Evaluation, Project, Source, TargetExamples
 from less_assets.project_yaml import Problem
@@ -52,9 +53,9 @@ def check_data(project: Project) -> list[Problem]:
 def not_built(project: Project) -> list[Problem]:
     """What the project file may say but this version cannot do yet: refused before anything is computed."""
     problems = []
-    if project.compute.backend != "local":
-        fix = "use `backend: local`"
-        problems.append(Problem("compute.backend", f"the backend {project.compute.backend} is not there yet", fix))
+    if package := missing_package(project.compute):
+        fix = "pip install 'less-assets[ray]', or use `backend: local`"
+        problems.append(Problem("compute.backend", f"the Python package {package!r} is not installed", fix))
     return problems
 
 
