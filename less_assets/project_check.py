@@ -35,6 +35,9 @@ def check_data(project: Project) -> list[Problem]:
         All problems, in the order of the project file; empty if the first run can begin.
     """
     problems = [*not_built(project), *_base_model("model.base", project.model.base)]
+    if project.model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "pip install bitsandbytes on a machine with CUDA, or leave `quantization` out"
+        problems.append(Problem("model.quantization", "the Python package 'bitsandbytes' is not installed", fix))
     for source in project.pool.sources:
         problems += _source(project, source)
     for path in project.warmup.imported or []:
