@@ -385,7 +385,7 @@ LOAD = (
     "print(time.perf_counter() - started, *heavy)"
 )
 PAGE = (
-    '{assetNodeOrError(assetKey: {path: ["%s"]}) {... on AssetNode {id partitionKeyConnection(limit: 500) {results} '
+    '{assetNodeOrError(assetKey: {path: ["%s"]}) {... on AssetNode {id partitionKeyConnection(limit: 500, ascending: true) {results} '
     "partitionStats {numMaterialized numPartitions} staleStatus}}}"
 )
 

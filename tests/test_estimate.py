@@ -60,48 +60,32 @@ def test_amounts_before_the_first_run_are_those_that_the_run_has(planned):
     expected = by_asset(planned.estimate())
     planned.run()
     found = planned.rates()
-    for asset in ("warmup_checkpoints", "train_gradients", "target_gradients", "finetuned_model"):
-        done = sum(_units_of(planned, asset))
-        assert expected[asset].amount.tokens == pytest.approx(done, rel=0.03), asset
-        assert found.get(asset).source == "measured"
-    line = Lineage(load_project(planned.tiny.path), open_store(load_project(planned.tiny.path)))
-    for asset, partitions in {
-        "train_gradients": [f"{epoch}|{shard}" for epoch in line.project.checkpoints for shard in line.shards()],
-        "warmup_checkpoints": line.project.checkpoints,
-    }.items():
-        manifests = [line.fresh(asset, partition) for partition in partitions]
-        stored = sum(
-            file.bytes for manifest in manifests for name, file in manifest.files.items() if not name.endswith(".json")
-        )
-        assert expected[asset].amount.bytes == pytest.approx(stored, rel=0.12), asset
-
-
-def _units_of(planned: Planned, asset: str) -> list[float]:
-    """Tokens of an asset's distinct artifacts, counted in what is stored."""
-    from less_assets.assets.pool import EXAMPLES
-    from less_assets.store.tables import read_parquet
-
     project = load_project(planned.tiny.path)
     line = Lineage(project, open_store(project))
-    models = ModelLoader(project, cache_folder(line.store))
-    tokenizer = models.tokenizer()
+    checkpoints, tasks = project.checkpoints, project.task_names
+    for asset, partitions in {
+        "train_gradients": [f"{checkpoint}|{shard}" for checkpoint in checkpoints for shard in line.shards()],
+        "warmup_checkpoints": checkpoints,
+        "target_gradients": [f"{checkpoint}|{task}" for checkpoint in checkpoints for task in tasks],
+        "finetuned_model": [f"{recipe}|{task}" for recipe in project.recipe_keys for task in tasks],
+    }.items():
+        assert expected[asset].amount.tokens == pytest.approx(_tokens_of(line, asset, partitions), rel=0.05), asset
+        assert found.get(asset).source == "measured"
+        files = {
+            (manifest.fingerprint, name): file.bytes
+            for manifest in (line.fresh(asset, partition) for partition in partitions)
+            for name, file in manifest.files.items()
+            if name.endswith(".safetensors") or "/c/" in name
+        }
+        if files:  # of so small a model, the headers of the tensor files are a quarter
+            tolerance = 0.3 if asset in ("warmup_checkpoints", "finetuned_model") else 0.05
+            assert expected[asset].amount.bytes == pytest.approx(sum(files.values()), rel=tolerance), asset
 
-    def tokens_of(messages: list) -> int:
-        return len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids)
 
-    row = tokens_of(read_parquet(line.folder("instruction_pool", "plus-00000"), EXAMPLES)["messages"][0])
-    if asset == "warmup_checkpoints":
-        return [row * line.summary("warmup_sample")["rows"] for _ in project.checkpoints]
-    if asset == "train_gradients":
-        return [row * line.summary("pool_index")["usable"] for _ in project.checkpoints]
-    if asset == "target_gradients":
-        return [row * 4 for _ in project.checkpoints for _ in project.task_names]
-    models = {
-        line.fresh(asset, f"{recipe}|{task}").fingerprint: line.summary(asset, f"{recipe}|{task}")["examples"]
-        for recipe in project.recipe_keys
-        for task in project.task_names
-    }
-    return [row * rows for rows in models.values()]
+def _tokens_of(line: Lineage, asset: str, partitions: list[str]) -> int:
+    """Tokens that an asset's distinct artifacts have recorded."""
+    manifests = {line.fresh(asset, each).fingerprint: line.summary(asset, each) for each in partitions}
+    return sum(summary.get("tokens", 0) for summary in manifests.values())
 
 
 def test_equal_trainings_are_counted_once(planned):
