@@ -100,7 +100,7 @@ class RayBackend:
         count = min(workers_that_fit(settings), len(partitions))
         log(f"{asset}: {len(partitions)} partitions over {count} Ray workers")
         waiting, losses = deque(partitions), dict.fromkeys(partitions, 0)
-        idle = [worker.remote(content, path) for _ in range(count)]
+        idle: list[Any] = [worker.remote(content, path) for _ in range(count)]
         running: dict[Any, tuple[Any, str]] = {}
         failure: Exception | None = None
         try:
@@ -155,7 +155,7 @@ def connect(settings: ComputeSettings) -> None:
         return
     try:
         ray.init(address=settings.address, include_dashboard=False if settings.address == "local" else None)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises bare ones too, such as for a node that does not come up in time
         raise ComputeError(
             f"There is no Ray cluster: {type(error).__name__}: {error}",
             where=f"compute.address: {settings.address}",

@@ -83,6 +83,6 @@ def cost_with_inputs(line: Lineage, asset: str, partition: str | None) -> Cost:
 def _sum(line: Lineage, artifacts: list[tuple[str, str | None]]) -> Cost:
     manifests = [line.fresh(*artifact) for artifact in artifacts]
     seconds = [seconds_of(line.store, manifest.kind, manifest.fingerprint) for manifest in manifests]
-    tokens = sum(int(manifest.summary.get("tokens") or 0) for manifest in manifests)  # type: ignore[call-overload]
+    tokens = sum(each for manifest in manifests if isinstance(each := manifest.summary.get("tokens"), int))
     known = [each for each in seconds if each is not None]
     return Cost(sum(known) / 60 if len(known) == len(seconds) else None, tokens)

@@ -63,6 +63,11 @@ def finetune(work: Work) -> Computed:
     steps = steps_per_epoch(len(examples), settings.batch_size)
     progress = work.progress(steps * settings.epochs, "steps")
     trained: list[int] = []
+
+    def follow(step: Any) -> None:
+        progress(1)
+        trained.append(step.tokens)
+
     result = train_adapter(
         model,
         tokenizer,
@@ -71,7 +76,7 @@ def finetune(work: Work) -> Computed:
         scratch,
         lora=lora_settings(work.project),
         keep="latest",
-        on_progress=lambda step: (progress(1), trained.append(step.tokens)),
+        on_progress=follow,
     )
     copy_files(result.folder, work.folder)
     curve = pl.DataFrame([asdict(step) for step in result.curve])

@@ -132,7 +132,7 @@ def score_pool(works: list[Work]) -> list[Computed]:
         rows, usable = rows + table.height, table.filter(pl.col("status") == "ok").height
         scored += usable
         progress(usable)
-    results = []
+    results: list[Computed] = []
     for work in works:
         own = labels[work.partition]
         write_json(work.folder, SUBTASKS, own)  # type: ignore[arg-type]

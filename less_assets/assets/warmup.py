@@ -122,6 +122,11 @@ def train_checkpoint(work: Work) -> Computed:
     steps = steps_per_epoch(len(examples), settings.batch_size)
     progress = work.progress(steps * epoch, "steps", done=steps * _finished(folder, epoch))
     trained: list[int] = []
+
+    def follow(step: Any) -> None:
+        progress(1)
+        trained.append(step.tokens)
+
     checkpoint = warm_up(
         model,
         tokenizer,
@@ -130,7 +135,7 @@ def train_checkpoint(work: Work) -> Computed:
         folder,
         lora=lora_settings(work.project),
         until_epoch=epoch,
-        on_progress=lambda step: (progress(1), trained.append(step.tokens)),
+        on_progress=follow,
     )[-1]
     copy_files(checkpoint.folder, work.folder)
     return Computed(
