@@ -58,7 +58,6 @@ def paths() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join(map(str, [tests.parent, tests, tests / "end_to_end"])))
         patched.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        patched.setenv("RAY_raylet_start_wait_time_s", "120")  # 30 by default, too little on a busy machine
         yield
 
 
