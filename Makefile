@@ -28,7 +28,12 @@ demo_data/.complete: less_assets/demo.py | env
 demo: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
 	$(BIN)/less-assets run
 
-test: env
+# Ray is 200 MB and nobody needs it to look around: only the tests have it.
+$(VENV)/.ray: $(VENV)/.installed
+	$(PIP) --constraint constraints.txt --editable ".[ray]"
+	touch $@
+
+test: env $(VENV)/.ray
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -37,7 +37,9 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
 
     Args:
         project: The project file, loaded.
-        **resource_overrides: Replace a resource by name: `project`, `store`, `models`.
+        **resource_overrides: Replace a resource by name: `project`, `store`, `models`, `backend`. `ray_cluster` adds
+            one: a `RayResource` of `dagster-ray` (such as `KubeRayCluster`), which makes the cluster that the backend
+            `ray` then works on.
 
     Returns:
         Definitions that load without torch.
@@ -61,14 +63,29 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
         lambda spec: spec.replace_attributes(code_version=versions.get(spec.key.to_user_string(), versions["*"])),
         assets,
     )
+    resources = open_resources(project) | resource_overrides
+    if "ray_cluster" in resources and "backend" not in resource_overrides:
+        resources["backend"] = _on_cluster(resources["backend"])
     return dg.Definitions(
         assets=versioned,
         asset_checks=checks,
-        resources=open_resources(project) | resource_overrides,
+        resources=resources,
         sensors=[shard_sensor(project)],
         loggers={"console": compact_console},
         executor=dg.in_process_executor,
     )
+
+
+def _on_cluster(backend: Any) -> dg.ResourceDefinition:
+    """The backend as a resource that Dagster opens after the cluster's."""
+
+    @dg.resource(
+        required_resource_keys={"ray_cluster"}, description="Hands partitions to the workers of `ray_cluster`."
+    )
+    def on_cluster(_: dg.InitResourceContext) -> Any:
+        return backend
+
+    return on_cluster
 
 
 def code_versions(project: Project) -> dict[str, str]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,9 @@ from less_assets.progress import duration
 if TYPE_CHECKING:
     import dagster as dg
 
+    from less_assets.estimate import Estimate
     from less_assets.jobs import GraphRunner, Request
+    from less_assets.lineage import Status
     from less_assets.project import Project
     from less_assets.store.artifacts import ArtifactStore
 
@@ -74,30 +76,72 @@ def plan(
     task: TaskOption = [],  # noqa: B006 - typer reads the default once
     recipe: RecipeOption = [],  # noqa: B006
     until: UntilOption = "",
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Where earlier runs have not measured a speed, try it on the real model, for up to a minute.",
+        ),
+    ] = True,
 ) -> None:
-    """Say what `run` would make, and why. Computes nothing."""
+    """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with _told(), _opened(project) as (loaded, store, instance, runner):
+        from less_assets.estimate import estimate
         from less_assets.jobs import register_shards
+        from less_assets.lineage import Lineage
+        from less_assets.resources import ModelLoader, cache_folder
 
         register_shards(loaded, store, instance)
-        counts: dict[str, dict[str, int]] = {}
-        reasons: dict[str, str] = {}
-        for asset, _partition, status in runner.status(_request(task, recipe, until, loaded)):
-            states = counts.setdefault(asset, {})
-            states[status.state] = states.get(status.state, 0) + 1
-            if status.state == "stale":
-                reasons.setdefault(asset, "; ".join(status.reasons))
-        due = 0
-        print(f"{'asset':<22}{'fresh':>7}{'to make':>9}  why")
-        for asset, states in counts.items():
-            fresh = states.get("fresh", 0)
-            to_make = sum(states.values()) - fresh
-            due += to_make
-            print(f"{asset:<22}{fresh:>7}{to_make:>9}  {_why(states, reasons.get(asset, ''))}")
-        print("\nnothing to do" if not due else f"\n{due} artifacts to make; `less-assets run` makes them")
+        models = ModelLoader(loaded, cache_folder(store))
+        request = _request(task, recipe, until, loaded)
+        found = estimate(runner, Lineage(loaded, store), models, request, calibrate=calibrate, log=_say)
+        _print_plan(found)
 
 
-def _why(states: dict[str, int], reason: str) -> str:
+def _print_plan(found: "Estimate") -> None:
+    heading = ("asset", "fresh", "to make", "tokens", "time", "bytes")
+    print(f"{heading[0]:<22}{heading[1]:>7}{heading[2]:>9}{heading[3]:>10}{heading[4]:>14}{heading[5]:>11}  why")
+    for each in found.assets:
+        columns = f"{each.asset:<22}{len(each.statuses) - each.due:>7}{each.due:>9}"
+        if each.amount is None:
+            print(columns)
+            continue
+        time_needed = "?" if each.seconds is None else duration(each.seconds)
+        tokens = _count(each.amount.tokens) if each.amount.tokens else ""
+        size = f"{_count(each.amount.bytes)}B" if each.amount.bytes else ""
+        print(f"{columns}{tokens:>10}{time_needed:>14}{size:>11}  {_why(each.statuses.values())}")
+    due = sum(each.due for each in found.assets)
+    if not due:
+        print("\nnothing to do")
+        return
+    print(f"\n{due} artifacts to make; `less-assets run` makes them")
+    more = "at least " if any(each.amount and each.seconds is None for each in found.assets) else "about "
+    print(f"{more}{duration(found.seconds)}; {_count(found.tokens)} tokens through the model; {_count(found.bytes)}B")
+    for words, names in (
+        ("speeds measured in earlier runs", found.measured),
+        ("speeds of a short trial", found.calibrated),
+        ("speeds not known, left out of the time", found.unknown),
+    ):
+        if names:
+            print(f"{words}: {', '.join(names)}")
+
+
+def _count(number: float) -> str:
+    """A number with three digits and a unit: 123, 4.5 k, 67.8 M."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or unit == "T":
+            return f"{number:.3g} {unit}" if unit else f"{number:.0f} "
+        number /= 1000
+    raise AssertionError
+
+
+def _why(statuses: Iterable["Status"]) -> str:
+    states: dict[str, int] = {}
+    reason = ""
+    for status in statuses:
+        states[status.state] = states.get(status.state, 0) + 1
+        if status.state == "stale":
+            reason = reason or "; ".join(status.reasons)
     words = []
     if states.get("missing"):
         words.append(f"{states['missing']} never made")

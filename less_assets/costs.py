@@ -41,8 +41,13 @@ def timed(store: ArtifactStore, asset: str, fingerprint: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds = (seconds_of(store, asset, fingerprint) or 0.0) + time.monotonic() - started
-        write_atomically(store.root / _file(asset, fingerprint), json.dumps({"seconds": round(seconds, 3)}).encode())
+        add_seconds(store, asset, fingerprint, time.monotonic() - started)
+
+
+def add_seconds(store: ArtifactStore, asset: str, fingerprint: str, seconds: float) -> None:
+    """Add seconds to those on record for an artifact."""
+    total = (seconds_of(store, asset, fingerprint) or 0.0) + seconds
+    write_atomically(store.root / _file(asset, fingerprint), json.dumps({"seconds": round(total, 3)}).encode())
 
 
 def seconds_of(store: ArtifactStore, asset: str, fingerprint: str) -> float | None:
@@ -78,7 +83,6 @@ def cost_with_inputs(line: Lineage, asset: str, partition: str | None) -> Cost:
 def _sum(line: Lineage, artifacts: list[tuple[str, str | None]]) -> Cost:
     manifests = [line.fresh(*artifact) for artifact in artifacts]
     seconds = [seconds_of(line.store, manifest.kind, manifest.fingerprint) for manifest in manifests]
-    counts = [manifest.summary.get("tokens") for manifest in manifests]
-    tokens = sum(count for count in counts if isinstance(count, int))
+    tokens = sum(each for manifest in manifests if isinstance(each := manifest.summary.get("tokens"), int))
     known = [each for each in seconds if each is not None]
     return Cost(sum(known) / 60 if len(known) == len(seconds) else None, tokens)

@@ -79,5 +79,9 @@ class EvaluationError(LessAssetsError):
     """An evaluation cannot be run as configured."""
 
 
+class ComputeError(LessAssetsError):
+    """The machines that work is handed to cannot be reached, have no room, or keep failing."""
+
+
 class StorageError(LessAssetsError):
     """The disk or object store fails: full, not permitted, or not answering."""

@@ -91,7 +91,7 @@ class GraphRunner:
                 continue
             outcome.materialized[asset] = due
             self._log(f"{asset}: {_count(due, partitions)}")
-            for chunk in self._runs(asset, due):
+            for chunk in self.runs(asset, due):
                 self._execute(asset, chunk)
         return outcome
 
@@ -170,7 +170,7 @@ class GraphRunner:
         )
         return tags.get(partition, {}).get(DATA_VERSION_TAG)
 
-    def _runs(self, asset: str, due: Sequence[Partition]) -> list[list[Partition]]:
+    def runs(self, asset: str, due: Sequence[Partition]) -> list[list[Partition]]:
         """Cut what is due into runs: neighbours in one run where the asset takes ranges, else one run each."""
         key = dg.AssetKey(asset)
         policy = self._graph.get(key).backfill_policy

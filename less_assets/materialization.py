@@ -4,9 +4,11 @@ Belongs here: the order of these steps, the same for every asset, and the one he
 materializations. What an asset is made from stands in `lineage.py`; the work itself in `assets/` and `method/`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import dagster as dg
 from dagster._core.definitions.data_version import (
@@ -17,7 +19,8 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 
-from less_assets.costs import seconds_of, timed
+from less_assets import rates
+from less_assets.costs import add_seconds, seconds_of, timed
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage import Lineage
 from less_assets.progress import Progress
@@ -65,10 +68,13 @@ class Computed:
     Attributes:
         summary: JSON numbers and words that a person wants at a glance; stored in the manifest.
         data_version: Hash of the content where equal content may come from unequal inputs; None: the fingerprint.
+        units: Work that this call has done, as `rates.py` counts it for the asset: tokens, rows or samples; never
+            stored in the artifact.
     """
 
     summary: Mapping[str, Any]
     data_version: str | None = None
+    units: float = 0
 
 
 Compute = Callable[[Work], Computed]
@@ -95,16 +101,19 @@ def materialize(
         opened = store.resuming if resumable else store.writing
         with opened(plan.folder, plan.fingerprint) as folder:
             if not folder.exists():  # another run may have finished it while this one waited
-                computed = compute(folder)
-                folder.seal(
-                    kind=plan.asset,
-                    settings=plan.settings,
-                    inputs=plan.inputs,
-                    data_version=computed.data_version or plan.fingerprint,
-                    summary=computed.summary,
-                )
+                _seal(folder, plan, compute(folder))
     # Equal content may come from other inputs than the first time: the pointer says from which this one came.
     return store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)
+
+
+def _seal(folder: ArtifactFolder, plan: ArtifactPlan, computed: Computed) -> None:
+    folder.seal(
+        kind=plan.asset,
+        settings=plan.settings,
+        inputs=plan.inputs,
+        data_version=computed.data_version or plan.fingerprint,
+        summary=computed.summary,
+    )
 
 
 def _is_whole(folder: ArtifactFolder) -> bool:
@@ -181,8 +190,10 @@ def materialize_one(
     """Materialize the one partition of a run, or the unpartitioned asset."""
     line = Lineage(project, store)
     partition = context.partition_key if context.has_partition_key else None
-    manifest, metadata = _make(context, line, partition, models, compute, describe, resumable=False)
-    return dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=metadata)
+    asset = context.asset_key.to_user_string()
+    manifest = make_artifact(line, asset, partition, compute, models, context.log.info, resumable=False)
+    shown = _shown(line, manifest, describe)
+    return dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
 
 
 def materialize_range(
@@ -192,47 +203,178 @@ def materialize_range(
     models: ModelLoader,
     compute: Compute,
     describe: Describe,
+    backend: "Backend | None" = None,
 ) -> Iterator[dg.MaterializeResult]:
-    """Materialize every partition of a range run, in the run's order; what is finished stays if a later one fails.
+    """Materialize every partition of a range run as it finishes; what is finished stays if another one fails.
 
     Yields nothing: an asset that returns, even None, has its event logged again by Dagster, over the ones logged here.
+
+    Args:
+        context: Of the running asset.
+        project: The project file.
+        store: Where artifacts are kept.
+        models: Loads models.
+        compute: Makes one partition.
+        describe: What a person sees of it.
+        backend: Where partitions are made; None: here, one after another.
     """
     yield from ()
     run = RangeRun(context)
     line = Lineage(project, store)
+    asset = context.asset_key.to_user_string()
     # Grid keys come grouped by their first dimension, the checkpoint, so each checkpoint's model is loaded once.
     partitions = sorted(context.partition_keys, key=lambda key: key.split("|")[0])
-    progress = Progress(context.asset_key.to_user_string(), len(partitions), "partitions", context.log.info)
-    for partition in partitions:
-        manifest, metadata = _make(context, line, partition, models, compute, describe, resumable=True)
-        run.log(partition, manifest, metadata)
+    progress = Progress(asset, len(partitions), "partitions", context.log.info)
+    make = backend.make if backend else make_here
+    for partition, manifest in make(line, asset, partitions, compute, models, context.log.info):
+        run.log(partition, manifest, _shown(line, manifest, describe))
         progress(1)
 
 
-def _make(
+def materialize_together(
     context: dg.AssetExecutionContext,
-    line: Lineage,
-    partition: str | None,
+    project: Project,
+    store: ArtifactStore,
     models: ModelLoader,
-    compute: Compute,
+    compute: Callable[[list[Work]], list[Computed]],
     describe: Describe,
+) -> Iterator[dg.MaterializeResult]:
+    """Materialize the partitions of a range run by one computation for all of them, one artifact and event each.
+
+    Yields nothing, as `materialize_range`.
+
+    Args:
+        context: Of the running asset.
+        project: The project file.
+        store: Where artifacts are kept.
+        models: Loads models.
+        compute: Makes all partitions that are not stored yet; returns what `Compute` does, one for each, in order.
+        describe: What a person sees of a partition.
+    """
+    yield from ()
+    run = RangeRun(context)
+    line = Lineage(project, store)
+    asset = context.asset_key.to_user_string()
+    plans = {partition: line.plan(asset, partition) for partition in context.partition_keys}
+    missing = [plan for plan in plans.values() if not _is_whole(line.store.artifact(plan.folder, plan.fingerprint))]
+    if missing:
+        with measured(line, asset, None, models) as done, ExitStack() as writing:
+            works = [
+                Work(
+                    line,
+                    str(plan.partition),
+                    writing.enter_context(store.writing(plan.folder, plan.fingerprint)),
+                    models,
+                    context.log.info,
+                    f"{asset} {plan.partition}",
+                )
+                for plan in missing
+            ]
+            started = time.monotonic()
+            done += compute(works)
+            for plan in missing:  # the pass was for all of them alike
+                add_seconds(store, asset, plan.fingerprint, (time.monotonic() - started) / len(missing))
+            for plan, work, computed in zip(missing, works, done, strict=True):
+                _seal(work.folder, plan, computed)
+    for partition, plan in plans.items():
+        manifest = store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)
+        run.log(partition, manifest, _shown(line, manifest, describe))
+
+
+class Backend(Protocol):
+    """Where the partitions of a range run are made."""
+
+    def make(
+        self,
+        line: Lineage,
+        asset: str,
+        partitions: Sequence[str],
+        compute: Compute,
+        models: ModelLoader,
+        log: Callable[[str], object],
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Make partitions and put them in force; yield each with its manifest as it finishes, in any order.
+
+        Args:
+            line: The project's plans.
+            asset: Name of the asset.
+            partitions: What to make.
+            compute: Makes one partition; a module-level function, so that another process finds it by name.
+            models: Loads models in this process.
+            log: Receives progress lines.
+        """
+        ...
+
+
+def make_here(
+    line: Lineage,
+    asset: str,
+    partitions: Sequence[str],
+    compute: Compute,
+    models: ModelLoader,
+    log: Callable[[str], object],
+) -> Iterator[tuple[str, Manifest]]:
+    """Make partitions in this process, in order: `Backend.make` of the local backend."""
+    for partition in partitions:
+        yield partition, make_artifact(line, asset, partition, compute, models, log, resumable=True)
+
+
+@contextmanager
+def measured(line: Lineage, asset: str, partition: str | None, models: ModelLoader) -> Iterator[list[Computed]]:
+    """Record how fast the work of the block was done; loading models is counted by itself.
+
+    Yields:
+        A list, to which the block adds what it has computed.
+    """
+    started, loads, loading = time.perf_counter(), models.loads, models.loading_seconds
+    done: list[Computed] = []
+    yield done
+    seconds = time.perf_counter() - started
+    loading = models.loading_seconds - loading
+    rates.record(line.store, line.project, rates.MODEL_LOAD, loading, models.loads - loads)
+    units = sum(each.units for each in done)
+    rates.record(line.store, line.project, rates.rate_name(asset, partition), seconds - loading, units)
+
+
+def make_artifact(
+    line: Lineage,
+    asset: str,
+    partition: str | None,
+    compute: Compute,
+    models: ModelLoader,
+    log: Callable[[str], object],
     *,
     resumable: bool,
-) -> tuple[Manifest, dict[str, Any]]:
-    plan = line.plan(context.asset_key.to_user_string(), partition)
-    name = f"{plan.asset} {partition}" if partition else plan.asset
+) -> Manifest:
+    """Make one artifact unless it is stored, put it in force, and record how fast it was; no Dagster.
+
+    Args:
+        line: The project's plans.
+        asset: Name of the asset.
+        partition: Key of the partition; None for an unpartitioned asset.
+        compute: Makes it.
+        models: Loads models.
+        log: Receives progress lines.
+        resumable: See `materialize`.
+    """
+    plan = line.plan(asset, partition)
+    name = f"{asset} {partition}" if partition else asset
 
     def timed_compute(folder: ArtifactFolder) -> Computed:
-        with timed(line.store, plan.asset, plan.fingerprint):
-            return compute(Work(line, partition or "", folder, models, context.log.info, name))
+        with timed(line.store, asset, plan.fingerprint), measured(line, asset, partition, models) as done:
+            done.append(compute(Work(line, partition or "", folder, models, log, name)))
+        return done[0]
 
-    manifest = materialize(line.store, plan, timed_compute, resumable=resumable)
+    return materialize(line.store, plan, timed_compute, resumable=resumable)
+
+
+def _shown(line: Lineage, manifest: Manifest, describe: Describe) -> dict[str, Any]:
+    """What a person sees at a materialization."""
     folder = line.store.artifact(manifest.key, manifest.fingerprint)
-    seconds = seconds_of(line.store, plan.asset, plan.fingerprint)
-    shown = {
+    seconds = seconds_of(line.store, manifest.kind, manifest.fingerprint)
+    return {
         "fingerprint": manifest.fingerprint,
         "path": dg.MetadataValue.path(str(folder.root)),
         **({} if seconds is None else {"seconds": seconds}),
         **describe(folder, manifest),
     }
-    return manifest, shown

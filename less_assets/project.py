@@ -564,12 +564,18 @@ class Compute(Section):
     backend: Literal["local", "ray"] = setting(
         "local", "`local`: this process; `ray`: shards spread over a Ray cluster"
     )
-    address: Text = setting("auto", "Ray: address of the cluster; `auto`: the one this machine belongs to")
-    gpus_per_worker: float = setting(1.0, "Ray: GPUs of each worker", ge=0)
+    address: Text = setting(
+        "auto",
+        "Ray: address of the cluster (`ray://host:10001`); `auto`: the one this machine belongs to; `local`: start one "
+        "on this machine",
+    )
+    gpus_per_worker: float = setting(1.0, "Ray: GPUs of each worker; 0: processors only", ge=0)
+    cpus_per_worker: float = setting(1.0, "Ray: processors of each worker, also its number of threads", gt=0)
     workers: int | None = setting(None, "Ray: number of workers; null: as many as fit", ge=1)
 
     def _broken_rules(self) -> Iterator[BrokenRule]:
-        for key in self.given("address", "gpus_per_worker", "workers") if self.backend == "local" else []:
+        keys = ("address", "gpus_per_worker", "cpus_per_worker", "workers")
+        for key in self.given(*keys) if self.backend == "local" else []:
             yield BrokenRule((key,), "has no meaning with backend: local", "leave it out, or say backend: ray")
 
 

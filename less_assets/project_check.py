@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from less_assets.backends import missing_package
 from less_assets.errors import LessAssetsError
 from less_assets.project import Evaluation, Project, Source, TargetExamples
 from less_assets.project_yaml import Problem
@@ -34,6 +35,9 @@ def check_data(project: Project) -> list[Problem]:
         All problems, in the order of the project file; empty if the first run can begin.
     """
     problems = [*not_built(project), *_base_model("model.base", project.model.base)]
+    if project.model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "pip install bitsandbytes on a machine with CUDA, or leave `quantization` out"
+        problems.append(Problem("model.quantization", "the Python package 'bitsandbytes' is not installed", fix))
     for source in project.pool.sources:
         problems += _source(project, source)
     for path in project.warmup.imported or []:
@@ -52,9 +56,9 @@ def check_data(project: Project) -> list[Problem]:
 def not_built(project: Project) -> list[Problem]:
     """What the project file may say but this version cannot do yet: refused before anything is computed."""
     problems = []
-    if project.compute.backend != "local":
-        fix = "use `backend: local`"
-        problems.append(Problem("compute.backend", f"the backend {project.compute.backend} is not there yet", fix))
+    if package := missing_package(project.compute):
+        fix = "pip install 'less-assets[ray]', or use `backend: local`"
+        problems.append(Problem("compute.backend", f"the Python package {package!r} is not installed", fix))
     return problems
 
 

@@ -4,6 +4,7 @@ Belongs here: opening these things. Heavy libraries are imported inside function
 without them.
 """
 
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,10 @@ class ModelLoader:
     Args:
         project: The project file.
         cache: Local folder for dequantised models.
+
+    Attributes:
+        loads: Base models loaded so far.
+        loading_seconds: Time that took.
     """
 
     def __init__(self, project: Project, cache: Path) -> None:
@@ -95,6 +100,7 @@ class ModelLoader:
         self._checkpoint: tuple[str, LoadedCheckpoint] | None = None
         self._tokenizer: Any = None
         self._frozen: tuple[Any, Any] | None = None
+        self.loads, self.loading_seconds = 0, 0.0
 
     def describe_base(self, base: str) -> dict[str, Any]:
         """What the base model is: digest, licence, and where it comes from."""
@@ -108,7 +114,8 @@ class ModelLoader:
         from less_assets.method.models import load_base
 
         model = self._project.model
-        return load_base(
+        started = time.perf_counter()
+        loaded = load_base(
             base or model.base,
             dtype=model.dtype,
             device=model.device,
@@ -117,6 +124,8 @@ class ModelLoader:
             quantization=None if model.quantization == "none" else model.quantization,
             device_map=model.device_map,
         )
+        self.loads, self.loading_seconds = self.loads + 1, self.loading_seconds + time.perf_counter() - started
+        return loaded
 
     def frozen_base(self) -> tuple[Any, Any]:
         """The project's base model for forward passes only, and its tokenizer; stays loaded for the next partition."""
@@ -141,6 +150,18 @@ class ModelLoader:
                 model.base, cache_dir=self._cache, trust_remote_code=model.trust_remote_code
             )
         return self._tokenizer
+
+    def adapter_parameters(self) -> int:
+        """P, the number of parameters of the project's adapter on the base model; no weights are loaded for it."""
+        from less_assets.method.models import LoraSettings, count_adapter_parameters
+
+        model, lora = self._project.model, self._project.lora
+        return count_adapter_parameters(
+            model.base,
+            LoraSettings(lora.rank, lora.alpha, lora.dropout, tuple(lora.target_modules)),
+            cache_dir=self._cache,
+            trust_remote_code=model.trust_remote_code,
+        )
 
     def checkpoint(self, line: Lineage, checkpoint: str) -> LoadedCheckpoint:
         """A warm-up checkpoint with Adam's moments; the last one stays loaded."""
@@ -171,10 +192,12 @@ def cache_folder(store: ArtifactStore) -> Path:
 
 def open_resources(project: Project) -> dict[str, Any]:
     """The resources of a project, by the names that assets ask for."""
+    from less_assets.backends import open_backend
+
     store = open_store(project)
 
     @dg.resource(description="Loads models on demand; one for each run.")
     def models(_: dg.InitResourceContext) -> ModelLoader:
         return ModelLoader(project, cache_folder(store))
 
-    return {"project": project, "store": store, "models": models}
+    return {"project": project, "store": store, "models": models, "backend": open_backend(project)}

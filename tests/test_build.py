@@ -12,6 +12,7 @@ import yaml
 
 from less_assets.build import build_definitions, code_versions
 from less_assets.project import Project, parse_project
+from less_assets.resources import open_store
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ["torch", "transformers", "peft", "lm_eval", "ray", "altair"]
@@ -130,3 +131,40 @@ def test_resources_can_be_replaced():
 def test_the_shard_sensor_is_on_by_default():
     (sensor,) = build_definitions(project()).sensors
     assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
+
+
+def test_the_shard_sensor_registers_new_shards_and_nothing_else(tmp_path):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "plus.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 5)
+    settings = {**SETTINGS, "pool": {"shard_size": 2, "sources": [{"name": "plus", "path": "plus*.jsonl"}]}}
+    found = parse_project(yaml.safe_dump(settings).encode(), tmp_path / "project.yaml")
+    (sensor,) = build_definitions(found).sensors
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def looks():
+            context = dg.build_sensor_context(instance, resources={"store": open_store(found)})
+            return sensor.evaluate_tick(context)
+
+        (request,) = looks().dynamic_partitions_requests
+        assert request.partition_keys == ["plus-00000", "plus-00001", "plus-00002"]
+        instance.add_dynamic_partitions("shard", request.partition_keys)
+        assert "none of them new" in looks().skip_message
+        (tmp_path / "plus-more.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 3)
+        (request,) = looks().dynamic_partitions_requests
+        assert request.partition_keys == ["plus-00003"]
+        assert looks().run_requests == []
+
+
+def test_everything_that_loads_a_model_is_in_the_pool_of_which_one_step_runs_at_a_time():
+    recipes = [
+        {"name": "exact", "strategy": "less", "fraction": 0.1, "rescore": "exact"},
+        {"name": "rds", "strategy": "rds", "fraction": 0.1},
+    ]
+    assets = build_definitions(project(recipes=recipes)).assets
+    pools = {key.to_user_string(): each.op.pool for each in assets for key in each.keys}
+    assert {asset for asset, pool in pools.items() if pool == "gpu"} == {
+        *("base_model", "warmup_checkpoints", "train_gradients", "target_gradients", "exact_scores"),
+        *("pool_embeddings", "target_embeddings", "finetuned_model", "eval_results"),
+    }
+    defaults = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
+    assert defaults["concurrency"]["pools"] == {"granularity": "op", "default_limit": 1}

@@ -147,20 +147,20 @@ def test_shards_are_registered_once_and_in_order(small):
 
 def test_neighbours_share_a_run_within_one_checkpoint_only(small):
     runner = small.runner
-    assert runner._runs("train_gradients", grid(EPOCHS, KEYS)) == [grid([epoch], KEYS) for epoch in EPOCHS]
+    assert runner.runs("train_gradients", grid(EPOCHS, KEYS)) == [grid([epoch], KEYS) for epoch in EPOCHS]
     holes = ["epoch-1|plus-00000", "epoch-1|plus-00002", "epoch-2|plus-00000"]
-    assert runner._runs("train_gradients", holes) == [[key] for key in holes]
-    assert runner._runs("instruction_pool", KEYS) == [KEYS]
-    assert runner._runs("warmup_checkpoints", EPOCHS) == [EPOCHS]
+    assert runner.runs("train_gradients", holes) == [[key] for key in holes]
+    assert runner.runs("instruction_pool", KEYS) == [KEYS]
+    assert runner.runs("warmup_checkpoints", EPOCHS) == [EPOCHS]
 
 
 def test_runs_follow_dagsters_order_of_keys_whatever_order_they_are_due_in(small):
-    assert small.runner._runs("instruction_pool", [KEYS[2], KEYS[0], KEYS[1]]) == [KEYS]
+    assert small.runner.runs("instruction_pool", [KEYS[2], KEYS[0], KEYS[1]]) == [KEYS]
 
 
 def test_assets_without_range_runs_get_one_run_for_each_partition(small):
-    assert small.runner._runs("selected_subset", grid(["less"], TASKS)) == [["less|sums"], ["less|sky"]]
-    assert small.runner._runs("pool_index", [None]) == [[None]]
+    assert small.runner.runs("selected_subset", grid(["less"], TASKS)) == [["less|sums"], ["less|sky"]]
+    assert small.runner.runs("pool_index", [None]) == [[None]]
 
 
 def test_status_tells_what_is_missing_and_what_waits_without_computing(small):

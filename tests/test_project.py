@@ -606,6 +606,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "compute.backend": ("local", set()),
     "compute.address": ("ray://head", set()),
     "compute.gpus_per_worker": (2.0, set()),
+    "compute.cpus_per_worker": (2.0, set()),
     "compute.workers": (2, set()),
 }
 # Keys that rename an axis or replace a whole part; other tests look at them.

@@ -158,14 +158,16 @@ def embed_shard(work: Work) -> Computed:
             pl.Series("embedding", embeddings, dtype=pl.Array(pl.Float32, width)),
         ),
     )
+    tokens = sum(len(example.input_ids) for example in usable)
     return Computed(
         {
             "rows": table.height,
             "usable": len(usable),
-            "tokens": sum(len(example.input_ids) for example in usable),
+            "tokens": tokens,
             "mean_loss": float(found.losses.mean()) if usable else None,
             "dimension": width,
-        }
+        },
+        units=tokens,
     )
 
 
@@ -183,7 +185,8 @@ def embed_targets(work: Work) -> Computed:
     )
     write_parquet(work.folder, EMBEDDINGS, stored.select("example_id", "member", "subtask", "embedding"))
     tokens = sum(len(example.input_ids) for example in examples)
-    return Computed({"examples": len(examples), "tokens": tokens, "mean_loss": float(found.losses.mean())})
+    summary = {"examples": len(examples), "tokens": tokens, "mean_loss": float(found.losses.mean())}
+    return Computed(summary, units=tokens)
 
 
 def score_embeddings(work: Work) -> Computed:

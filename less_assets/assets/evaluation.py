@@ -102,24 +102,16 @@ def evaluate(work: Work) -> Computed:
             "evaluated": True,
             "samples": sum(part.height for part in samples),
             "metrics": {f"{row['task']}/{row['metric']}": row["value"] for row in totals.iter_rows(named=True)},
-        }
+        },
+        units=sum(part.height for part in samples),
     )
 
 
 def _evaluate_task(work: Work, task: Task, model: Any, tokenizer: Any) -> Any:
-    from less_assets.method.evaluation import EvaluationSettings, evaluate_examples, evaluate_with_harness
-    from less_assets.method.targets import read_evaluation
+    from less_assets.method.evaluation import evaluate_examples, evaluate_with_harness
 
-    settings, evaluated = work.project.model, task.evaluation
+    evaluated, asked = task.evaluation, evaluation_settings(work.project, task)
     assert evaluated is not None
-    assert task.examples is not None
-    asked = EvaluationSettings(
-        rule=evaluated.format or "exact_match",
-        max_new_tokens=evaluated.max_new_tokens,
-        chat_format=settings.chat_format,
-        max_length=evaluated.max_length or settings.max_length,
-        token_budget=evaluated.token_budget,
-    )
     if evaluated.harness is not None:
         return evaluate_with_harness(
             model,
@@ -131,16 +123,41 @@ def _evaluate_task(work: Work, task: Task, model: Any, tokenizer: Any) -> Any:
             apply_chat_template=evaluated.apply_chat_template,
             on_progress=work.progress(0, "requests"),
         )
-    examples = read_evaluation(
+    examples = evaluation_examples(task)
+    requests = sum(max(1, len(example.choices)) for example in examples)
+    return evaluate_examples(
+        model, tokenizer, examples, asked, name=task.name, on_progress=work.progress(requests, "requests")
+    )
+
+
+def evaluation_settings(project: Project, task: Task) -> Any:
+    """How a task with an evaluation is asked and graded, in the method's words."""
+    from less_assets.method.evaluation import EvaluationSettings
+
+    evaluated = task.evaluation
+    assert evaluated is not None
+    return EvaluationSettings(
+        rule=evaluated.format or "exact_match",
+        max_new_tokens=evaluated.max_new_tokens,
+        chat_format=project.model.chat_format,
+        max_length=evaluated.max_length or project.model.max_length,
+        token_budget=evaluated.token_budget,
+    )
+
+
+def evaluation_examples(task: Task) -> list[Any]:
+    """What a task without a harness asks: its held-out file, or a benchmark's own files."""
+    from less_assets.method.targets import read_evaluation
+
+    evaluated = task.evaluation
+    assert evaluated is not None
+    assert task.examples is not None
+    return read_evaluation(
         evaluated.format or "messages",
         evaluated.path or str(evaluated.held_out),
         evaluated.limit,
         shots_path=task.examples.path if task.examples.format == evaluated.format else None,
         few_shot=evaluated.few_shot,
-    )
-    requests = sum(max(1, len(example.choices)) for example in examples)
-    return evaluate_examples(
-        model, tokenizer, examples, asked, name=task.name, on_progress=work.progress(requests, "requests")
     )
 
 

@@ -62,6 +62,12 @@ def finetune(work: Work) -> Computed:
     scratch = work.models.scratch(work.folder.fingerprint)
     steps = steps_per_epoch(len(examples), settings.batch_size)
     progress = work.progress(steps * settings.epochs, "steps")
+    trained: list[int] = []
+
+    def follow(step: Any) -> None:
+        progress(1)
+        trained.append(step.tokens)
+
     result = train_adapter(
         model,
         tokenizer,
@@ -70,7 +76,7 @@ def finetune(work: Work) -> Computed:
         scratch,
         lora=lora_settings(work.project),
         keep="latest",
-        on_progress=lambda _: progress(1),
+        on_progress=follow,
     )
     copy_files(result.folder, work.folder)
     curve = pl.DataFrame([asdict(step) for step in result.curve])
@@ -85,7 +91,8 @@ def finetune(work: Work) -> Computed:
             "tokens": int(curve["tokens"].sum()),
             "loss_tokens": int(curve["loss_tokens"].sum()),
             "mean_loss_of_last_epoch": float(last["loss"].mean()),  # type: ignore[arg-type]
-        }
+        },
+        units=sum(trained),
     )
 
 

@@ -5,7 +5,7 @@ Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import dagster as dg
@@ -17,7 +17,7 @@ from less_assets.assets.pool import EXAMPLES
 from less_assets.assets.targets import TARGETS
 from less_assets.errors import StaleArtifactError, TargetFormatError
 from less_assets.lineage import split
-from less_assets.materialization import Computed, Work, materialize_one, materialize_range
+from less_assets.materialization import Backend, Computed, Work, materialize_one, materialize_range
 from less_assets.partitions import Axes
 from less_assets.project import Project
 from less_assets.resources import LoadedCheckpoint, ModelLoader
@@ -50,9 +50,12 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
+        backend: dg.ResourceParam[Backend],
     ) -> Iterator[dg.MaterializeResult]:
         """Sketched Adam directions of every example of a shard at a checkpoint, with exact norms and losses."""
-        yield from materialize_range(context, project, store, models, extract_train_gradients, describe_train_gradients)
+        yield from materialize_range(
+            context, project, store, models, extract_train_gradients, describe_train_gradients, backend
+        )
 
     @dg.asset(
         group_name="gradients",
@@ -123,6 +126,7 @@ def extract_train_gradients(work: Work) -> Computed:
     finished = writer.finished_blocks()
     done = sum(stop - start for start, stop in map(writer.bounds, finished))
     progress = work.progress(len(examples), "rows", done)
+    extracted = 0
     for block in range(writer.blocks):
         if block not in finished:
             start, stop = writer.bounds(block)
@@ -138,11 +142,16 @@ def extract_train_gradients(work: Work) -> Computed:
                 on_progress=progress,
             )
             writer.write_block(block, features)
-    tokens = sum(len(example.input_ids) for example in examples if example)
+            extracted += _tokens(examples[start:stop])
     reasons = Counter(example.problem for example in examples if example and example.problem)
     refused: dict[str, Any] = {"template_refused": dict(reasons.most_common(REASONS))} if reasons else {}
     sketch = {"sketch_digest": loaded.sketch(settings).fingerprint}
-    return Computed(_feature_summary(work, RowStatus, tokens) | sketch | refused)
+    summary = _feature_summary(work, RowStatus, _tokens(examples)) | sketch | refused
+    return Computed(summary, units=extracted)
+
+
+def _tokens(examples: Iterable[Any]) -> int:
+    return sum(len(example.input_ids) for example in examples if example is not None)
 
 
 def _token_budget(work: Work, loaded: LoadedCheckpoint, longest: int) -> int:
@@ -274,10 +283,11 @@ def extract_target_gradients(work: Work) -> Computed:
             "examples": table.height,
             "subtasks": subtasks,
             "mean_loss": float(block.loss.mean()),
-            "tokens": sum(len(example.input_ids) for example in examples),
+            "tokens": _tokens(examples),
             "loss_tokens": int(block.loss_tokens.sum()),
             "sketch_digest": loaded.sketch(settings).fingerprint,
-        }
+        },
+        units=_tokens(examples),
     )
 
 

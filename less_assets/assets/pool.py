@@ -98,7 +98,7 @@ def read_shard(work: Work) -> Computed:
         "reasons": reasons,
     }
     rows = table.select("example_id", "source_file", "source_row", "status").rows()
-    return Computed(summary, data_version=digest([list(row) for row in rows]))
+    return Computed(summary, data_version=digest([list(row) for row in rows]), units=table.height)
 
 
 def describe_shard(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:

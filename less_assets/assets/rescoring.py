@@ -73,12 +73,15 @@ def rescore(work: Work) -> Computed:
         {name: line.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
     )
     total: Any = None
+    tokens = 0
     targets = line.summary("target_examples", task)["examples"]
     progress = work.progress(len(checkpoints) * (len(examples) + 2 * targets), "rows")
     for checkpoint in checkpoints:
         loaded = work.models.checkpoint(line, checkpoint)
         encoded, subtasks = encode_targets(work, task, loaded.tokenizer)
         longest = max(len(example.input_ids) for example in [*examples, *encoded])
+        # Target gradients are taken twice: once for their norms, once for the mean of unit directions.
+        tokens += sum(len(example.input_ids) for example in [*examples, *encoded, *encoded])
         labels, scores = exact_influence(
             loaded.model,
             examples,
@@ -109,7 +112,7 @@ def rescore(work: Work) -> Computed:
         "subtasks": labels,
         "overlap_with_sketch": len(first & set(exact.table["example_id"])) / max(1, kept_rows),
     }
-    return Computed(summary)
+    return Computed(summary, units=tokens)
 
 
 def encode_rows(work: Work, rows: pl.DataFrame) -> list[Any]:

@@ -4,7 +4,7 @@ Belongs here: wiring only. Mathematics is `method/influence.py`; which scores a 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
@@ -24,7 +24,7 @@ from less_assets.assets.ranking import (
 )
 from less_assets.certificates import judge_selection
 from less_assets.lineage import Lineage, split
-from less_assets.materialization import Computed, Work, materialize_one
+from less_assets.materialization import Computed, Work, materialize_one, materialize_together
 from less_assets.partitions import Axes
 from less_assets.project import Project, ResolvedRecipe
 from less_assets.provenance import digest
@@ -52,15 +52,17 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         kinds={"numpy", "parquet"},
         partitions_def=axes.of("influence_scores"),
         deps=[axes.all_partitions("gradient_datastore"), "target_gradients", "pool_index"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
     )
     def influence_scores(
         context: dg.AssetExecutionContext,
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
+    ) -> Iterator[dg.MaterializeResult]:
         """Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint."""
-        return materialize_one(context, project, store, models, score_pool, metadata.summary)
+        yield from materialize_together(context, project, store, models, score_pool, metadata.summary)
 
     @dg.asset(group_name="selection", partitions_def=axes.of("recipe_settings"))
     def recipe_settings(
@@ -101,18 +103,23 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
     return [influence_scores, recipe_settings, selected_subset]
 
 
-def score_pool(work: Work) -> Computed:
-    """Score the pool shard by shard, all checkpoints, forms and subtask rules in one pass over the features."""
+def score_pool(works: list[Work]) -> list[Computed]:
+    """Score the pool for some tasks: shard by shard, all tasks, checkpoints, forms and subtask rules in one pass."""
     from less_assets.method.influence import normalised_weights, row_statuses, score_shard, score_table
 
-    line, task = work.line, work.partition
-    checkpoints = work.project.checkpoints
+    line, project = works[0].line, works[0].project
+    checkpoints, forms = project.checkpoints, project.gradients.forms
     weights = normalised_weights(
         {name: line.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
     )
-    labels, directions = _directions(line, task)
+    labels: dict[str, list[str]] = {}
+    directions: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in checkpoints}
+    for work in works:
+        labels[work.partition], found = _directions(line, work.partition)
+        for name in checkpoints:
+            directions[name] |= found[name]
     scored = rows = 0
-    progress = work.progress(line.summary("pool_index")["usable"], "rows")
+    progress = works[0].progress(line.summary("pool_index")["usable"], f"rows for {len(works)} tasks")
     for shard in line.shards():
         features = {
             name: open_features(line.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in checkpoints
@@ -125,14 +132,21 @@ def score_pool(work: Work) -> Computed:
             pl.Series("status", status),
             pl.Series("loss_tokens", features[checkpoints[0]].loss_tokens),
         )
-        found = score_shard(features, directions, weights, work.project.gradients.forms)[task]
-        write_parquet(work.folder, score_file(shard), score_table(table, found))
+        scores = score_shard(features, directions, weights, forms)
+        for work in works:
+            write_parquet(work.folder, score_file(shard), score_table(table, scores[work.partition]))
         rows, usable = rows + table.height, table.filter(pl.col("status") == "ok").height
         scored += usable
         progress(usable)
-    write_json(work.folder, SUBTASKS, labels)  # type: ignore[arg-type]
-    summary = {"rows": rows, "scored": scored, "subtasks": labels, "weights": weights}
-    return Computed({**summary, "forms": list(work.project.gradients.forms)})
+    results: list[Computed] = []
+    for work in works:
+        own = labels[work.partition]
+        write_json(work.folder, SUBTASKS, own)  # type: ignore[arg-type]
+        summary = {"rows": rows, "scored": scored, "subtasks": own, "weights": weights, "forms": list(forms)}
+        # One pass for all: counted once.
+        units = scored * len(forms) * len(checkpoints) if not results else 0
+        results.append(Computed(summary, units=units))
+    return results
 
 
 def _directions(line: Lineage, task: str) -> tuple[list[str], dict[str, dict[tuple[str, str], np.ndarray]]]:
@@ -193,7 +207,8 @@ def select_subset(work: Work) -> Computed:
     work.folder.write_bytes(SUBSET_JSONL, "".join(f"{text}\n" for text in lines).encode())
     pool_sources = work.line.summary("pool_index")["sources"] if selection else {}
     summary = {"recipe": recipe.name, "rows": table.height, **counts, "pool_sources": pool_sources}
-    return Computed(summary, data_version=digest(["selected", *table["example_id"].to_list()]))
+    version = digest(["selected", *table["example_id"].to_list()])
+    return Computed(summary, data_version=version, units=work.line.summary("pool_index")["usable"])
 
 
 def _select(work: Work, recipe: ResolvedRecipe, task: str) -> Any:

@@ -121,6 +121,12 @@ def train_checkpoint(work: Work) -> Computed:
     restore_epochs(line, folder, epoch - 1)
     steps = steps_per_epoch(len(examples), settings.batch_size)
     progress = work.progress(steps * epoch, "steps", done=steps * _finished(folder, epoch))
+    trained: list[int] = []
+
+    def follow(step: Any) -> None:
+        progress(1)
+        trained.append(step.tokens)
+
     checkpoint = warm_up(
         model,
         tokenizer,
@@ -129,7 +135,7 @@ def train_checkpoint(work: Work) -> Computed:
         folder,
         lora=lora_settings(work.project),
         until_epoch=epoch,
-        on_progress=lambda _: progress(1),
+        on_progress=follow,
     )[-1]
     copy_files(checkpoint.folder, work.folder)
     return Computed(
@@ -139,7 +145,8 @@ def train_checkpoint(work: Work) -> Computed:
             "mean_loss": fmean(checkpoint.losses),
             "examples": len(examples),
             "tokens": sum(len(example.input_ids) for example in examples),  # of the epoch that the checkpoint ends
-        }
+        },
+        units=sum(trained),
     )
 
 

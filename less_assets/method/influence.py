@@ -10,6 +10,7 @@ matrix product for all tasks, subtasks and rules together. LESS (arXiv 2402.0433
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -153,7 +154,9 @@ def score_shard(
         for checkpoint, source in sources.items():
             asked = directions[checkpoint]
             stacked = np.ascontiguousarray(np.concatenate(list(asked.values())), dtype=np.float32)
-            cosines = _score_source(source, form, stacked)
+            # Each task's directions by themselves: its scores are the same whichever tasks are scored with it.
+            groups = [sum(len(asked[key]) for key in keys) for _, keys in groupby(asked, key=lambda key: key[0])]
+            cosines = _score_source(source, form, stacked, groups)
             start = 0
             for (task, rule), targets in asked.items():
                 part = cosines[:, start : start + len(targets)]
@@ -165,13 +168,13 @@ def score_shard(
     return results
 
 
-def _score_source(source: FeatureSource, form: str, directions: np.ndarray) -> np.ndarray:
+def _score_source(source: FeatureSource, form: str, directions: np.ndarray, groups: Sequence[int]) -> np.ndarray:
     """Scores (rows, J) of all rows of a source: blocks are read, decoded and multiplied on all cores at once.
 
     Each thread has its own blocks and multiplies the same few rows at a time, so scores do not depend on the number of
     threads.
     """
-    coded = CodedDirections(directions, source.storage)
+    coded = CodedDirections(directions, source.storage, groups)
     cosines = np.empty((source.rows, len(directions)), dtype=np.float32)
 
     def score(index: int) -> None:

@@ -309,6 +309,26 @@ def attach_adapter(model: transformers.PreTrainedModel | PeftModel, lora: LoraSe
     return adapted
 
 
+def count_adapter_parameters(base: str, lora: LoraSettings, *, cache_dir: Path, trust_remote_code: bool = False) -> int:
+    """Number of parameters that a LoRA adapter has on a base model, from the model's shape alone.
+
+    Args:
+        base: See `find_base`.
+        lora: The adapter's settings.
+        cache_dir: See `find_base`.
+        trust_remote_code: Run Python files that come with the model.
+
+    Raises:
+        ModelLoadError: The model can't be found, or has no layer of that name.
+    """
+    found = find_base(base, cache_dir, trust_remote_code=trust_remote_code)
+    with _loading(base), _without_progress_bars(), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(found.folder, trust_remote_code=trust_remote_code)
+        shape = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    adapted = attach_adapter(shape, lora, seed=0)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
 def load_adapter(
     model: transformers.PreTrainedModel | PeftModel, folder: Path, *, trainable: bool = False
 ) -> PeftModel:

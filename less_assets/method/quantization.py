@@ -10,6 +10,8 @@ and want 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 STORAGES = ("float16", "int8", "int4", "int1")
@@ -28,8 +30,8 @@ def bytes_per_row(storage: str, dimension: int) -> int:
 def choose_storage(byte_budget: int, form: str, parameters: int | None = None) -> tuple[str, int]:
     """Storage and dimension that keep scores truest for a number of bytes a row.
 
-    Few bits and many dimensions beat the reverse (`benchmarks/results/features.json`): 1 bit for Adam forms, 8 for
-    `sgd`. Dimensions beyond the number of parameters would be empty: there the bits grow instead.
+    Few bits and many dimensions beat the reverse (`benchmarks/results/features.json`): 1 bit for directions of Adam, 8
+    for `sgd`. Dimensions beyond the number of parameters would be empty: there the bits grow instead.
 
     Args:
         byte_budget: Bytes of codes a row, at least 1.
@@ -120,10 +122,15 @@ class CodedDirections:
     Args:
         directions: float32 (J, k).
         storage: The storage of the codes.
+        groups: Sizes of consecutive groups of directions, J in all. A matrix product rounds differently at another
+            width, so each group is multiplied by itself: its scores do not depend on which others are there. Default is
+            one group.
     """
 
-    def __init__(self, directions: np.ndarray, storage: str) -> None:
+    def __init__(self, directions: np.ndarray, storage: str, groups: Sequence[int] | None = None) -> None:
         directions = np.asarray(directions, dtype=np.float32)
+        ends = np.cumsum([len(directions)] if groups is None else groups)
+        self._groups = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         self._storage, self._dimension = storage, directions.shape[1]
         # Of 4-bit codes, the numbers in the low and in the high halves of the bytes.
         halves = (directions[:, 0::2], directions[:, 1::2]) if storage == "int4" else (directions,)
@@ -144,17 +151,21 @@ class CodedDirections:
             products, squares = self._int4(codes.view(np.uint8))
         elif self._storage == "int1":
             bits = np.unpackbits(codes.view(np.uint8), axis=1, count=self._dimension, bitorder="little")
-            products = 2 * (bits.astype(np.float32) @ self._halves[0]) - self._sum
+            products = 2 * self._product(bits.astype(np.float32), self._halves[0]) - self._sum
             squares = np.full(len(codes), float(self._dimension))
         else:
             values = codes.astype(np.float32)
             if self._storage == "int8":
                 values *= np.abs(values)
-            products, squares = values @ self._halves[0], np.vecdot(values, values)
+            products, squares = self._product(values, self._halves[0]), np.vecdot(values, values)
         with np.errstate(divide="ignore", invalid="ignore"):
             scores = (products / np.sqrt(squares)[:, None]).astype(np.float32)
         scores[~(np.isfinite(squares) & (squares > 0) & np.isfinite(scale) & (scale > 0))] = np.nan
         return scores
+
+    def _product(self, values: np.ndarray, directions: np.ndarray) -> np.ndarray:
+        """Inner products float32 (n, J), group by group."""
+        return np.concatenate([values @ directions[:, group] for group in self._groups], axis=1)
 
     def _int4(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Inner products with (code - 7.5), and the squared norms of those."""
@@ -166,7 +177,7 @@ class CodedDirections:
             split(codes, mask, out=nibbles)
             np.subtract(nibbles, np.float32(7.5), out=values)
             used = values[:, : len(directions)]  # of an odd dimension, the last high half holds no number
-            products += used @ directions
+            products += self._product(used, directions)
             squares += np.vecdot(used, used)
         return products, squares
 

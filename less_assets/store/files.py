@@ -19,6 +19,7 @@ from less_assets.errors import StorageError
 
 PARTIAL_SUFFIX = ".partial"  # the suffix of Zarr's own temporary files too: one rule finds every leftover
 CHUNK_BYTES = 8 << 20
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"}
 # Packages of object-store clients that raise types of their own instead of OSError.
 CLIENT_PACKAGES = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests"}
 
@@ -78,9 +79,19 @@ def write_atomically(path: UPath, data: bytes) -> None:
         else:
             try:
                 path.fs.pipe_file(path.path, data)
-            except FileNotFoundError:  # file servers, unlike buckets, want the folder first
-                path.fs.makedirs(path.parent.path, exist_ok=True)
+            except FileNotFoundError as error:
+                if _is_bucket(path):
+                    # Making folders would make the bucket: a misspelt one must not come into being.
+                    raise StorageError(
+                        "There is no such bucket.", where=str(path), fix="Correct storage.root, or create the bucket."
+                    ) from error
+                path.fs.makedirs(path.parent.path, exist_ok=True)  # file servers want the folder first
                 path.fs.pipe_file(path.path, data)
+
+
+def _is_bucket(path: UPath) -> bool:
+    protocol = path.fs.protocol
+    return bool(BUCKETS & ({protocol} if isinstance(protocol, str) else set(protocol)))
 
 
 def finish_file(temporary: pathlib.Path, path: pathlib.Path) -> None:

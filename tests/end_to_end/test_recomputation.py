@@ -303,6 +303,44 @@ def test_an_edited_row_recomputes_only_its_shard(finished):
     assert "warmup_checkpoints" not in made
 
 
+def test_rows_appended_to_a_file_change_its_last_shard_and_add_new_ones(finished):
+    rows = finished.rows("data/plus.jsonl") + [{"messages": question(950 + place, "sea")} for place in range(16)]
+    write_rows(finished.tiny.folder / "data/plus.jsonl", rows)
+    made = finished.run(UNTIL_SCORES)
+    assert made["instruction_pool"] == ["plus-00001", "plus-00002"]
+    assert sorted(made["train_gradients"]) == grid(EPOCHS, ["plus-00001", "plus-00002"])
+    assert "warmup_checkpoints" not in made
+    assert finished.scores("sky").height == 24 + 16 + 16
+
+
+def test_all_tasks_that_are_due_are_scored_in_one_pass_with_the_bytes_of_a_pass_each(finished, monkeypatch):
+    from less_assets.method import influence
+
+    score, passes = influence.score_shard, []
+
+    def counted(sources, *arguments):
+        passes.append(len(sources))
+        return score(sources, *arguments)
+
+    def forget() -> None:
+        passes.clear()
+        for task in TASKS:
+            shutil.rmtree(finished.tiny.folder / "artifacts/selection" / task / "influence")
+
+    monkeypatch.setattr(influence, "score_shard", counted)
+    together = [finished.line.fresh("influence_scores", task) for task in TASKS]
+    forget()
+    for task in TASKS:
+        finished.materialize("influence_scores", task)
+    assert len(passes) == len(TASKS) * len(finished.line.shards())
+    assert [finished.line.fresh("influence_scores", task) for task in TASKS] == together
+    forget()
+    assert finished.run(UNTIL_SCORES) == {"influence_scores": TASKS}
+    assert passes == [len(EPOCHS)] * len(finished.line.shards()), "the datastore is read once for all tasks"
+    assert [finished.line.fresh("influence_scores", task) for task in TASKS] == together
+    assert finished.not_fresh() == {}
+
+
 def test_an_inserted_row_recomputes_its_source_from_the_first_changed_shard(finished):
     rows = finished.rows("data/plus.jsonl")
     rows.insert(18, {"messages": question(901, "sea")})

@@ -26,6 +26,7 @@ from less_assets.errors import CorruptArtifactError, ModelLoadError
 from less_assets.method.models import (
     LoraSettings,
     attach_adapter,
+    count_adapter_parameters,
     find_base,
     load_adapter,
     load_base,
@@ -346,3 +347,25 @@ def test_devices_and_dtypes():
         resolve_dtype("int3", torch.device("cpu"))
     with pytest.raises(ModelLoadError, match="can't be used"):
         resolve_device("cuda:99")
+
+
+def test_the_size_of_an_adapter_is_known_without_its_weights(base, tmp_path):
+    adapted = attach_adapter(load_base(str(base), cache_dir=tmp_path, device="cpu")[0], LORA, seed=0)
+    expected = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    (base / "model.safetensors").unlink()
+    assert count_adapter_parameters(str(base), LORA, cache_dir=tmp_path) == expected
+    with pytest.raises(ModelLoadError, match="LoRA"):
+        count_adapter_parameters(str(base), LoraSettings(4, 8, 0.0, ("no_such_layer",)), cache_dir=tmp_path)
+
+
+def test_a_device_map_places_the_same_model(base, tmp_path):
+    whole, _ = load_base(str(base), cache_dir=tmp_path, dtype="float32", device="cpu")
+    mapped, _ = load_base(str(base), cache_dir=tmp_path, dtype="float32", device_map="cpu")
+    assert {str(each.device) for each in mapped.parameters()} == {"cpu"}
+    torch.testing.assert_close(mapped(IDS).logits, whole(IDS).logits, rtol=0, atol=0)
+
+
+def test_four_bits_without_bitsandbytes_are_refused_by_name(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match="bitsandbytes"):
+        load_base(str(base), cache_dir=tmp_path, device="cpu", quantization="4bit")

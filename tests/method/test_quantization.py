@@ -126,3 +126,17 @@ def test_cosines_of_rows_that_are_zero_are_not_numbers(storage):
     rows = np.array([[0, 0, 0], [1, -2, 3]], dtype=np.float32)
     found = CodedDirections(np.eye(3, dtype=np.float32), storage).cosines(*encode(rows, storage))
     np.testing.assert_array_equal(np.isnan(found), [[True] * 3, [False] * 3])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_scores_of_a_group_of_directions_do_not_depend_on_the_others(storage):
+    rng = np.random.default_rng(5)
+    codes, scale = encode(rng.standard_normal((64, 512), dtype=np.float32), storage)
+    directions = rng.standard_normal((23, 512), dtype=np.float32)
+    sizes = [1, 2, 4, 16]
+    together = CodedDirections(directions, storage, sizes).cosines(codes, scale)
+    start = 0
+    for size in sizes:
+        alone = CodedDirections(directions[start : start + size], storage).cosines(codes, scale)
+        np.testing.assert_array_equal(together[:, start : start + size], alone)
+        start += size

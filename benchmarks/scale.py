@@ -1,0 +1,593 @@
+"""Does the cost stay where it belongs? Growth, memory, overhead, loading, appending, and Ray: `results/scale.json`.
+
+    python benchmarks/scale.py                       # everything, about two hours on two cores
+    python benchmarks/scale.py --only load append    # some sections
+    python benchmarks/scale.py --small --out /tmp/scale.json   # minutes: does it run at all?
+
+Every section is a function of its own, keeps its raw times in the result file as soon as it has them, and goes on from
+there when it is started again (`--again` forgets them). Where two sides are compared they take turns, round by round;
+medians are reported. Run it on a machine that does nothing else.
+
+How to read it
+    linearity_error            time per additional row from 30k to 100k rows, over that from 10k to 30k, minus 1
+    scoring_peak_gib           highest resident memory of scoring and selecting, over both shapes
+    scoring_over_matmul        their wall time over bare float32 products of decoded blocks, the worse shape
+    orchestration_overhead     `less-assets run` on the demo over the same work as plain function calls, minus 1
+    load_seconds               a fresh process loads definitions.py of a project with 60 shards × 4 checkpoints × 8
+                               tasks × 12 recipes. The materializations are records that this benchmark reports to the
+                               instance itself: nothing of that size was computed.
+    partitions_for_new_shard   what one more shard makes after 60, by asset; `warmup_sample` is only checked again
+    ray_speedup                gradients with one worker over those with two
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import dagster as dg
+import yaml
+from tiny_project import write_model, write_project, write_rows
+
+from less_assets.build import build_definitions
+from less_assets.jobs import GraphRunner, Outcome, Request, register_shards
+from less_assets.lineage import Lineage
+from less_assets.partitions import ASSET_AXES
+from less_assets.project import Project, load_project
+from less_assets.resources import open_store
+from less_assets.store.tables import read_parquet
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results/scale.json"
+
+
+class Notes:
+    """The result file: figures at the top, raw measurements below `raw`, written after every measurement."""
+
+    def __init__(self, path: Path, again: bool) -> None:
+        self.path = path
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not again else {}
+        self.content.setdefault("raw", {})
+        self.content["machine"] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+
+    def raw(self, name: str) -> list:
+        """Measurements of a name so far; extend it with `add`."""
+        return self.content["raw"].setdefault(name, [])
+
+    def add(self, name: str, value: Any) -> None:
+        """Keep a measurement."""
+        self.raw(name).append(value)
+        self._write()
+        print(f"{time.strftime('%H:%M:%S')}  {name}: {value}", file=sys.stderr)
+
+    def report(self, name: str, value: Any) -> None:
+        """Set a figure."""
+        self.content[name] = value
+        self._write()
+        print(f"{name}: {value}")
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n")
+
+
+def run(path: Path, home: Path, request: Request) -> Outcome:
+    """Bring a project up to date as the command line does, in this process."""
+    project = load_project(path)
+    store = open_store(project)
+    home.mkdir(parents=True, exist_ok=True)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        register_shards(project, store, instance)
+        runner = GraphRunner(build_definitions(project), project, store, instance, lambda line: None)
+        return runner.run(request)
+
+
+def in_a_process(function: Callable, *arguments: Any) -> Any:
+    """Result of a function of this module in a fresh process: no side inherits another's caches."""
+    code = (
+        f"import sys, json; sys.path.insert(0, {str(HERE)!r}); import scale\n"
+        f"print('RESULT ' + json.dumps(scale.{function.__name__}(*json.loads(sys.argv[1]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, json.dumps(arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.rpartition("RESULT ")[2])
+
+
+# Growth -------------------------------------------------------------------------------------------------------------
+
+
+def seconds_of_pool(rows: int, shard_size: int) -> float:
+    """Seconds from nothing to influence scores for a pool of some size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_project(Path(folder), rows=rows, shard_size=shard_size)
+        started = time.perf_counter()
+        run(path, Path(folder) / "home", Request(until="influence_scores"))
+        return time.perf_counter() - started
+
+
+def linearity(notes: Notes, small: bool, rounds: int) -> None:
+    """Growth of the pool, 10k → 30k → 100k rows."""
+    sizes = [200, 600, 2000] if small else [10_000, 30_000, 100_000]
+    shard_size = sizes[0] // 5
+    for _ in range(rounds):
+        for rows in sizes:
+            if len(notes.raw(f"pool_{rows}_s")) < rounds:
+                notes.add(f"pool_{rows}_s", in_a_process(seconds_of_pool, rows, shard_size))
+    first, second, third = (median(notes.raw(f"pool_{rows}_s")) for rows in sizes)
+    slope = (second - first) / (sizes[1] - sizes[0])
+    notes.report("linearity_error", abs((third - second) / (sizes[2] - sizes[1]) / slope - 1))
+
+
+# Scoring ------------------------------------------------------------------------------------------------------------
+
+
+def scoring(notes: Notes, small: bool, rounds: int) -> None:
+    """`scoring.py` on a million rows and on 250,000 at four checkpoints, in turns."""
+    shapes = [(16_384, 1), (8_192, 2)] if small else [(1_000_000, 1), (250_000, 4)]
+    for _ in range(rounds):
+        for rows, checkpoints in shapes:
+            name = f"scoring_{rows}x{checkpoints}"
+            if len(notes.raw(name)) < rounds:
+                command = ["scoring.py", "--rows", str(rows), "--checkpoints", str(checkpoints)]
+                done = subprocess.run(
+                    [sys.executable, str(HERE / command[0]), *command[1:]],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                found = json.loads(done.stdout)
+                notes.add(name, {key: found[key] for key in ("peak_gib", "over_matmul", "score_s", "select_s")})
+    every = [notes.raw(f"scoring_{rows}x{checkpoints}") for rows, checkpoints in shapes]
+    notes.report("scoring_peak_gib", max(each["peak_gib"] for shape in every for each in shape))
+    notes.report("scoring_over_matmul", max(median(each["over_matmul"] for each in shape) for shape in every))
+
+
+# Overhead -----------------------------------------------------------------------------------------------------------
+
+
+def demo_project(folder: str, small: bool) -> str:
+    """The demo over its data, with artifacts in a folder of their own; `small`: a tenth of it."""
+    settings = yaml.safe_load((HERE.parent / "projects/demo.yaml").read_text())
+    data = HERE.parent / "demo_data"
+    if not (data / "pool").exists():
+        raise SystemExit("demo_data is missing: `make demo` writes it, or `python -m less_assets.demo demo_data`")
+    text = yaml.safe_dump(settings, sort_keys=False).replace("../demo_data", str(data))
+    settings = yaml.safe_load(text)
+    settings["storage"] = {"root": str(Path(folder) / "artifacts")}
+    if small:
+        settings["pool"]["sources"] = [{**each, "limit": 6} for each in settings["pool"]["sources"][:4]]
+        for task in settings["tasks"]:
+            task["evaluation"]["limit"] = 4
+        settings["warmup"]["epochs"] = 1
+        settings["recipes"] = [each for each in settings["recipes"] if each["name"] != "random"]
+    path = Path(folder) / "project.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return str(path)
+
+
+def seconds_through_dagster(folder: str, path: str) -> float:
+    """The whole project through Dagster, on an instance on the disk."""
+    import less_assets.assets.evaluation
+    import less_assets.method.evaluation  # noqa: F401 - torch and the harness are loaded before the clock starts
+
+    started = time.perf_counter()
+    run(Path(path), Path(folder) / "home", Request())
+    return time.perf_counter() - started
+
+
+def seconds_of_plain_calls(folder: str, path: str) -> float:
+    """The same work as function calls: nothing is stored but what training itself writes, nothing is recorded."""
+    import polars as pl
+
+    from less_assets.assets.evaluation import evaluation_examples, evaluation_settings
+    from less_assets.assets.warmup import lora_settings
+    from less_assets.method.chat import encode_messages, encode_target
+    from less_assets.method.evaluation import evaluate_examples
+    from less_assets.method.examples import read_rows
+    from less_assets.method.features import extract_features, resolve_token_budget
+    from less_assets.method.gradients import lora_parameters
+    from less_assets.method.influence import (
+        SUBTASK_RULES,
+        normalised_weights,
+        score_shard,
+        score_table,
+        target_directions,
+    )
+    from less_assets.method.models import load_adapter, load_base
+    from less_assets.method.quantization import encode
+    from less_assets.method.row_files import list_files
+    from less_assets.method.selection import Budget, Candidates, select_at_random, select_by_score
+    from less_assets.method.sketch import Sketch
+    from less_assets.method.targets import read_targets
+    from less_assets.method.training import TrainingSettings, train_adapter
+    from less_assets.method.warmup import load_checkpoint, load_moments, warm_up
+
+    project = load_project(path)
+    cache = Path(folder) / "cache"
+    started = time.perf_counter()
+    settings, gradients, lora = project.model, project.gradients, lora_settings(project)
+
+    def base() -> tuple[Any, Any]:
+        return load_base(settings.base, dtype=settings.dtype, device=settings.device, cache_dir=cache)
+
+    model, tokenizer = base()
+
+    def encoded(rows: pl.DataFrame) -> list:
+        return [
+            encode_messages(name, messages, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
+            for name, messages in rows.select("example_id", "messages").iter_rows()
+        ]
+
+    shards = []
+    for source in project.pool.sources:
+        table = pl.concat(
+            part for file in list_files(source.path) for part in read_rows(file, source.name, max_rows=source.limit)
+        )
+        number = pl.int_range(pl.len(), dtype=pl.Int64)
+        kept = table.select("example_id", "source", "messages", "status", pl.lit(source.name).alias("shard"))
+        shards.append(kept.with_columns(number.alias("row"), pl.lit(True).alias("canonical")))
+    pool = pl.concat(shards)
+    sample = select_at_random(lambda: [pool], Budget("fraction", project.warmup.fraction), project.warmup.seed).table
+    training = TrainingSettings(**project.warmup.training_values())
+    chosen = pool.join(sample.select("example_id"), on="example_id", how="semi").unique(
+        "example_id", maintain_order=True
+    )
+    warm_up(model, tokenizer, encoded(chosen), training, Path(folder) / "warmup", lora=lora)
+    targets = {
+        task.name: [
+            encode_target(example, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
+            for example in read_targets(task.examples.format, task.examples.path)
+        ]
+        for task in project.tasks
+    }
+    subtasks = {
+        task.name: [example.subtask for example in read_targets(task.examples.format, task.examples.path)]
+        for task in project.tasks
+    }
+    directions: dict[str, dict] = {}
+    features: dict[str, list[Coded]] = {}
+    weights = {}
+    for checkpoint in project.checkpoints:
+        place = Path(folder) / "warmup" / checkpoint
+        weights[checkpoint] = load_checkpoint(place).mean_learning_rate
+        adapted, moments = load_adapter(base()[0], place), load_moments(place)
+        sketch = Sketch(gradients.sketch, gradients.dimension, gradients.seed, lora_parameters(adapted))
+
+        def extract(rows: list, forms: tuple[str, ...], adapted=adapted, moments=moments, sketch=sketch) -> Any:
+            budget = resolve_token_budget(
+                adapted,
+                forms=forms,
+                dimension=gradients.dimension,
+                longest=max(len(row.input_ids) for row in rows),
+            )
+            return extract_features(
+                adapted,
+                rows,
+                forms=forms,
+                moments=None if forms == ("sgd",) else moments,
+                sketch=sketch,
+                token_budget=budget,
+                pad_token_id=tokenizer.pad_token_id or 0,
+            )
+
+        directions[checkpoint] = {}
+        for task, examples in targets.items():
+            found = extract(examples, ("sgd",)).features["sgd"]
+            for rule in SUBTASK_RULES:
+                directions[checkpoint][task, rule] = target_directions(found, subtasks[task], rule)[1]
+        features[checkpoint] = []
+        for shard in shards:
+            block = extract(encoded(shard), tuple(gradients.forms))
+            codes = {form: encode(values, gradients.storage) for form, values in block.features.items()}
+            features[checkpoint].append(Coded(codes, gradients.storage))
+    scores: dict[str, list[pl.DataFrame]] = {task: [] for task in targets}
+    for number, shard in enumerate(shards):
+        sources = {checkpoint: features[checkpoint][number] for checkpoint in project.checkpoints}
+        found = score_shard(sources, directions, normalised_weights(weights), gradients.forms)
+        for task in targets:
+            scores[task].append(score_table(shard.drop("messages"), found[task]))
+    finetuning = TrainingSettings(**project.finetuning.training_values())
+    trained: dict[Any, Any] = {}
+    for recipe in project.recipe_keys.values():
+        for task in project.tasks:
+            key: Any = recipe.key
+            rows = pool.unique("example_id", maintain_order=True)
+            if recipe.strategy == "less":
+                key = (recipe.key, task.name)
+                labels = tuple(sorted(set(subtasks[task.name])))
+                column = f"{recipe.form}.{recipe.subtask}"
+                candidates = Candidates(task.name, column, labels, lambda task=task: iter(scores[task.name]))
+                budget = Budget(recipe.budget.unit, recipe.budget.amount)
+                ids = select_by_score([candidates], budget, str(recipe.aggregate)).table
+                rows = rows.join(ids.select("example_id"), on="example_id", how="semi")
+            elif recipe.strategy == "random":
+                budget = Budget(recipe.budget.unit, recipe.budget.amount)
+                ids = select_at_random(lambda: [pool], budget, recipe.seed).table
+                rows = rows.join(ids.select("example_id"), on="example_id", how="semi")
+            if recipe.strategy != "none" and key not in trained:
+                place = Path(folder) / "models" / str(len(trained))
+                examples = [row for row in encoded(rows) if row.loss_tokens]
+                trained[key] = train_adapter(
+                    base()[0], tokenizer, examples, finetuning, place, lora=lora, keep="latest"
+                ).folder
+            judged = base()[0]
+            if recipe.strategy != "none":
+                judged = load_adapter(judged, trained[key])
+            evaluate_examples(
+                judged, tokenizer, evaluation_examples(task), evaluation_settings(project, task), name=task.name
+            )
+    return time.perf_counter() - started
+
+
+class Coded:
+    """Features of a shard in memory, as `influence.FeatureSource`."""
+
+    code_blocks = 1
+
+    def __init__(self, codes: dict[str, tuple], storage: str) -> None:
+        self._codes, self.storage = codes, storage
+        self.rows = len(next(iter(codes.values()))[0])
+
+    def codes(self, form: str, index: int) -> tuple:
+        """First row, codes, scales."""
+        return (0, *self._codes[form])
+
+    def blocks(self, form: str) -> Any:
+        """Not used: scoring multiplies codes."""
+        raise NotImplementedError
+
+
+def overhead(notes: Notes, small: bool, rounds: int) -> None:
+    """The demo through Dagster and as plain calls, in turns; the dequantised model lies in both caches before."""
+    sides = {"through_dagster_s": seconds_through_dagster, "plain_calls_s": seconds_of_plain_calls}
+    cache = tempfile.mkdtemp(prefix="less-assets-cache-")
+    for number in range(rounds):
+        for name, side in sides.items() if number % 2 == 0 else reversed(sides.items()):
+            if len(notes.raw(name)) < rounds:
+                with tempfile.TemporaryDirectory() as folder:
+                    path = demo_project(folder, small)
+                    _fill_cache(load_project(path), Path(cache))
+                    for place in ("artifacts/cache", "cache"):
+                        (Path(folder) / place).parent.mkdir(exist_ok=True)
+                        os.symlink(cache, Path(folder) / place)
+                    notes.add(name, in_a_process(side, folder, path))
+    through, plain = (median(notes.raw(name)) for name in sides)
+    notes.report("orchestration_overhead", through / plain - 1)
+
+
+def _fill_cache(project: Project, cache: Path) -> None:
+    from less_assets.method.models import find_base
+
+    find_base(project.model.base, cache)
+
+
+# Loading ------------------------------------------------------------------------------------------------------------
+
+LOAD = (
+    "import sys, time; started = time.perf_counter()\n"
+    "import definitions\n"
+    "repository = definitions.defs.get_repository_def(); repository.asset_graph.toposorted_asset_keys\n"
+    "heavy = [name for name in ('torch', 'transformers', 'peft', 'ray', 'lm_eval') if name in sys.modules]\n"
+    "print(time.perf_counter() - started, *heavy)"
+)
+PAGE = (
+    '{assetNodeOrError(assetKey: {path: ["%s"]}) {... on AssetNode {id partitionKeyConnection(limit: 500, ascending: true) {results} '
+    "partitionStats {numMaterialized numPartitions} staleStatus}}}"
+)
+
+
+def materialize_records(path: Path, home: Path) -> int:
+    """Report a materialization for every partition of every asset; nothing is computed."""
+    project = load_project(path)
+    store = open_store(project)
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        ledger = register_shards(project, store, instance)
+        axes = {
+            "checkpoint": list(project.checkpoints),
+            "shard": ledger.shard_keys(),
+            "task": project.task_names,
+            "recipe": list(project.recipe_keys),
+        }
+        count = 0
+        for asset, names in ASSET_AXES.items():
+            keys = [""]
+            for name in names:
+                keys = [f"{key}|{part}" if key else part for key in keys for part in axes[name]]
+            for key in keys:
+                tags = {"dagster/data_version": f"{count:032x}", "dagster/data_version_is_user_provided": "true"}
+                event = dg.AssetMaterialization(asset, partition=key or None, metadata={"rows": count}, tags=tags)
+                instance.report_runless_asset_event(event)
+                count += 1
+    return count
+
+
+def loading(notes: Notes, small: bool, rounds: int) -> None:
+    """Loading the code location, and the answers behind the largest asset pages."""
+    with tempfile.TemporaryDirectory() as folder:
+        place, home = Path(folder), Path(folder) / "home"
+        home.mkdir()
+        shape = (
+            {"rows": 60, "shard_size": 10, "epochs": 2, "tasks": 2, "recipes": 2}
+            if small
+            else {"rows": 600, "shard_size": 10, "epochs": 4, "tasks": 8, "recipes": 12}
+        )
+        path = write_project(place, warmup_rows=20, **shape)
+        notes.report("load_records", materialize_records(path, home))
+        environment = {
+            **os.environ,
+            "LESS_PROJECT": str(path),
+            "DAGSTER_HOME": str(home),
+            "PYTHONPATH": str(HERE.parent),
+        }
+        for _ in range(rounds + 1):  # the first one also compiles byte code
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", LOAD],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=environment,
+                cwd=HERE.parent,
+            )
+            seconds, *heavy = done.stdout.split()
+            if heavy:
+                raise SystemExit(f"loading the code location imports {', '.join(heavy)}")
+            notes.add("load_s", float(seconds))
+        notes.report("load_seconds", median(notes.raw("load_s")[1:]))
+        notes.report("page_seconds", _page_seconds(environment))
+
+
+def _page_seconds(environment: dict[str, str], port: int = 3976) -> dict[str, float]:
+    """Seconds of the queries behind asset pages, on a web server of this instance."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), "-w", "workspace.yaml"],
+        env=environment,
+        cwd=HERE.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                _ask(port, "{version}")
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        found = {}
+        for asset in ("train_gradients", "selected_subset", "influence_scores"):
+            started = time.perf_counter()
+            answer = _ask(port, PAGE % asset)
+            if "errors" in answer:
+                raise SystemExit(f"the page of {asset} cannot be asked for: {answer['errors']}")
+            found[asset] = time.perf_counter() - started
+        return found
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _ask(port: int, query: str) -> Any:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/graphql",
+        json.dumps({"query": query}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+# Appending ----------------------------------------------------------------------------------------------------------
+
+
+def appending(notes: Notes, small: bool, rounds: int) -> None:
+    """One more shard after 60, four checkpoints: what is made, and whether scores equal those from scratch."""
+    shards, epochs = (4, 2) if small else (60, 4)
+    until = Request(until="influence_scores")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        path = write_project(place, rows=shards * 20, shard_size=20, epochs=epochs, warmup_rows=20)
+        run(path, place / "home", until)
+        write_rows(place / "data/pool-b.jsonl", 10**6, 20)
+        made = run(path, place / "home", until).materialized
+        expected = {"instruction_pool": 1, "pool_index": 1, "warmup_sample": 1, "train_gradients": epochs}
+        expected |= {"gradient_datastore": epochs, "influence_scores": 1}
+        counts = {asset: len(partitions) for asset, partitions in made.items()}
+        grown = _scores(path)
+        settings = yaml.safe_load(path.read_text())
+        settings["storage"] = {"root": "scratch"}
+        path.write_text(yaml.safe_dump(settings))
+        for kept in ("warmup_sample", "warmup"):  # frozen: from scratch it would be drawn from the larger pool
+            shutil.copytree(place / "artifacts" / kept, place / "scratch" / kept)
+        run(path, place / "other home", until)
+        equal = grown.equals(_scores(path))
+    notes.report(
+        "partitions_for_new_shard",
+        {**counts, "total": sum(counts.values()), "as_expected": counts == expected, "equals_scratch": equal},
+    )
+
+
+def _scores(path: Path) -> Any:
+    import polars as pl
+
+    project = load_project(path)
+    line = Lineage(project, open_store(project))
+    folder = line.folder("influence_scores", "task-0")
+    return pl.concat([read_parquet(folder, f"scores/{shard}.parquet") for shard in line.shards()])
+
+
+# Ray ----------------------------------------------------------------------------------------------------------------
+
+
+def seconds_with_workers(workers: int, rows: int, hidden: int, layers: int) -> float:
+    """Seconds of the gradients of a pool of eight shards with so many workers, starting them included."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        write_model(place / "model", hidden, layers)
+        compute = {"backend": "ray", "address": "local", "gpus_per_worker": 0, "workers": workers}
+        path = write_project(place, rows=rows, shard_size=rows // 8, answer_words=60, compute=compute)
+        run(path, place / "home", Request(until="warmup_checkpoints"))
+        os.environ["PYTHONPATH"] = str(HERE.parent)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
+        started = time.perf_counter()
+        run(path, place / "home", Request(until="train_gradients"))
+        seconds = time.perf_counter() - started
+        ray.shutdown()
+        return seconds
+
+
+def ray_workers(notes: Notes, small: bool, rounds: int) -> None:
+    """One and two Ray workers, in turns."""
+    shape = (64, 64, 2) if small else (4000, 384, 8)
+    for number in range(rounds):
+        for workers in (1, 2) if number % 2 == 0 else (2, 1):
+            if len(notes.raw(f"ray_{workers}_s")) < rounds:
+                notes.add(f"ray_{workers}_s", in_a_process(seconds_with_workers, workers, *shape))
+    notes.report("ray_speedup", median(notes.raw("ray_1_s")) / median(notes.raw("ray_2_s")))
+
+
+SECTIONS: dict[str, Callable[[Notes, bool, int], None]] = {
+    "linearity": linearity,
+    "scoring": scoring,
+    "overhead": overhead,
+    "load": loading,
+    "append": appending,
+    "ray": ray_workers,
+}
+
+
+def main() -> None:
+    """Run the sections that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--small", action="store_true", help="a trial: its figures mean nothing")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="forget earlier measurements")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    if asked.small and asked.out == RESULTS:
+        parser.error("--small needs --out: its figures do not belong into the results")
+    notes = Notes(asked.out, asked.again)
+    for name in asked.only:
+        SECTIONS[name](notes, asked.small, asked.rounds)
+
+
+if __name__ == "__main__":
+    main()
