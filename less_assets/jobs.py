@@ -217,7 +217,6 @@ class GraphRunner:
             raise_on_error=True,
         )
 
-
     def _tell_who_is_waited_for(self, asset: str) -> None:
         """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
         for pool in self._graph.get(dg.AssetKey(asset)).pools or ():

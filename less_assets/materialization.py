@@ -18,7 +18,7 @@ from dagster._core.definitions.data_version import (
 )
 
 from less_assets.costs import seconds_of, timed
-from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from less_assets.errors import CorruptArtifactError, MissingArtifactError
 from less_assets.lineage import Lineage
 from less_assets.progress import Progress
 from less_assets.project import Project
@@ -113,7 +113,7 @@ def _is_whole(folder: ArtifactFolder) -> bool:
         return False
     try:
         folder.verify()
-    except (CorruptArtifactError, MissingArtifactError, StaleArtifactError):
+    except (CorruptArtifactError, MissingArtifactError):
         folder.discard()
         return False
     return True
