@@ -7,7 +7,7 @@ export DAGSTER_HOME ?= $(CURDIR)/.dagster
 # pip writes byte code while it installs; python does it at first import anyway, for the modules that are used.
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: env demo test dev bench clean
+.PHONY: env demo test dev bench soak clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -45,6 +45,10 @@ dev: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
 bench: env
 	$(PIP) --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/features.py
+
+# Hours: kills, storage faults, strange inputs. Interrupted, it goes on where it was.
+soak: env
+	$(BIN)/python tests/soak/soak.py
 
 clean:
 	rm -rf artifacts demo_data .dagster

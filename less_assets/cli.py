@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from less_assets.store.artifacts import ArtifactStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+KEPT = "what is finished is kept, the same command goes on from there"
 
 app = typer.Typer(
     name="less-assets",
@@ -229,8 +230,11 @@ def _told() -> Iterator[None]:
     except LessAssetsError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except OSError as error:  # of a disk or folder that nobody above has named better
+        print(f"\nerror: {error}\n  to do: check free space and permissions; {KEPT}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print("\ninterrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        print(f"\ninterrupted; {KEPT}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -12,6 +12,7 @@ from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.events import DagsterEventType
 
+from less_assets.killed_runs import PROCESS_TAG, process_name, report_killed_runs
 from less_assets.ledger import Ledger
 from less_assets.lineage import Lineage, Status
 from less_assets.partitions import ASSET_AXES
@@ -82,6 +83,11 @@ class GraphRunner:
         Raises:
             LessAssetsError: What was asked for does not exist, or a step cannot go on. What is done stays done.
         """
+        report_killed_runs(self._instance, self._log)
+        with process_name(self._instance) as name:
+            return self._run(request, name)
+
+    def _run(self, request: Request, process: str) -> Outcome:
         outcome = Outcome()
         for asset, partitions in self.needed(request).items():
             line = Lineage(self._project, self._store, verify_files=request.verify)
@@ -92,7 +98,7 @@ class GraphRunner:
             outcome.materialized[asset] = due
             self._log(f"{asset}: {_count(due, partitions)}")
             for chunk in self.runs(asset, due):
-                self._execute(asset, chunk)
+                self._execute(asset, chunk, process)
         return outcome
 
     def status(self, request: Request) -> Iterator[tuple[str, Partition, Status]]:
@@ -194,8 +200,9 @@ class GraphRunner:
                 runs.append([partition])
         return runs
 
-    def _execute(self, asset: str, partitions: Sequence[Partition]) -> None:
-        tags = {"less-assets/command": "run"}
+    def _execute(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
+        self._tell_who_is_waited_for(asset)
+        tags = {"less-assets/command": "run", PROCESS_TAG: process}
         partition_key = None
         if len(partitions) > 1:
             tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
@@ -209,6 +216,17 @@ class GraphRunner:
             instance=self._instance,
             raise_on_error=True,
         )
+
+    def _tell_who_is_waited_for(self, asset: str) -> None:
+        """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
+        for pool in self._graph.get(dg.AssetKey(asset)).pools or ():
+            found = self._instance.event_log_storage.get_concurrency_info(pool)
+            if found.claimed_slots and len(found.claimed_slots) >= found.slot_count:
+                holders = ", ".join(sorted(slot.run_id[:8] for slot in found.claimed_slots))
+                self._log(
+                    f"{asset}: waiting for the pool {pool}, held by run {holders}. If that run is dead, start "
+                    "Dagster (make dev): it frees the pool, or do it by hand under Deployment, Concurrency."
+                )
 
 
 def register_shards(project: Project, store: ArtifactStore, instance: dg.DagsterInstance) -> Ledger:

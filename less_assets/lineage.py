@@ -104,6 +104,8 @@ class Lineage:
                 self.store.artifact(manifest.key, manifest.fingerprint).verify()
         except (MissingArtifactError, CorruptArtifactError) as error:
             return Status("missing", (error.what,))
+        except StaleArtifactError as error:  # another version of LESS Assets wrote it
+            return Status("stale", (error.what,))
         if manifest is None:
             return Status("missing", ("never materialized",))
         differences = plan.differences(manifest)

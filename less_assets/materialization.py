@@ -21,7 +21,7 @@ from dagster._core.definitions.data_version import (
 
 from less_assets import rates
 from less_assets.costs import add_seconds, seconds_of, timed
-from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from less_assets.errors import CorruptArtifactError, MissingArtifactError
 from less_assets.lineage import Lineage
 from less_assets.progress import Progress
 from less_assets.project import Project
@@ -122,7 +122,7 @@ def _is_whole(folder: ArtifactFolder) -> bool:
         return False
     try:
         folder.verify()
-    except (CorruptArtifactError, MissingArtifactError, StaleArtifactError):
+    except (CorruptArtifactError, MissingArtifactError):
         folder.discard()
         return False
     return True

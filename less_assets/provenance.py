@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from less_assets.store.manifest import Manifest
-
-# Raised when the meaning of stored artifacts changes: older ones are then recognised as stale and made again.
-FORMAT_VERSION = 1
+from less_assets.store.manifest import FORMAT_VERSION, Manifest
 
 Versions = Mapping[str, str]
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from upath import UPath
 
 from less_assets.lineage import Lineage
 from less_assets.project import Gradients, Project
 from less_assets.store.artifacts import ArtifactStore
-from less_assets.store.files import local_path
+from less_assets.store.files import local_path, storage_trouble
 
 if TYPE_CHECKING:
     from less_assets.method.directions import AdamMoments
@@ -137,7 +138,8 @@ class ModelLoader:
     def scratch(self, name: str) -> Path:
         """A local folder for a training's unfinished work; a killed run goes on from what is there."""
         folder = self._cache / "training" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage_trouble(UPath(folder), "create"):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def tokenizer(self) -> Any:

@@ -23,6 +23,7 @@ from less_assets.project import Project
 from less_assets.provenance import digest
 from less_assets.resources import ModelLoader
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.files import storage_trouble
 from less_assets.store.tables import read_parquet, write_parquet
 
 SAMPLE = "sample.parquet"
@@ -224,7 +225,7 @@ def _finished(folder: Path, epoch: int) -> int:
 
 def copy_files(source: Path, folder: ArtifactFolder) -> None:
     """Copy the files of a local folder into an artifact."""
-    with folder.local() as target:
+    with folder.local() as target, storage_trouble(folder.root, "write"):
         for file in sorted(source.iterdir()):
             shutil.copyfile(file, target / file.name)
 

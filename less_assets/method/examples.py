@@ -109,8 +109,10 @@ class UnusableRowError(Exception):
     """
 
     def __init__(self, status: str, detail: str) -> None:
-        super().__init__(detail)
-        self.status, self.detail = status, detail
+        # Names of fields are quoted, and may hold what no file can: half a surrogate pair, bytes that are not UTF-8.
+        printable = detail.encode("utf-8", "backslashreplace").decode()
+        super().__init__(printable)
+        self.status, self.detail = status, printable
 
 
 def example_id(messages: Sequence[Message]) -> str:

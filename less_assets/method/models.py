@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from less_assets.errors import CorruptArtifactError, ModelLoadError
+from less_assets.errors import CorruptArtifactError, ModelLoadError, StorageError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -438,6 +438,8 @@ def reading(path: Path) -> Iterator[None]:
             where=str(path),
             fix="Remove its folder and materialize it again.",
         ) from error
+    except OSError as error:
+        raise StorageError(f"Cannot read: {error}", where=str(path), fix="Check permissions and the disk.") from error
 
 
 @contextlib.contextmanager
@@ -448,11 +450,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         A temporary folder beside `folder`, `*.partial`. It gets the name once the block has ended without an error and
         everything is on the disk. If another process was faster, its folder stays. A killed process leaves the
         temporary folder behind, which nothing reads.
+
+    Raises:
+        StorageError: The disk is full, or permission is denied.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
@@ -462,6 +466,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if not folder.is_dir():
                 raise
         _flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"Cannot write: {error}",
+            where=str(folder),
+            fix="Check free space and permissions, then run the same command again: what is finished is kept.",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -182,7 +182,7 @@ def train_adapter(
     fingerprint = _fingerprint(model, examples, settings, lora)
     done = min(finished_epochs(output_dir), until)
     if done:
-        state = read_state(epoch_folder(output_dir, done))
+        state = verified_state(epoch_folder(output_dir, done))
         if state.get("training") != fingerprint:
             raise StaleArtifactError(
                 "The folder holds the epochs of a training with other examples, settings or base model.",
@@ -315,7 +315,9 @@ def write_epoch(folder: Path, model: PeftModel, moments: AdamMoments, state: Map
     with whole_folder(folder) as partial:
         save_adapter(model, partial)
         write_moments(partial / MOMENTS, moments)
-        (partial / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+        sealed = {**state, "files": {file.name: _file_digest(file) for file in sorted(partial.iterdir())}}
+        sealed["state_digest"] = _state_digest(sealed)
+        (partial / STATE).write_text(json.dumps(sealed, indent=1, sort_keys=True) + "\n")
 
 
 def write_moments(path: Path, moments: AdamMoments) -> None:
@@ -363,6 +365,36 @@ def read_state(folder: Path) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise ValueError("not a JSON object")
         return state
+
+
+def verified_state(folder: Path) -> dict[str, Any]:
+    """Content of an epoch folder's `state.json`, once every file of the folder has been compared with its digest.
+
+    Weights and moments have no checksums of their own: a flipped bit in them would be trained on.
+
+    Raises:
+        CorruptArtifactError: A file is missing or has other bytes than were written.
+    """
+    state = read_state(folder)
+    digests = state.get("files")
+    with reading(folder / STATE):
+        if state.get("state_digest") != _state_digest(state) or not isinstance(digests, dict):
+            raise ValueError("other bytes than were written")
+    for name, digest in digests.items():
+        with reading(folder / name):
+            if _file_digest(folder / name) != digest:
+                raise ValueError("other bytes than were written")
+    return state
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in state.items() if key != "state_digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _EpochTrainer(Trainer):

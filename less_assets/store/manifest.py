@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from less_assets.errors import CorruptArtifactError, StaleArtifactError
 
+# Raised when layout or meaning of stored artifacts changes. Part of every fingerprint: artifacts of another version
+# are recognised, never read, never overwritten, and made again beside the old ones.
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -55,7 +57,7 @@ class Manifest(BaseModel):
     data_version: str
     files: dict[str, StoredFile] = Field(default_factory=dict)
     summary: dict[str, JsonValue] = Field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = Field(default_factory=lambda: FORMAT_VERSION)
 
     def to_bytes(self) -> bytes:
         """Readable JSON with the digest of its own content, so that no byte of it can change unnoticed."""

@@ -3,9 +3,11 @@
 Belongs here: how frames become files. Not here: which columns a table has (the asset or method that makes it).
 """
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 
 import polars as pl
 from pydantic import JsonValue
@@ -39,14 +41,26 @@ def write_parquet(
         here.parent.mkdir(parents=True, exist_ok=True)
         temporary = here.with_name(partial_name(here.name))
         try:
-            if isinstance(frame, pl.LazyFrame):
-                frame.sink_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
-            else:
-                frame.write_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
+            with _disk_trouble():
+                if isinstance(frame, pl.LazyFrame):
+                    frame.sink_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
+                else:
+                    frame.write_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
             finish_file(temporary, here)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def _disk_trouble() -> Iterator[None]:
+    """Turn what Polars makes of a failing disk (a ComputeError that quotes the system's error) into an OSError."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        if not re.search(r"os error|IO error|transport error", str(error)):
+            raise
+        raise OSError(str(error)) from error
 
 
 def read_parquet(folder: ArtifactFolder, name: str, columns: list[str] | None = None) -> pl.DataFrame:

@@ -238,6 +238,17 @@ def test_jsonl_csv_and_parquet_give_the_same_examples(folder):
     assert same[0].equals(same[2])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", b"\xebnstruction,input\nx,y\n"), ("a.jsonl", b'{"\\ud800": 1}\n'), ("a.tsv", b"\xff\ta\nx\ty\n")],
+)
+def test_field_names_that_are_no_text_are_quoted_readably(folder, name, content):
+    (folder / name).write_bytes(content)
+    (table,) = read_rows(str(folder / name), "odd")
+    assert table["status"].to_list() == ["missing_field"]
+    assert table["detail"][0].encode()
+
+
 def test_an_empty_file_has_no_rows(folder):
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "empty.csv").write_bytes(b"")

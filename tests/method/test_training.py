@@ -1,6 +1,7 @@
 """LoRA training: gradients, schedule, Adam's moments by name, and resuming with identical bytes."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, get_scheduler
 
-from less_assets.errors import CorruptArtifactError, StaleArtifactError, TrainingError
+from less_assets.errors import CorruptArtifactError, StaleArtifactError, StorageError, TrainingError
 from less_assets.method.batching import collate
 from less_assets.method.chat import EncodedExample
 from less_assets.method.models import LoraSettings, attach_adapter
@@ -156,6 +157,32 @@ def test_truncated_epoch_is_named(undisturbed, tmp_path, name):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(CorruptArtifactError, match=name):
         train_adapter(tiny_llama(), TOKENIZER, tiny_examples(20), SETTINGS, tmp_path, lora=LORA)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.99])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adam_moments.safetensors", "adapter_config.json", "state.json"]
+)
+def test_a_flipped_bit_of_an_epoch_is_never_trained_on(undisturbed, tmp_path, name, place):
+    shutil.copytree(undisturbed.folder.parent / "epoch-1", tmp_path / "epoch-1")
+    file = tmp_path / "epoch-1" / name
+    data = bytearray(file.read_bytes())
+    data[int(place * len(data))] ^= 2
+    file.write_bytes(data)
+    with pytest.raises(CorruptArtifactError, match=name):
+        train_adapter(tiny_llama(), TOKENIZER, tiny_examples(20), SETTINGS, tmp_path, lora=LORA)
+
+
+def test_a_disk_that_is_full_is_a_storage_error_and_keeps_what_was_finished(tmp_path):
+    train_adapter(tiny_llama(), TOKENIZER, tiny_examples(8), SETTINGS, tmp_path, lora=LORA, until_epoch=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(StorageError, match=r"epoch-2(.|\n)*what is finished is kept"):
+            train_adapter(tiny_llama(), TOKENIZER, tiny_examples(8), SETTINGS, tmp_path, lora=LORA, until_epoch=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-1"]
 
 
 def test_adam_moments_by_name_equal_a_plain_loop_of_torch(tmp_path):
@@ -306,7 +333,8 @@ def test_diverged_training_stops_and_keeps_what_was_finished(tmp_path):
 
 def test_state_holds_no_time_and_no_path(undisturbed):
     state = json.loads((undisturbed.folder / "state.json").read_text())
-    assert set(state) == {"epoch", "step", "mean_learning_rate", "losses", "curve", "training"}
+    known = {"epoch", "step", "mean_learning_rate", "losses", "curve", "training", "files", "state_digest"}
+    assert set(state) == known
     assert str(undisturbed.folder.parent) not in json.dumps(state)
     assert (state["epoch"], state["step"]) == (3, 9)
     assert state["losses"] == [step.loss for step in undisturbed.curve[6:]]

@@ -1,0 +1,81 @@
+"""Runs of `less-assets run` whose process was killed: Dagster is told, so that what they held is free again.
+
+A killed process says nothing: its run stays "started", and its slot in a pool (`gpu`) stays taken, for which the next
+run would wait for ever. Belongs here: telling killed from running processes, and clearing up after the killed ones.
+Runs that Dagster's daemon has launched are the daemon's matter (`run_monitoring` in dagster.yaml).
+"""
+
+import contextlib
+import fcntl
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
+
+from less_assets.errors import StorageError
+
+PROCESS_TAG = "less-assets/process"
+FOLDER = "less-assets-processes"
+
+
+@contextlib.contextmanager
+def process_name(instance: dg.DagsterInstance) -> Iterator[str]:
+    """A name for this process, for `PROCESS_TAG` of its runs; `report_killed_runs` knows by it whether it still lives.
+
+    The name is that of a locked file in the instance's folder: the kernel gives the lock up when the process dies, on
+    this machine or on a network file system.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    name = uuid.uuid4().hex
+    path = _folder(instance) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "wb")  # noqa: SIM115 - open as long as the process lives
+    except OSError as error:
+        fix = "Check free space and permissions of DAGSTER_HOME."
+        raise StorageError(f"Cannot write Dagster's records: {error}", where=str(path), fix=fix) from error
+    with stream:
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody will take us for dead
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield name
+        path.unlink(missing_ok=True)  # not after an error: its runs may be unfinished
+
+
+def report_killed_runs(instance: dg.DagsterInstance, log: Callable[[str], object]) -> None:
+    """Report runs of killed processes as failed and free their slots in pools.
+
+    Args:
+        instance: Dagster's records.
+        log: Receives one line for each killed run.
+    """
+    folder = _folder(instance)
+    dead = {path.name for path in folder.glob("*") if _is_dead(path)} if folder.is_dir() else set()
+    if not dead:
+        return
+    unfinished = instance.get_runs(dg.RunsFilter(statuses=NOT_FINISHED_STATUSES))
+    for run in unfinished:
+        if run.tags.get(PROCESS_TAG) in dead:
+            # In this order: if we are killed in between, the run is still unfinished and the next one comes here again.
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            instance.report_run_failed(run, "Its process was killed.")
+            log(f"run {run.run_id[:8]} was killed; what it had finished is kept")
+    for name in dead:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _folder(instance: dg.DagsterInstance) -> Path:
+    return Path(instance.root_directory) / FOLDER
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether nobody holds the lock of a process's file; False where that cannot be known."""
+    try:
+        with open(path, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        return False

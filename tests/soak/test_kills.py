@@ -1,0 +1,27 @@
+"""Killed at random moments, a run goes on with the same command and ends with the same bytes (`make soak`: more)."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from killing import Killer, Tally
+
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def killer(tiny_model):
+    place = Path(tempfile.mkdtemp(prefix="less-kills-", dir=MEMORY if MEMORY.is_dir() else None))
+    found = Killer(place, tiny_model)
+    yield found
+    found.close()
+    shutil.rmtree(place)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(killer):
+    tally = Tally()
+    killer.campaign(1, tally, kills=5)
+    assert tally.failures == []
+    assert tally.lost == []
+    assert tally.kills == 5, tally
