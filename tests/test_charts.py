@@ -12,6 +12,7 @@ from less_assets.report.charts import (
     BLUE,
     MAX_BYTES,
     ORANGE,
+    agreement_scatter,
     leaderboard_chart,
     markdown_image,
     score_histogram,
@@ -43,6 +44,8 @@ CHARTS = {
     "one subtask": lambda: share_bars({"all": 3}),
     "training": lambda: training_curve(range(5), [3, 2, float("nan"), 1.5, 1.4], held_out=[(2, 2.0), (4, 1.7)]),
     "long training": lambda: training_curve(range(2000), 3 / np.sqrt(np.arange(2000) + 1) + SCORES[:2000] / 20),
+    "agreement": lambda: agreement_scatter(SCORES[:1000], SCORES[1000:2000], cut=(1.6, 1.5), title="Agreement"),
+    "agreement without cut": lambda: agreement_scatter([0.1], [0.2], axes=("predicted", "real")),
     "leaderboard": lambda: leaderboard_chart(LEADERBOARD, title="Leaderboard"),
     "leaderboard of 16 recipes": lambda: leaderboard_chart(
         pl.concat([LEADERBOARD.with_columns(recipe=pl.format("{}-{}", "recipe", pl.lit(i))) for i in range(3)])
