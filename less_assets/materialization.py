@@ -17,6 +17,7 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 
+from less_assets import metadata
 from less_assets.costs import seconds_of, timed
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage import Lineage
@@ -143,13 +144,13 @@ class RangeRun:
             last = record.asset_entry.last_materialization_record if record else None
             self._pointers[parent] = str(last.storage_id) if last else "NULL"
 
-    def log(self, partition: str, manifest: Manifest, metadata: Mapping[str, Any]) -> None:
+    def log(self, partition: str, manifest: Manifest, shown: Mapping[str, Any]) -> None:
         """Record that a partition was materialized.
 
         Args:
             partition: Key of the partition.
             manifest: Of the artifact now in force.
-            metadata: What a person sees at the materialization.
+            shown: What a person sees at the materialization.
         """
         tags = {
             DATA_VERSION_TAG: manifest.data_version,
@@ -159,7 +160,7 @@ class RangeRun:
         for parent, pointer in self._pointers.items():
             tags[get_input_data_version_tag(parent)] = _upstream_version(manifest.inputs, parent.to_user_string())
             tags[get_input_event_pointer_tag(parent)] = pointer
-        event = dg.AssetMaterialization(self._asset, partition=partition, metadata=dict(metadata), tags=tags)
+        event = dg.AssetMaterialization(self._asset, partition=partition, metadata=dict(shown), tags=tags)
         self._context.log_event(event)
 
 
@@ -181,8 +182,8 @@ def materialize_one(
     """Materialize the one partition of a run, or the unpartitioned asset."""
     line = Lineage(project, store)
     partition = context.partition_key if context.has_partition_key else None
-    manifest, metadata = _make(context, line, partition, models, compute, describe, resumable=False)
-    return dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=metadata)
+    manifest, shown = _make(context, line, partition, models, compute, describe, resumable=False)
+    return dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
 
 
 def materialize_range(
@@ -204,9 +205,14 @@ def materialize_range(
     partitions = sorted(context.partition_keys, key=lambda key: key.split("|")[0])
     progress = Progress(context.asset_key.to_user_string(), len(partitions), "partitions", context.log.info)
     for partition in partitions:
-        manifest, metadata = _make(context, line, partition, models, compute, describe, resumable=True)
-        run.log(partition, manifest, metadata)
+        manifest, shown = _make(context, line, partition, models, compute, describe, resumable=True)
+        run.log(partition, manifest, shown)
         progress(1)
+
+
+def _upstream(context: dg.AssetExecutionContext) -> set[str]:
+    dependencies = context.assets_def.get_asset_spec(context.asset_key).deps
+    return {dependency.asset_key.to_user_string() for dependency in dependencies}
 
 
 def _make(
@@ -234,5 +240,6 @@ def _make(
         "path": dg.MetadataValue.path(str(folder.root)),
         **({} if seconds is None else {"seconds": seconds}),
         **describe(folder, manifest),
+        **metadata.provenance(plan.asset, manifest.inputs, _upstream(context)),
     }
     return manifest, shown

@@ -86,7 +86,7 @@ def test_assets_that_load_a_model_share_the_gpu_pool():
     graph = build_definitions(project()).resolve_asset_graph()
     pooled = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).pools == {"gpu"}}
     models = {"base_model", "warmup_checkpoints", "train_gradients", "target_gradients"}
-    assert pooled == models | {"finetuned_model", "eval_results"}
+    assert pooled == models | {"token_attribution", "finetuned_model", "eval_results"}
 
 
 def test_code_versions_follow_the_settings_that_all_partitions_share():
