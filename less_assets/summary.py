@@ -40,14 +40,11 @@ def results(project: Project, store: ArtifactStore) -> str:
 def _pages(line: Lineage) -> list[str]:
     """Path of every selection report that is up to date."""
     pages = []
-    for task in line.project.task_names:
-        for key in line.project.recipe_keys:
-            if (
-                line.project.needs(key, "selection_report")
-                and line.status("selection_report", f"{key}|{task}").state == "fresh"
-            ):
-                page = line.folder("selection_report", f"{key}|{task}").path(REPORT)
-                pages.append(f"{f'{key} for {task}':<32}{page}")
+    reported = [key for key in line.project.recipe_keys if line.project.needs(key, "selection_report")]
+    for key, task in ((key, task) for task in line.project.task_names for key in reported):
+        if line.status("selection_report", f"{key}|{task}").state == "fresh":
+            page = line.folder("selection_report", f"{key}|{task}").path(REPORT)
+            pages.append(f"{f'{key} for {task}':<32}{page}")
     return pages
 
 
