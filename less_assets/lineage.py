@@ -417,6 +417,7 @@ def _token_attribution(line: Lineage, key: str | None) -> ArtifactPlan:
 
 
 def _selection_report(line: Lineage, key: str | None) -> ArtifactPlan:
+    from less_assets.certificates import CERTIFICATE, read_certificate
     from less_assets.report.page import page_digest
 
     recipe, task = split(key)
@@ -424,6 +425,8 @@ def _selection_report(line: Lineage, key: str | None) -> ArtifactPlan:
     inputs |= line.version("pool_index") | line.version("target_examples", task)
     if line.project.selects_by_influence(recipe):
         inputs |= line.version("influence_scores", task) | line.version("token_attribution", key)
+        if certificate := read_certificate(line, task):
+            inputs |= {f"{CERTIFICATE}/{task}": certificate.manifest().data_version}
     inputs |= {
         f"selected_subset/{other}|{task}": found.version for other, found in line.other_subsets(recipe, task).items()
     }

@@ -12,14 +12,16 @@ from typer.testing import CliRunner
 from less_assets.assets.explanations import NEIGHBOURS, ROWS, TOKENS, rows_to_explain
 from less_assets.assets.ranking import EXACT
 from less_assets.assets.selection import SUBSET
+from less_assets.certificates import judge_selection
 from less_assets.cli import app
 from less_assets.cuts import Cuts
 from less_assets.errors import LessAssetsError, PoolFormatError
 from less_assets.explain import explain_row, explain_text, in_words, parse_row
 from less_assets.lineage import Lineage
+from less_assets.method.fidelity import Judgement
 from less_assets.method.influence import normalised_weights
 from less_assets.project import load_project
-from less_assets.report.certificate import Certificate
+from less_assets.report import certificate
 from less_assets.report.contents import report_contents
 from less_assets.resources import ModelLoader, cache_folder, open_store
 from less_assets.store.tables import read_parquet
@@ -107,22 +109,35 @@ def test_margins_tell_selected_rows_from_the_others(line, subset):
     assert sum(int((part >= 0).sum()) for part in exact.pool_margins()) == 5
 
 
-def test_a_certificate_labels_the_selected_rows(line, subset):
-    plain = report_contents(line, "less", "sums", silent)
-    assert set(plain.columns["certain"]) == {None}
-    assert plain.head["certificate"] is None
-    assert "certificate" in plain.head["notes"][0]["text"]
+def test_a_certificate_labels_the_selected_rows(line, subset, monkeypatch):
     half = subset.height // 2
     judged = subset.select("example_id").with_columns(
         pl.Series("chance", [1.0] * half + [0.6] * (subset.height - half), pl.Float32),
         pl.Series("certain", [True] * half + [False] * (subset.height - half)),
     )
-    found = report_contents(line, "less", "sums", silent, Certificate(judged, 0.01, "measured on 10 rows"))
-    assert found.columns["certain"] == [True] * half + [False] * half
-    assert found.head["counts"]["certain"] == half
-    assert found.details[-1]["chance"] == pytest.approx(0.6)
-    assert found.cut.band == pytest.approx((0.0, 0.01))
-    assert any("borderline" in note["text"] for note in found.head["notes"])
+    found = Judgement(judged, 0.8, half, [0.01, 0.02])
+    monkeypatch.setattr(certificate, "judge_selection", lambda *_: found)
+    labelled = report_contents(line, "less", "sums", silent)
+    assert labelled.columns["certain"] == [True] * half + [False] * half
+    assert labelled.head["counts"]["certain"] == half
+    assert "80%" in labelled.head["certificate"]
+    assert labelled.details[-1]["chance"] == pytest.approx(0.6)
+    assert labelled.cut.band == pytest.approx((0.0, 0.02))
+    assert any("borderline" in note["text"] for note in labelled.head["notes"])
+    monkeypatch.setattr(certificate, "judge_selection", lambda *_: None)
+    plain = report_contents(line, "less", "sums", silent)
+    assert set(plain.columns["certain"]) == {None}
+    assert "certificate" in plain.head["notes"][0]["text"]
+
+
+def test_the_certificate_of_the_run_is_on_the_page(line, subset):
+    """The check of `influence_scores` left one; what it says of a selection is what the page shows."""
+    judged = judge_selection(line, "less|sums", subset)
+    head = report_contents(line, "less", "sums", silent).head
+    assert (head["certificate"] is None) == (judged is None)
+    if judged is not None:
+        assert head["counts"]["certain"] == judged.certain
+        assert "fidelity_certificate/sums" in line.plan("selection_report", "less|sums").inputs
 
 
 def test_the_histogram_counts_every_row_once_and_the_selected_above_the_cut(line, subset):

@@ -27,7 +27,7 @@ from less_assets.method.composition import (
 )
 from less_assets.method.neighbours import NEAR_DUPLICATE
 from less_assets.project import ResolvedRecipe
-from less_assets.report.certificate import Certificate
+from less_assets.report.certificate import Certificate, certificate_of
 from less_assets.store.tables import read_parquet
 from less_assets.stored_rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
 
@@ -89,7 +89,6 @@ def report_contents(
     recipe_key: str,
     task: str,
     progress: Callable[[int, str], Callable[[int], object]],
-    certificate: Certificate | None = None,
 ) -> ReportContents:
     """Gather what the page of a recipe's selection for a task shows.
 
@@ -98,12 +97,12 @@ def report_contents(
         recipe_key: Key of the recipe.
         task: The task.
         progress: Given a total and its unit, returns what is called with the units done.
-        certificate: How far scores can be trusted, if it has been measured.
     """
     recipe = line.project.recipe(recipe_key)
     scored = line.project.selects_by_influence(recipe_key)
     key = f"{recipe_key}|{task}"
     subset = read_parquet(line.folder("selected_subset", key), SUBSET).drop("messages")
+    certificate = certificate_of(line, key, subset)
     if scored:
         rows = read_parquet(line.folder("token_attribution", key), "rows.parquet")
     else:
