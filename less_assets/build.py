@@ -11,6 +11,7 @@ import dagster as dg
 from less_assets.assets import (
     baselines,
     evaluation,
+    explanations,
     finetuning,
     gradients,
     pool,
@@ -55,7 +56,19 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
         # Backfill policies and partitioned checks; their behaviour is pinned by our tests.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        for module in (pool, warmup, gradients, targets, baselines, selection, rescoring, finetuning, evaluation):
+        modules = (
+            pool,
+            warmup,
+            gradients,
+            targets,
+            baselines,
+            selection,
+            rescoring,
+            finetuning,
+            evaluation,
+            explanations,
+        )
+        for module in modules:
             assets += module.build_assets(axes)
         checks = [*build_checks(axes), *build_guardrails(axes)]
     versions = code_versions(project)

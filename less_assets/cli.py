@@ -3,15 +3,16 @@
 Belongs here: arguments, printing, exit codes. What runs and in which order is `jobs.py`.
 """
 
+import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from less_assets.estimate import Estimate
     from less_assets.jobs import GraphRunner, Request
-    from less_assets.lineage import Status
+    from less_assets.lineage import Lineage, Status
     from less_assets.project import Project
     from less_assets.store.artifacts import ArtifactStore
 
@@ -192,6 +193,51 @@ def run(
 
 
 @app.command()
+def explain(
+    task: Annotated[str, typer.Argument(help="The task whose target examples the row is compared with.")],
+    example_id: Annotated[str, typer.Argument(help="Id of a row of the pool, or its first characters.")] = "",
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            help="Score this row now instead: a question, a blank line and an answer, or JSON as in a pool file; "
+            "`-` reads it from standard input.",
+        ),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    project: ProjectOption = DEFAULT_PROJECT,
+) -> None:
+    """Say why a row scores as it does for a task. Computes nothing, unless --text gives a new row."""
+    with _told(), _read(project) as line:
+        from less_assets.explain import explain_row, explain_text, in_words
+        from less_assets.resources import ModelLoader, cache_folder
+
+        if bool(example_id) == bool(text):
+            raise LessAssetsError(
+                "One row is to be explained.", fix="give the id of a row of the pool, or a row of your own with --text"
+            )
+        if text:
+            models = ModelLoader(line.project, cache_folder(line.store))
+            found = explain_text(line, models, task, sys.stdin.read() if text == "-" else text)
+        else:
+            found = explain_row(line, task, example_id)
+        _print(found, in_words, as_json)
+
+
+@app.command()
+def trace(
+    example_id: Annotated[str, typer.Argument(help="Id of a row of the pool, or its first characters.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    project: ProjectOption = DEFAULT_PROJECT,
+) -> None:
+    """Follow a row: back to its file, arrays, settings and code, forward to all that selected it. Computes nothing."""
+    with _told(), _read(project) as line:
+        from less_assets.trace import in_words, trace_row
+
+        _print(trace_row(line, example_id), in_words, as_json)
+
+
+@app.command()
 def gc(
     project: ProjectOption = DEFAULT_PROJECT,
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,
@@ -236,6 +282,21 @@ def _told() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {KEPT}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _read(path: Path) -> Iterator["Lineage"]:
+    """What is stored of a project, to be read only."""
+    from less_assets.lineage import Lineage
+    from less_assets.project import load_project
+    from less_assets.resources import open_store
+
+    loaded = load_project(path)
+    yield Lineage(loaded, open_store(loaded))
+
+
+def _print(found: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    print(json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) if as_json else in_words(found))
 
 
 @contextmanager

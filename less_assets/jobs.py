@@ -22,6 +22,8 @@ from less_assets.store.artifacts import ArtifactStore
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 Partition = str | None
+EXPLANATIONS = ("token_attribution", "selection_report")
+"""Assets that nothing is made from: a run comes to them last, so that no training waits for them."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class GraphRunner:
         Follows the graph upwards from what was asked for, partition by partition: `--recipe random` needs no
         gradients, `--task bbh` no other task's.
         """
-        order = self._graph.toposorted_asset_keys
+        order = sorted(self._graph.toposorted_asset_keys, key=lambda key: key.to_user_string() in EXPLANATIONS)
         needed: dict[dg.AssetKey, set[Partition]] = {key: set() for key in order}
         with partition_loading_context(dynamic_partitions_store=self._instance):
             for key in order:

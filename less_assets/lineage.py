@@ -15,7 +15,7 @@ from less_assets.errors import CorruptArtifactError, MissingArtifactError, Stale
 from less_assets.ledger import Ledger
 from less_assets.project import OPTIONAL_ASSETS, Project
 from less_assets.provenance import ArtifactPlan, digest
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore, Pointer
 from less_assets.store.files import read_bytes, write_atomically
 from less_assets.store.manifest import Manifest
 
@@ -123,6 +123,18 @@ class Lineage:
     def shards(self) -> list[str]:
         """Keys of the shards that the pool index lists, in its order."""
         return list(self.summary("pool_index")["shards"])
+
+    def other_subsets(self, recipe: str, task: str) -> dict[str, Pointer]:
+        """The subsets that other recipes last selected for a task: what a report compares with.
+
+        As they are, up to date or not: a report of one recipe shall not need all recipes to be selected. Their versions
+        are among the report's inputs, so it is made again once one of them is selected anew.
+        """
+        others = [
+            key for key in self.project.recipe_keys if key != recipe and self.project.needs(key, "selection_report")
+        ]
+        found = {key: self.store.pointer(_subset_folder(key, task)) for key in others}
+        return {key: pointer for key, pointer in found.items() if pointer is not None}
 
     def folder(self, asset: str, partition: str | None = None) -> ArtifactFolder:
         """The stored files of an artifact that may be read."""
@@ -326,8 +338,12 @@ def _selected_subset(line: Lineage, key: str | None) -> ArtifactPlan:
         inputs |= line.version("target_examples", task)
     # How long rows are depends on the tokenizer.
     settings = {"tokenizer": project.tokenizer_settings()} if project.counts_tokens(recipe) else {}
-    folder = f"selection/{task}/recipes/{recipe}"
+    folder = _subset_folder(recipe, task)
     return ArtifactPlan("selected_subset", key, folder, folder, settings, inputs)
+
+
+def _subset_folder(recipe: str, task: str) -> str:
+    return f"selection/{task}/recipes/{recipe}"
 
 
 def _pool_embeddings(line: Lineage, shard: str | None) -> ArtifactPlan:
@@ -389,6 +405,35 @@ def _exact_scores(line: Lineage, key: str | None) -> ArtifactPlan:
         inputs |= line.version("warmup_checkpoints", checkpoint)
     folder = f"selection/{task}/exact/{recipe}"
     return ArtifactPlan("exact_scores", key, folder, folder, {}, inputs)
+
+
+def _token_attribution(line: Lineage, key: str | None) -> ArtifactPlan:
+    recipe, task = split(key)
+    inputs = line.version("selected_subset", key) | line.version("influence_scores", task)
+    inputs |= line.version("recipe_settings", recipe)
+    inputs |= line.version("target_examples", task) | line.version("pool_index")
+    for checkpoint in line.project.checkpoints:
+        inputs |= line.version("warmup_checkpoints", checkpoint)
+    folder = f"selection/{task}/attribution/{recipe}"
+    return ArtifactPlan("token_attribution", key, folder, folder, line.project.report_settings(), inputs)
+
+
+def _selection_report(line: Lineage, key: str | None) -> ArtifactPlan:
+    from less_assets.certificates import CERTIFICATE, read_certificate
+    from less_assets.report.page import page_digest
+
+    recipe, task = split(key)
+    inputs = line.version("selected_subset", key) | line.version("recipe_settings", recipe)
+    inputs |= line.version("pool_index") | line.version("target_examples", task)
+    if line.project.selects_by_influence(recipe):
+        inputs |= line.version("influence_scores", task) | line.version("token_attribution", key)
+        if certificate := read_certificate(line, task):
+            inputs |= {f"{CERTIFICATE}/{task}": certificate.manifest().data_version}
+    inputs |= {
+        f"selected_subset/{other}|{task}": found.version for other, found in line.other_subsets(recipe, task).items()
+    }
+    folder = f"selection/{task}/reports/{recipe}"
+    return ArtifactPlan("selection_report", key, folder, folder, {"page": page_digest()}, inputs)
 
 
 def _finetuned_model(line: Lineage, key: str | None) -> ArtifactPlan:
@@ -460,6 +505,8 @@ PLANS: dict[str, Callable[[Lineage, str | None], ArtifactPlan]] = {
     "text_scores": _text_scores,
     "exact_scores": _exact_scores,
     "selected_subset": _selected_subset,
+    "token_attribution": _token_attribution,
+    "selection_report": _selection_report,
     "finetuned_model": _finetuned_model,
     "eval_results": _eval_results,
     "task_results": _task_results,

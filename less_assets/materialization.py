@@ -19,7 +19,7 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 
-from less_assets import rates
+from less_assets import metadata, rates
 from less_assets.costs import add_seconds, seconds_of, timed
 from less_assets.errors import CorruptArtifactError, MissingArtifactError
 from less_assets.lineage import Lineage
@@ -152,13 +152,13 @@ class RangeRun:
             last = record.asset_entry.last_materialization_record if record else None
             self._pointers[parent] = str(last.storage_id) if last else "NULL"
 
-    def log(self, partition: str, manifest: Manifest, metadata: Mapping[str, Any]) -> None:
+    def log(self, partition: str, manifest: Manifest, shown: Mapping[str, Any]) -> None:
         """Record that a partition was materialized.
 
         Args:
             partition: Key of the partition.
             manifest: Of the artifact now in force.
-            metadata: What a person sees at the materialization.
+            shown: What a person sees at the materialization.
         """
         tags = {
             DATA_VERSION_TAG: manifest.data_version,
@@ -168,7 +168,7 @@ class RangeRun:
         for parent, pointer in self._pointers.items():
             tags[get_input_data_version_tag(parent)] = _upstream_version(manifest.inputs, parent.to_user_string())
             tags[get_input_event_pointer_tag(parent)] = pointer
-        event = dg.AssetMaterialization(self._asset, partition=partition, metadata=dict(metadata), tags=tags)
+        event = dg.AssetMaterialization(self._asset, partition=partition, metadata=dict(shown), tags=tags)
         self._context.log_event(event)
 
 
@@ -192,7 +192,7 @@ def materialize_one(
     partition = context.partition_key if context.has_partition_key else None
     asset = context.asset_key.to_user_string()
     manifest = make_artifact(line, asset, partition, compute, models, context.log.info, resumable=False)
-    shown = _shown(line, manifest, describe)
+    shown = _shown(context, line, manifest, describe)
     return dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
 
 
@@ -227,7 +227,7 @@ def materialize_range(
     progress = Progress(asset, len(partitions), "partitions", context.log.info)
     make = backend.make if backend else make_here
     for partition, manifest in make(line, asset, partitions, compute, models, context.log.info):
-        run.log(partition, manifest, _shown(line, manifest, describe))
+        run.log(partition, manifest, _shown(context, line, manifest, describe))
         progress(1)
 
 
@@ -278,7 +278,7 @@ def materialize_together(
                 _seal(work.folder, plan, computed)
     for partition, plan in plans.items():
         manifest = store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)
-        run.log(partition, manifest, _shown(line, manifest, describe))
+        run.log(partition, manifest, _shown(context, line, manifest, describe))
 
 
 class Backend(Protocol):
@@ -368,13 +368,16 @@ def make_artifact(
     return materialize(line.store, plan, timed_compute, resumable=resumable)
 
 
-def _shown(line: Lineage, manifest: Manifest, describe: Describe) -> dict[str, Any]:
+def _shown(context: dg.AssetExecutionContext, line: Lineage, manifest: Manifest, describe: Describe) -> dict[str, Any]:
     """What a person sees at a materialization."""
     folder = line.store.artifact(manifest.key, manifest.fingerprint)
     seconds = seconds_of(line.store, manifest.kind, manifest.fingerprint)
+    dependencies = context.assets_def.get_asset_spec(context.asset_key).deps
+    upstream = {dependency.asset_key.to_user_string() for dependency in dependencies}
     return {
         "fingerprint": manifest.fingerprint,
         "path": dg.MetadataValue.path(str(folder.root)),
         **({} if seconds is None else {"seconds": seconds}),
         **describe(folder, manifest),
+        **metadata.provenance(manifest.kind, manifest.inputs, upstream),
     }

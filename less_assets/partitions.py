@@ -30,6 +30,8 @@ ASSET_AXES: dict[str, tuple[str, ...]] = {
     "text_scores": ("recipe", "task"),
     "exact_scores": ("recipe", "task"),
     "selected_subset": ("recipe", "task"),
+    "token_attribution": ("recipe", "task"),
+    "selection_report": ("recipe", "task"),
     "finetuned_model": ("recipe", "task"),
     "eval_results": ("recipe", "task"),
     "task_results": ("task",),
@@ -112,6 +114,11 @@ class Axes:
         """Dependency of `recipe|task` on the recipe's partition of an asset; `recipes` as in `by_task`."""
         readers = list(self.project.recipe_keys if recipes is None else recipes)
         return _static(asset, {recipe: [f"{recipe}|{task}" for task in self._tasks] for recipe in readers})
+
+    def same_key(self, asset: str, recipes: Iterable[str]) -> dg.AssetDep:
+        """Dependency of `recipe|task` on the equal key of an asset, for some recipes and no others."""
+        keys = [f"{recipe}|{task}" for recipe in recipes for task in self._tasks]
+        return _static(asset, {key: [key] for key in keys})
 
     def scores_of_recipes(self, asset: str) -> dg.AssetDep:
         """Dependency of `recipe|task` on the scores that the recipe ranks by, an asset of some recipes only.

@@ -46,7 +46,15 @@ AGGREGATED = ("less", "bm25", "rds")
 """Strategies with a score for each subtask (`rds`: for each target example)."""
 MATCHABLE = ("less", "bm25", "rds", "perplexity")
 """Strategies whose selection `length_matched` may imitate: those that rank by a score and draw nothing."""
-OPTIONAL_ASSETS = ("exact_scores", "text_scores", "pool_embeddings", "target_embeddings", "embedding_scores")
+OPTIONAL_ASSETS = (
+    "exact_scores",
+    "text_scores",
+    "pool_embeddings",
+    "target_embeddings",
+    "embedding_scores",
+    "token_attribution",
+    "selection_report",
+)
 """Assets that exist only if a recipe needs them; grids of recipes among them have those recipes' partitions only."""
 _TOKENIZER_KEYS = ("base", "chat_format", "max_length")
 PAPER = "LESS"
@@ -558,6 +566,21 @@ class Recipe(Section):
         yield from _repeated(("seeds",), self.seeds)
 
 
+class Report(Section):
+    """What the selection report shows besides the selected rows, and for how many rows it goes down to tokens."""
+
+    token_rows: int = setting(
+        100,
+        "Selected rows, best first, whose tokens get their shares; costs three passes over a row at each checkpoint. "
+        "Rows below the cut and most negative ones always get them",
+        unit="rows",
+        ge=0,
+    )
+    context_rows: int = setting(
+        50, "Rows shown below the cut, and as many of the most negative ones", unit="rows", ge=0
+    )
+
+
 class Compute(Section):
     """Where the heavy assets run."""
 
@@ -639,6 +662,7 @@ class Project(Section):
     tasks: list[Task] = setting(..., "What the selected data shall teach", min_length=1)
     recipes: list[Recipe] = setting(..., "Ways to choose a subset", min_length=1)
     finetuning: Training = setting({}, "Step 5: training on a subset", validate_default=True)
+    report: Report = setting({}, "How much the selection report explains", validate_default=True)
     compute: Compute = setting({}, "Where the heavy assets run", validate_default=True)
 
     _path: Path = PrivateAttr(default=Path("project.yaml"))
@@ -703,16 +727,24 @@ class Project(Section):
         return [self.task(member) for member in task.members] if task.members else [task]
 
     def needs(self, key: str, asset: str) -> bool:
-        """Whether a recipe needs one of `OPTIONAL_ASSETS` for scores of its own."""
+        """Whether a recipe needs one of `OPTIONAL_ASSETS`, for scores of its own or to be explained."""
         recipe = self.recipe(key)
         if asset == "exact_scores":
             return recipe.candidates is not None
+        if asset == "token_attribution":
+            return self.selects_by_influence(key)
+        if asset == "selection_report":
+            return recipe.strategy not in ("full", "none")  # these choose nothing
         strategies = {"text_scores": TEXT_SCORED, "target_embeddings": ("rds",)}
         return recipe.strategy in strategies.get(asset, EMBEDDING_SCORED)
 
     def ranked_by(self, key: str) -> str:
         """Key of the recipe whose scores a recipe reads: its own, or that of the recipe whose lengths it matches."""
         return self.recipe(key).match or key
+
+    def selects_by_influence(self, key: str) -> bool:
+        """Whether a recipe ranks the pool by influence itself."""
+        return self.recipe(key).strategy == "less"
 
     def reads_scores(self, key: str) -> bool:
         """Whether a recipe reads influence scores."""
@@ -785,6 +817,10 @@ class Project(Section):
     def tokenizer_settings(self) -> dict[str, Any]:
         """Settings that decide how long a row is in tokens."""
         return {name: value for name, value in self.model_settings().items() if name in _TOKENIZER_KEYS}
+
+    def report_settings(self) -> dict[str, Any]:
+        """Settings of what a report explains."""
+        return self.report.model_dump()
 
     def finetuning_settings(self, key: str | None = None) -> dict[str, Any]:
         """Settings of a recipe's fine-tuning; without a key, those that all recipes share.

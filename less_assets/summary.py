@@ -6,6 +6,7 @@ Belongs here: words for a terminal. The leaderboard's tables are made by `method
 import polars as pl
 
 from less_assets.assets.evaluation import BOARD
+from less_assets.assets.explanations import REPORT
 from less_assets.assets.selection import SUBSET
 from less_assets.errors import MissingArtifactError, StaleArtifactError
 from less_assets.lineage import Lineage
@@ -26,12 +27,25 @@ def results(project: Project, store: ArtifactStore) -> str:
         parts += [_shares(line, task) for task in project.task_names]
     except (MissingArtifactError, StaleArtifactError):
         parts.append("(The leaderboard is made by a run without --until, --task and --recipe.)")
+    if pages := _pages(line):
+        parts.append("Reports, one page each; open them in a browser\n" + "\n".join(pages))
     parts.append(
         f"artifacts   {store.root}\n"
         f"subsets     {store.root}/selection/TASK/recipes/RECIPE/…/subset.jsonl\n"
         "look at it  make dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
     )
     return "\n\n".join(part for part in parts if part)
+
+
+def _pages(line: Lineage) -> list[str]:
+    """Path of every selection report that is up to date."""
+    pages = []
+    reported = [key for key in line.project.recipe_keys if line.project.needs(key, "selection_report")]
+    for key, task in ((key, task) for task in line.project.task_names for key in reported):
+        if line.status("selection_report", f"{key}|{task}").state == "fresh":
+            page = line.folder("selection_report", f"{key}|{task}").path(REPORT)
+            pages.append(f"{f'{key} for {task}':<32}{page}")
+    return pages
 
 
 def _leaderboard(line: Lineage) -> str:

@@ -1,5 +1,6 @@
 """What end-to-end tests share: a tiny model with a tokenizer, and a project over the data of `tiny.py`."""
 
+import json
 import os
 from pathlib import Path
 
@@ -56,6 +57,51 @@ def make_tiny_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+HOSTILE = {
+    "script": "<script>window.hacked = 1</script>",
+    "closing": "</script><img src=x onerror='window.hacked = 2'><!--",
+    "address": "[click](javascript:window.hacked=3)",
+    "bytes": "broken \ufffd bytes \u202e backwards \x07 bell",
+}
+"""Contents of pool rows that a page must show as text and nothing else."""
+
+
+@pytest.fixture(scope="session")
+def explained_project(tmp_path_factory, tiny_model) -> Path:
+    """Project file of a tiny project, one task, that was run up to its selection reports; not to be changed."""
+    import dagster as dg
+
+    from less_assets.build import build_definitions
+    from less_assets.jobs import GraphRunner, Request, register_shards
+    from less_assets.project import load_project
+    from less_assets.resources import open_store
+
+    tiny = TinyProject(tmp_path_factory.mktemp("explained"), tiny_model)
+    plus = tiny.folder / "data/plus.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"what is {name} ?"}, {"role": "assistant", "content": text}]}
+        for name, text in HOSTILE.items()
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    copy = plus.read_bytes().splitlines(keepends=True)[0]
+    plus.write_bytes(plus.read_bytes() + lines + b'{"prompt": "\xff\xfe", "completion": "no text"}\n' + copy)
+    tiny.settings["tasks"] = tiny.settings["tasks"][:1]
+    tiny.settings["recipes"] = [
+        {"name": "less", "strategy": "less", "rows": 48},
+        {"name": "few", "strategy": "less", "rows": 5, "form": "adamw", "aggregate": "mean", "rescore": "exact"},
+        {"name": "random", "strategy": "random", "rows": 10, "seeds": [0]},
+    ]
+    tiny.settings["pool"]["shard_size"] = 40
+    tiny.settings["report"] = {"token_rows": 50, "context_rows": 4}
+    project = load_project(tiny.path)
+    store = open_store(project)
+    with dg.DagsterInstance.ephemeral() as instance:
+        register_shards(project, store, instance)
+        runner = GraphRunner(build_definitions(project), project, store, instance, lambda line: None)
+        runner.run(Request(until="selection_report"))
+    return project.path
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_assets_that_load_a_model_share_the_gpu_pool():
     graph = build_definitions(project()).resolve_asset_graph()
     pooled = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).pools == {"gpu"}}
     models = {"base_model", "warmup_checkpoints", "train_gradients", "target_gradients"}
-    assert pooled == models | {"finetuned_model", "eval_results"}
+    assert pooled == models | {"token_attribution", "finetuned_model", "eval_results"}
 
 
 def test_code_versions_follow_the_settings_that_all_partitions_share():
@@ -164,7 +164,7 @@ def test_everything_that_loads_a_model_is_in_the_pool_of_which_one_step_runs_at_
     pools = {key.to_user_string(): each.op.pool for each in assets for key in each.keys}
     assert {asset for asset, pool in pools.items() if pool == "gpu"} == {
         *("base_model", "warmup_checkpoints", "train_gradients", "target_gradients", "exact_scores"),
-        *("pool_embeddings", "target_embeddings", "finetuned_model", "eval_results"),
+        *("pool_embeddings", "target_embeddings", "token_attribution", "finetuned_model", "eval_results"),
     }
     defaults = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
     assert defaults["concurrency"]["pools"] == {"granularity": "op", "default_limit": 1}

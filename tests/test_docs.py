@@ -184,7 +184,8 @@ def test_the_graph_in_the_readme_is_the_graph():
         for key in graph.get_all_asset_keys()
         for parent in graph.get(key).parent_keys
     }
-    legible = {(parent, "exact_scores") for parent in ASSET_AXES}
+    legible = {(parent, asset) for parent in ASSET_AXES for asset in ("token_attribution", "selection_report")}
+    legible |= {(parent, "exact_scores") for parent in ASSET_AXES}
     legible |= {("pool_index", f"{kind}_scores") for kind in ("influence", "embedding", "text")}
     legible |= {("base_model", f"{kind}_embeddings") for kind in ("pool", "target")}
     assert drawn <= edges, "an arrow that the graph does not have"

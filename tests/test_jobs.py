@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from less_assets.build import build_definitions
-from less_assets.jobs import GraphRunner, Request, register_shards
+from less_assets.jobs import EXPLANATIONS, GraphRunner, Request, register_shards
 from less_assets.partitions import ASSET_AXES, SHARDS
 from less_assets.project import OPTIONAL_ASSETS, Project, load_project
 from less_assets.resources import open_store
@@ -75,11 +75,15 @@ def grid(first: list[str], second: list[str]) -> list[str]:
 def test_everything_is_every_partition_in_topological_order(small):
     needed = small.needed()
     axes = {"checkpoint": EPOCHS, "shard": KEYS, "task": TASKS, "recipe": RECIPES}
-    assert set(ASSET_AXES) - set(needed) == set(OPTIONAL_ASSETS) - {"exact_scores"}
+    assert set(ASSET_AXES) - set(needed) == set(OPTIONAL_ASSETS) - {"exact_scores", *EXPLANATIONS}
     for asset in needed:
         names = ASSET_AXES[asset]
         if asset == "exact_scores":
             assert needed[asset] == grid(["less-exact"], TASKS)
+        elif asset == "token_attribution":
+            assert needed[asset] == grid([recipe for recipe in RECIPES if recipe.startswith("less")], TASKS)
+        elif asset == "selection_report":
+            assert needed[asset] == grid([recipe for recipe in RECIPES if recipe not in ("full", "base")], TASKS)
         elif len(names) == 2:
             assert needed[asset] == grid(axes[names[0]], axes[names[1]])
         else:
@@ -87,14 +91,14 @@ def test_everything_is_every_partition_in_topological_order(small):
     order = list(needed)
     assert order.index("pool_index") < order.index("warmup_sample") < order.index("warmup_checkpoints")
     assert order.index("influence_scores") < order.index("exact_scores") < order.index("selected_subset")
-    assert order[-1] == "leaderboard"
+    assert order[-3:] == ["leaderboard", "token_attribution", "selection_report"], "no training waits for explanations"
 
 
 def test_random_selection_needs_no_gradients(small):
     needed = small.needed(recipes=("random-seed0",))
     assert set(needed) == {
         *("base_model", "instruction_pool", "pool_index", "target_examples", "recipe_settings"),
-        *("selected_subset", "finetuned_model", "eval_results"),
+        *("selected_subset", "finetuned_model", "eval_results", "selection_report"),
     }
     assert needed["recipe_settings"] == ["random-seed0"]
     assert needed["eval_results"] == grid(["random-seed0"], TASKS)

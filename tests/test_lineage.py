@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError, TargetFormatError
+from less_assets.jobs import EXPLANATIONS
 from less_assets.ledger import Ledger
 from less_assets.lineage import PLANS, Lineage, draw_sample_again, files_digest, sample_draw, shared_settings, split
 from less_assets.partitions import ASSET_AXES
@@ -13,6 +14,7 @@ from less_assets.project import OPTIONAL_ASSETS, Project, load_project
 from less_assets.provenance import digest
 from less_assets.store.artifacts import ArtifactStore
 
+SCORES_OF_RECIPES = set(OPTIONAL_ASSETS) - set(EXPLANATIONS)
 TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
 
@@ -83,13 +85,15 @@ class Bench:
         }
         line = self.line
         for asset in ASSET_AXES:
-            if asset in OPTIONAL_ASSETS:
+            if asset in SCORES_OF_RECIPES:
                 continue
             for partition in self.partitions(asset, axes):
                 self.put(asset, partition, line, **summaries.get(asset, {}))
 
     def partitions(self, asset: str, axes: dict[str, list[str]]) -> list[str | None]:
         names = [axes[axis] for axis in ASSET_AXES[asset]]
+        if asset in EXPLANATIONS:
+            names[0] = [recipe for recipe in names[0] if self.project.needs(recipe, asset)]
         if not names:
             return [None]
         return list(names[0]) if len(names) == 1 else [f"{one}|{two}" for one in names[0] for two in names[1]]
@@ -102,7 +106,7 @@ class Bench:
         return {
             asset if partition is None else f"{asset}/{partition}": state
             for asset in ASSET_AXES
-            if asset not in OPTIONAL_ASSETS
+            if asset not in SCORES_OF_RECIPES
             for partition in self.partitions(asset, axes)
             if (state := line.status(asset, partition).state) != "fresh"
         }
@@ -208,6 +212,10 @@ def test_one_recipes_setting_touches_only_its_own_artifacts(bench):
     bench.put("recipe_settings", "less")
     stale = {name for name, state in bench.states().items() if state == "stale"}
     assert stale == {"selected_subset/less|sums", "selected_subset/less|sky"}
+    bench.put("selected_subset", "less|sky")
+    stale = {name for name, state in bench.states().items() if state == "stale"}
+    assert "selection_report/random-seed0|sky" in stale, "it compares with what less has selected"
+    assert "selection_report/random-seed0|sums" not in stale
 
 
 def test_equal_rows_share_one_model_folder_across_tasks(bench):

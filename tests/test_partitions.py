@@ -101,6 +101,21 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("selected_subset", "random-seed1|sky", "influence_scores", []),
     ("selected_subset", "full|sky", "influence_scores", []),
     ("selected_subset", "base|sky", "influence_scores", []),
+    ("token_attribution", "less|sky", "selected_subset", ["less|sky"]),
+    ("token_attribution", "less|sky", "recipe_settings", ["less"]),
+    ("token_attribution", "less|sky", "influence_scores", ["sky"]),
+    ("token_attribution", "less|sky", "target_examples", ["sky"]),
+    ("token_attribution", "less|sky", "warmup_checkpoints", CHECKPOINTS),
+    ("token_attribution", "less|sky", "pool_index", [None]),
+    ("selection_report", "less|sky", "selected_subset", ["less|sky"]),
+    ("selection_report", "less|sky", "recipe_settings", ["less"]),
+    ("selection_report", "less|sky", "target_examples", ["sky"]),
+    ("selection_report", "less|sky", "influence_scores", ["sky"]),
+    ("selection_report", "less|sky", "token_attribution", ["less|sky"]),
+    ("selection_report", "less|sky", "pool_index", [None]),
+    ("selection_report", "random-seed1|sky", "selected_subset", ["random-seed1|sky"]),
+    ("selection_report", "random-seed1|sky", "influence_scores", []),
+    ("selection_report", "random-seed1|sky", "token_attribution", []),
     ("finetuned_model", "less|sky", "base_model", [None]),
     ("finetuned_model", "less|sky", "selected_subset", ["less|sky"]),
     ("eval_results", "less|sky", "finetuned_model", ["less|sky"]),
@@ -112,6 +127,8 @@ SOME_RECIPES = {
     "exact_scores": ["less"],
     "embedding_scores": ["rds", "mid"],
     "text_scores": ["bm25", "dsir-seed0"],
+    "token_attribution": ["less", "less-paper"],
+    "selection_report": [recipe for recipe in RECIPES if recipe not in ("full", "base")],
 }
 WITHOUT_PARENTS = ["base_model", "instruction_pool", "target_examples", "recipe_settings"]
 
@@ -169,6 +186,8 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("selected_subset", "text_scores"): ["bm25", "dsir-seed0"],
         ("selected_subset", "target_examples"): ["as-targets-seed0"],
         ("embedding_scores", "target_embeddings"): ["rds"],
+        ("selection_report", "influence_scores"): ["less", "less-paper"],
+        ("selection_report", "token_attribution"): ["less", "less-paper"],
     }
     for child, axes in ASSET_AXES.items():
         if child in WITHOUT_PARENTS or not axes:
@@ -211,7 +230,8 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
     assert dg.AssetKey("influence_scores") not in graph.get(dg.AssetKey("selected_subset")).parent_keys
     assert dg.AssetKey("influence_scores") in graph.get_all_asset_keys()
-    assert not {dg.AssetKey(asset) for asset in OPTIONAL_ASSETS} & set(graph.get_all_asset_keys())
+    optional = {dg.AssetKey(asset) for asset in OPTIONAL_ASSETS} & set(graph.get_all_asset_keys())
+    assert optional == {dg.AssetKey("selection_report")}, "of the random recipes"
 
 
 def test_axes_are_those_of_the_assets_definitions(graph, instance):

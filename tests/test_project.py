@@ -529,6 +529,7 @@ recipes:
   - {name: random, strategy: random, rows: 3}
   - {name: base, strategy: none}
 finetuning: {epochs: 1}
+report: {token_rows: 1}
 compute: {backend: ray}
 """
 MODEL = {"model", "finetuning", "untrained", "task"}
@@ -603,6 +604,8 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
         ]
     },
     "finetuning.seed": (8, {"finetuning"}),
+    "report.token_rows": (7, {"report"}),
+    "report.context_rows": (7, {"report"}),
     "compute.backend": ("local", set()),
     "compute.address": ("ray://head", set()),
     "compute.gpus_per_worker": (2.0, set()),
@@ -653,6 +656,7 @@ def views(data: dict) -> dict[str, dict]:
         "recipe": found.recipe_settings("less"),
         "finetuning": found.finetuning_settings("less"),
         "untrained": found.finetuning_settings("base"),
+        "report": found.report_settings(),
     }
 
 
@@ -687,6 +691,13 @@ def test_a_groups_settings_are_its_members():
 def test_only_recipes_by_influence_read_scores():
     found = parse_project(FULL.encode())
     assert [key for key in found.recipe_keys if found.reads_scores(key)] == ["less"]
+
+
+def test_recipes_that_choose_some_rows_and_not_others_are_reported():
+    found = parse_project(FULL.encode())
+    assert not found.needs("base", "selection_report")
+    assert found.needs("less", "selection_report")
+    assert [key for key in found.recipe_keys if found.needs(key, "token_attribution")] == ["less"]
 
 
 def test_settings_do_not_change_when_a_project_moves():

@@ -191,7 +191,10 @@ def _feature_summary(work: Work, statuses: Any, tokens: int) -> dict[str, Any]:
 
 def describe_train_gradients(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
     """The shard's figures, and its row count where the UI plots it over partitions; why the template refused rows."""
-    shown = {**metadata.summary(folder, manifest), "dagster/partition_row_count": manifest.summary["rows"]}
+    norms: Any = manifest.summary["median_norm"]
+    # One figure each, so that the UI plots them over checkpoints and shards.
+    plotted = {f"median_norm/{form}": norm for form, norm in norms.items()}
+    shown = {**metadata.summary(folder, manifest), **plotted, "dagster/partition_row_count": manifest.summary["rows"]}
     if refused := manifest.summary.get("template_refused"):
         reasons = pl.DataFrame(list(refused.items()), ["reason", "rows"], orient="row")  # type: ignore[union-attr]
         shown["template_refused"] = metadata.table(reasons)

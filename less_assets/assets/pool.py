@@ -61,7 +61,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.MaterializeResult:
         """Where every example of the pool stands, how often, and which copy counts."""
-        return materialize_one(context, project, store, models, index_pool, metadata.summary)
+        return materialize_one(context, project, store, models, index_pool, describe_index)
 
     return [base_model, instruction_pool, pool_index]
 
@@ -140,6 +140,23 @@ def index_pool(work: Work) -> Computed:
         "sources": dict(sorted(unique["source"].value_counts().iter_rows())),
     }
     return Computed(summary)
+
+
+def describe_index(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """Counts, the share of each source, and the columns."""
+    from less_assets.report import charts
+
+    index = read_parquet(folder, INDEX)
+    shown = {
+        **metadata.summary(folder, manifest),
+        "dagster/row_count": index.height,
+        "dagster/column_schema": metadata.column_schema(index),
+    }
+    sources: Any = manifest.summary["sources"]
+    if len(sources) > 1:
+        drawn = charts.share_bars(sources, kind="source")
+        shown["shares_by_source"] = metadata.picture(drawn, "share of each source among distinct rows")
+    return shown
 
 
 INDEX_SCHEMA = pl.Schema(

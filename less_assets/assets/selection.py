@@ -62,7 +62,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> Iterator[dg.MaterializeResult]:
         """Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint."""
-        yield from materialize_together(context, project, store, models, score_pool, metadata.summary)
+        yield from materialize_together(context, project, store, models, score_pool, describe_scores)
 
     @dg.asset(group_name="selection", partitions_def=axes.of("recipe_settings"))
     def recipe_settings(
@@ -166,6 +166,30 @@ def _directions(line: Lineage, task: str) -> tuple[list[str], dict[str, dict[tup
         for rule in SUBTASK_RULES:
             labels, directions[checkpoint][task, rule] = target_directions(features, table["subtask"].to_list(), rule)
     return labels, directions
+
+
+def describe_scores(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """Figures, how the scores of each form are distributed, and the columns."""
+    from less_assets.report import charts
+
+    files = sorted(name for name in manifest.files if name.endswith(".parquet"))
+    shown: dict[str, Any] = {
+        **metadata.summary(folder, manifest),
+        "dagster/partition_row_count": manifest.summary["rows"],
+    }
+    columns = [f"{form}.mean_cosine" for form in manifest.summary["forms"]]  # type: ignore[union-attr]
+    parts = [read_parquet(folder, name, columns) for name in files]
+    for column in columns:
+        scores = pl.concat([part[column].drop_nulls().arr.max() for part in parts])
+        if len(scores):
+            shown[f"highest/{column}"], shown[f"median/{column}"] = float(scores.max()), float(scores.median())  # type: ignore[arg-type]
+            kept = scores.sort().gather_every(max(1, -(-len(scores) // CHART_SCORES)))
+            shown[f"scores/{column}"] = metadata.picture(
+                charts.score_histogram(kept), f"best score of each row, {column}"
+            )
+    if files:
+        shown["dagster/column_schema"] = metadata.column_schema(read_parquet(folder, files[0]))
+    return shown
 
 
 def resolve_recipe(work: Work) -> Computed:
@@ -275,6 +299,8 @@ def describe_subset(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, 
     shown: dict[str, Any] = {**metadata.summary(folder, manifest), "dagster/partition_row_count": table.height}
     if table.is_empty():
         return shown
+    if table["score"].null_count() < table.height:
+        shown["lowest_score"], shown["mean_score"] = float(table["score"].min()), float(table["score"].mean())  # type: ignore[arg-type]
     top = table.head(metadata.TABLE_ROWS).select("rank", "score", "subtask", "source", "example_id", "messages")
     shown["top_rows"] = metadata.example_table(top)
     shown["dagster/column_schema"] = metadata.column_schema(table)

@@ -3,9 +3,10 @@
 Belongs here: wiring only. Training is `method/warmup.py`, foreign checkpoints `method/checkpoints.py`.
 """
 
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +25,7 @@ from less_assets.provenance import digest
 from less_assets.resources import ModelLoader
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.files import storage_trouble
+from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_parquet
 
 SAMPLE = "sample.parquet"
@@ -59,7 +61,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> Iterator[dg.MaterializeResult]:
         """Adapter, Adam's moments by parameter name, and mean learning rate after an epoch of the warm-up training."""
-        yield from materialize_range(context, project, store, models, make_checkpoint, metadata.summary)
+        yield from materialize_range(context, project, store, models, make_checkpoint, describe_checkpoint)
 
     return [warmup_sample, warmup_checkpoints]
 
@@ -107,6 +109,19 @@ def make_checkpoint(work: Work) -> Computed:
     if work.project.warmup.imported:
         return adopt_checkpoint(work)
     return train_checkpoint(work)
+
+
+def describe_checkpoint(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """The epoch's figures and the losses of its steps."""
+    from less_assets.report import charts
+
+    shown = dict(metadata.summary(folder, manifest))
+    losses = json.loads(folder.read_bytes("state.json"))["losses"]
+    if losses:
+        last: Any = manifest.summary["step"]
+        steps = range(last - len(losses) + 1, last + 1)
+        shown["losses"] = metadata.picture(charts.training_curve(list(steps), losses), "loss of the epoch's steps")
+    return shown
 
 
 def train_checkpoint(work: Work) -> Computed:

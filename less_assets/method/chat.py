@@ -50,6 +50,19 @@ class EncodedExample:
         return int((self.labels[1:] != IGNORED).sum())
 
 
+@dataclass(frozen=True)
+class LossToken:
+    """A token that carries loss, for people to read.
+
+    Attributes:
+        turn: Number of its message in the conversation, from 0.
+        text: The text that it adds; empty where it goes on with a character that an earlier token began.
+    """
+
+    turn: int
+    text: str
+
+
 class _UnsplittableError(Exception):
     """A conversation's rendering does not show where its assistant turns begin and end."""
 
@@ -96,6 +109,46 @@ def encode_messages(
     input_ids = np.asarray(ids[:max_length], dtype=np.int32)
     labels = np.where(in_loss[:max_length], input_ids, np.int32(IGNORED)).astype(np.int32)
     return EncodedExample(example_id, input_ids, labels)
+
+
+def loss_token_texts(
+    messages: Sequence[Message], tokenizer: Any, *, chat_format: ChatFormat, max_length: int
+) -> tuple[list[LossToken], bool]:
+    """Say what text each loss token of `encode_messages` stands for, with the same arguments.
+
+    Args:
+        messages: The turns; `encode_messages` can encode them.
+        tokenizer: A transformers tokenizer.
+        chat_format: "template" or "tulu".
+        max_length: Longest encoding in tokens.
+
+    Returns:
+        One entry for each loss token, in order (texts of a turn joined are the turn as the model read it), and whether
+        tokens were cut off for the length.
+    """
+    text, spans = (_tulu_spans if chat_format == "tulu" else _template_spans)(messages, tokenizer)
+    begin = chat_format == "tulu"
+    ids, in_loss = _tokenize_spans(text, spans, tokenizer, begin=begin)
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    places = [place for place in range(1, min(len(ids), max_length)) if in_loss[place]]
+    cut = len(ids) > max_length
+    if not tokenizer.is_fast:
+        firsts = [_tokens_before(text, start, ids, tokenizer, begin=begin) for start, _ in spans]
+        owners = [sum(first <= place for first in firsts) - 1 for place in places]
+        texts = [tokenizer.decode([ids[place]]) for place in places]
+        return [LossToken(turns[owner], piece) for owner, piece in zip(owners, texts, strict=True)], cut
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = [(0, 0)] * (len(ids) - len(encoding["input_ids"])) + encoding["offset_mapping"]
+    found: list[LossToken] = []
+    span, reached = 0, 0
+    for start, end in (offsets[place] for place in places):
+        while start >= spans[span][1]:
+            span += 1
+        reached = max(reached, spans[span][0])
+        # White space that a tokenizer leaves out of its offsets goes to the token that follows.
+        found.append(LossToken(turns[span], text[reached:end]))
+        reached = max(reached, end)
+    return found, cut
 
 
 def encode_target(target: TargetExample, tokenizer: Any, *, chat_format: ChatFormat, max_length: int) -> EncodedExample:

@@ -64,6 +64,23 @@ class _AdamTerms:
             denominator.add_(self.epsilon)
         return torch.add(self.numerator, gradient, alpha=self.gain).div_(denominator)
 
+    @property
+    def at_zero(self) -> Tensor:
+        """Γ of an example without a gradient: what momentum does alone, (p,)."""
+        return self.numerator / (self.radicand.sqrt() + self.epsilon)
+
+    def secant(self, gradient: Tensor) -> Tensor:
+        """(Γ(g) − Γ(0)) / g, elementwise and without cancellation; its limit, the derivative at 0, where g is 0.
+
+        With D(g) = sqrt(R + w·g²) + e the difference is b·g/D(g) − A·(D(g) − D(0)) / (D(g)·D(0)), and
+        D(g) − D(0) = w·g² / (sqrt(R + w·g²) + sqrt(R)).
+        """
+        tiny = torch.finfo(torch.float32).tiny
+        start = self.radicand.sqrt()
+        root = torch.addcmul(self.radicand, gradient, gradient, value=self.weight).sqrt_()
+        bend = gradient * self.weight / (root + start).clamp_(min=tiny) * (self.numerator / (start + self.epsilon))
+        return (self.gain - bend) / (root + self.epsilon).clamp_(min=tiny)
+
 
 class Directions:
     """Maps gradients of p parameters to their directions in several forms, with Adam's constant parts precomputed.
@@ -107,7 +124,7 @@ class Directions:
             adamw = _AdamTerms(m * (beta1 / correction1), gain, v * (beta2 / correction2), weight, eps)
             self._terms["adamw"] = adamw
             if "marginal" in forms:
-                self._momentum = adamw.numerator / (adamw.radicand.sqrt() + eps)
+                self._momentum = adamw.at_zero
         if "paper" in forms:
             gain, weight = (1 - beta1) / correction1, (1 - beta2) / correction2
             self._terms["paper"] = _AdamTerms(
@@ -132,6 +149,29 @@ class Directions:
             keep_adamw = "adamw" in self.forms
             known["marginal"] = (torch.sub if keep_adamw else Tensor.sub_)(known["adamw"], self._momentum)
         return [known[form] for form in self.forms]
+
+    def secants(self, gradient: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Split directions into a part that is linear in the gradient's terms and one that is the same for all.
+
+        For every form, Γ(g) = slope·g + constant elementwise, with the slope taken at the example's own gradient (the
+        secant of Γ between 0 and g). So a gradient that is a sum of tokens' gradients gives a sum of tokens' parts.
+
+        Args:
+            gradient: (n, p) float32; not changed.
+
+        Returns:
+            Per form the slope (n, p) and the constant Γ(0) (p,): momentum's part, None where it is zero (`marginal`,
+            `sgd`).
+        """
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        for form in self.forms:
+            if form == "sgd":
+                parts.append((torch.ones_like(gradient), None))
+            elif form == "marginal":
+                parts.append((self._terms["adamw"].secant(gradient), None))
+            else:
+                parts.append((self._terms[form].secant(gradient), self._terms[form].at_zero))
+        return parts
 
 
 def direction(

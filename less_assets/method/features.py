@@ -437,7 +437,7 @@ def _first_difference(found: list, expected: list) -> str:
     return f"model has {len(found)} parameters, sketch has {len(expected)}"
 
 
-def _trim(example: EncodedExample) -> EncodedExample:
+def up_to_last_loss(example: EncodedExample) -> EncodedExample:
     """The example up to its last loss token: what follows has no influence on loss or gradient."""
     labels = np.array(example.labels)
     labels[0] = IGNORED  # nothing comes before it to predict it from, but left padding would
@@ -481,7 +481,7 @@ def _backpropagate(
             status[row] = RowStatus.NO_LOSS_TOKENS
             continue
         usable.append(row)
-        trimmed.append(_trim(example))
+        trimmed.append(up_to_last_loss(example))
 
     with PerExampleBackward(model, gradient_checkpointing=batching.gradient_checkpointing) as backward:
         plan = plan_batches([len(example.input_ids) - 1 for example in trimmed], batching.token_budget)
@@ -524,8 +524,13 @@ class _Squares:
         return self._norms.cpu().double().square().sum(0).sqrt().float().numpy()
 
 
-class _DirectionMaker:
-    """The directions of every LoRA layer, with Adam's constant terms precomputed per layer."""
+class DirectionMaker:
+    """The directions of every LoRA layer, with Adam's constant terms precomputed per layer.
+
+    Args:
+        forms: Direction forms.
+        moments: Adam's state; None if the only form is `sgd`.
+    """
 
     def __init__(self, forms: Sequence[str], moments: AdamMoments | None) -> None:
         self.forms = tuple(forms)
@@ -533,9 +538,14 @@ class _DirectionMaker:
         self._prepared: dict[str, Directions] = {}
 
     def __call__(self, part: LoraSlice, gradient: Tensor) -> list[Tensor]:
+        """Directions (n, size) of a layer's gradients, one per form; see `Directions`."""
+        return self.of(part, gradient.device)(gradient)
+
+    def of(self, part: LoraSlice, device: torch.device) -> Directions:
+        """The layer's directions, prepared at first use."""
         if part.name not in self._prepared:
-            self._prepared[part.name] = self._prepare(part, gradient.device)
-        return self._prepared[part.name](gradient)
+            self._prepared[part.name] = self._prepare(part, device)
+        return self._prepared[part.name]
 
     def _prepare(self, part: LoraSlice, device: torch.device) -> Directions:
         moments = self._moments
@@ -568,7 +578,7 @@ class _FeatureSink:
     """Sketches and exact norms of the directions: `features` (forms, n, k) and `norms` (forms, n)."""
 
     def __init__(self, forms: Sequence[str], moments: AdamMoments | None, sketch: Sketch, rows: int) -> None:
-        self._directions, self._sketch = _DirectionMaker(forms, moments), sketch
+        self._directions, self._sketch = DirectionMaker(forms, moments), sketch
         self.features = np.zeros((len(forms), rows, sketch.dimension), dtype=np.float32)
         self.norms = np.zeros((len(forms), rows), dtype=np.float32)
 
@@ -592,7 +602,7 @@ class _ColumnSink:
     """The unprojected directions themselves: `columns` (n, P)."""
 
     def __init__(self, form: str, moments: AdamMoments | None, rows: int) -> None:
-        self._directions, self._n = _DirectionMaker((form,), moments), rows
+        self._directions, self._n = DirectionMaker((form,), moments), rows
         self.columns = np.zeros((rows, 0), dtype=np.float32)
 
     def start(self, rows: np.ndarray, backward: PerExampleBackward) -> None:
@@ -654,7 +664,7 @@ class _InnerProductSink:
     def __init__(
         self, forms: Sequence[str], moments: AdamMoments | None, targets: np.ndarray, rows: int, first: int = 0
     ) -> None:
-        self._directions, self._targets, self._first = _DirectionMaker(forms, moments), targets, first
+        self._directions, self._targets, self._first = DirectionMaker(forms, moments), targets, first
         self.dots = np.zeros((len(forms), rows, len(targets)), dtype=np.float32)
         self.norms = np.zeros((len(forms), rows), dtype=np.float32)
 

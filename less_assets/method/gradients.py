@@ -13,17 +13,19 @@ only the positions that carry loss, which pays for the rest.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.autograd.forward_ad as forward_mode
 from peft.tuners.lora import layer as lora
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -189,11 +191,49 @@ class _LoraDelta(torch.autograd.Function):
         return error, hidden_error @ a if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
+def _forward_mode_layer(part: LoraSlice, base: Tensor, x: Tensor, tangent: Tensor) -> Tensor:
+    """Y = base + s·B·A·x whose tangent has, besides that of x, the rows' own tangents of A and B."""
+
+    def moved(values: Tensor, by: Tensor) -> Tensor:
+        change = torch.bmm(forward_mode.unpack_dual(values).primal, by.to(values.dtype).mT)
+        return forward_mode.make_dual(torch.zeros_like(change), change)
+
+    a, b = part.a.to(x.dtype), part.b.to(x.dtype)
+    along_a, along_b = tangent.split([part.a.numel(), part.b.numel()], dim=1)
+    hidden = x @ a.T + moved(x, along_a.unflatten(1, part.a.shape))
+    return base + part.scaling * (hidden @ b.T + moved(hidden, along_b.unflatten(1, part.b.shape)))
+
+
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ·right of each example, (n, T, p) and (n, T, q) to float32 (n, p·q)."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(left.mT, right, torch.float32).flatten(1)  # the sum is not rounded back to 16 bits
     return torch.bmm(left.mT, right).flatten(1).float()
+
+
+@dataclass(frozen=True)
+class _LossPlaces:
+    """A batch on the device, and where in it the n loss tokens are.
+
+    Attributes:
+        inputs: The model's arguments.
+        shape: Rows and predicting columns: one less than the batch is wide, for the last one predicts nothing.
+        positions: Flattened positions that predict a loss token (n,), on the CPU.
+        wanted: The tokens to predict (n,), on the device.
+        counts: Loss tokens of each row (rows,), on the CPU.
+    """
+
+    inputs: dict[str, Tensor]
+    shape: tuple[int, int]
+    positions: Tensor
+    wanted: Tensor
+    counts: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of the loss tokens (n,) at their places, float32 (rows, columns) on the CPU, zero elsewhere."""
+        table = torch.zeros(self.shape[0] * self.shape[1])
+        table[self.positions] = values.detach().float().cpu()
+        return table.view(self.shape)
 
 
 class PerExampleBackward:
@@ -233,6 +273,7 @@ class PerExampleBackward:
         self._sink: GradientSink | None = None
         self._rows = 0
         self._reported: set[str] = set()
+        self._tangents: Mapping[str, Tensor] | None = None
 
     def __enter__(self) -> PerExampleBackward:
         self._was_training = self.model.training
@@ -278,6 +319,49 @@ class PerExampleBackward:
 
     @torch.enable_grad()
     def _run(self, batch: dict[str, Tensor], sink: GradientSink) -> Tensor:
+        places = self._places(batch)
+        row_of = places.positions // places.shape[1]
+        weights = (1.0 / places.counts)[row_of].to(self.device)
+        self._sink, self._rows, self._reported = sink, places.shape[0], set()
+        logits = self._logits_at(places.inputs, places.positions.to(self.device))
+        losses = nn.functional.cross_entropy(logits.float(), places.wanted, reduction="none")
+        # The gradient of a sum is each example's own gradient: rows do not meet, not even through a NaN.
+        torch.sum(losses * weights).backward()
+        for part in self.slices:
+            if part.name not in self._reported:  # no path to the loss: its gradient is zero
+                sink(part, slice(0, self._rows), torch.zeros(self._rows, part.size, device=self.device))
+        return places.spread(losses).sum(1) / places.counts
+
+    @torch.no_grad()
+    def token_derivatives(self, batch: dict[str, Tensor], tangents: Mapping[str, Tensor]) -> Tensor:
+        """Derivative of every token's loss along one direction per row, by one forward pass in forward mode.
+
+        That is ⟨w, ∇ℓ_t⟩ for the row's direction w and the loss ℓ_t of each of its loss tokens: what one backward pass
+        per token would give.
+
+        Args:
+            batch: As for calling the object.
+            tangents: LoRA layer name -> directions (rows, size) float32 on the device, A's elements before B's.
+
+        Returns:
+            float32 (rows, width − 1) on the CPU: column c belongs to token c + 1; zero where there is no loss.
+
+        Raises:
+            UnsupportedModelError: As for calling the object.
+        """
+        places = self._places(batch)
+        self._rows, self._tangents = places.shape[0], tangents
+        try:
+            # Fused attention kernels have no forward mode; the plain one has.
+            with forward_mode.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                logits = self._logits_at(places.inputs, places.positions.to(self.device)).float()
+                losses = -logits.log_softmax(1).gather(1, places.wanted[:, None])[:, 0]
+                tangent = forward_mode.unpack_dual(losses).tangent
+        finally:
+            self._tangents = None
+        return places.spread(torch.zeros_like(losses) if tangent is None else tangent)
+
+    def _places(self, batch: dict[str, Tensor]) -> _LossPlaces:
         # The last column predicts nothing; the labels move one to the left once and for all.
         inputs = {"input_ids": batch["input_ids"][:, :-1].to(self.device)}
         targets = batch["labels"][:, 1:]
@@ -287,23 +371,10 @@ class PerExampleBackward:
             inputs["attention_mask"] = mask.to(self.device)
             if self._takes_positions:
                 inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0).to(self.device)
-        loss_positions = (targets != IGNORED).flatten().nonzero().squeeze(1)
-        counts = (targets != IGNORED).sum(1)
-        row_of = loss_positions // targets.shape[1]
-        wanted = targets.flatten()[loss_positions].to(self.device)
-        weights = (1.0 / counts)[row_of].to(self.device)
-
-        self._sink, self._rows, self._reported = sink, len(targets), set()
-        logits = self._logits_at(inputs, loss_positions.to(self.device))
-        losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
-        # The gradient of a sum is each example's own gradient: rows do not meet, not even through a NaN.
-        torch.sum(losses * weights).backward()
-        for part in self.slices:
-            if part.name not in self._reported:  # no path to the loss: its gradient is zero
-                sink(part, slice(0, self._rows), torch.zeros(self._rows, part.size, device=self.device))
-        per_token = torch.zeros(targets.numel())
-        per_token[loss_positions] = losses.detach().cpu()
-        return per_token.view(targets.shape).sum(1) / counts
+        in_loss = targets != IGNORED
+        positions = in_loss.flatten().nonzero().squeeze(1)
+        wanted = targets.flatten()[positions].to(self.device)
+        return _LossPlaces(inputs, (targets.shape[0], targets.shape[1]), positions, wanted, in_loss.sum(1))
 
     def _logits_at(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
         """The model's own logits (positions, vocabulary) at some of the flattened positions.
@@ -335,6 +406,8 @@ class PerExampleBackward:
                 part.name,
             )
         base = part.layer.base_layer(x, *args, **kwargs)
+        if self._tangents is not None:
+            return _forward_mode_layer(part, base, x, self._tangents[part.name])
         report = partial(self._report, part)
         return _LoraDelta.apply(base, x, part.a.to(x.dtype), part.b.to(x.dtype), part.scaling, self._anchor, report)
 

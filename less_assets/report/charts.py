@@ -1,8 +1,9 @@
-"""Small charts for Dagster's metadata and for documents: one function a chart, PNG bytes out.
+"""Small charts: one function a chart; PNG bytes for Dagster's metadata and documents, SVG for the selection report.
 
 Belongs here: drawing what others have computed. Every picture stays below 30 kB, because it lives in Dagster's event
 log, has its own light background, so that it reads the same in a light and a dark page, and uses the Okabe-Ito colours,
-which colour-blind people can tell apart (light and dark differ in lightness as well).
+which colour-blind people can tell apart (light and dark differ in lightness as well). An SVG has no background; the
+page that it stands in exchanges its colours for those of its light or dark scheme.
 """
 
 from __future__ import annotations
@@ -64,6 +65,57 @@ def score_histogram(scores: Any, cut: float | None = None, *, title: str = "", b
     line = alt.Chart(pl.DataFrame({"cut": [cut], "text": [f"cut {cut:.4g}"]})).encode(x="cut:Q")
     label = line.mark_text(align="left", dx=4, color=INK, fontSize=11).encode(text="text:N", y=alt.value(8))
     return _png(bars + line.mark_rule(color=INK, strokeWidth=2, strokeDash=[5, 3]) + label, title)
+
+
+def cut_histogram(
+    edges: Any,
+    counts: Any,
+    cut: float,
+    band: tuple[float, float] | None = None,
+    *,
+    width: int = 640,
+    axis: str = "score",
+    rows: str = "rows",
+) -> str:
+    """Draw where the cut lies among binned scores, and the band within which it could lie as well; returns SVG.
+
+    Args:
+        edges: Bounds of the n bins (n + 1,).
+        counts: Rows in each (n,).
+        cut: Score of the last selected row.
+        band: Lower and upper end of the borderline; None draws none.
+        width: Of the plot, in pixels.
+        axis: Name of the score.
+        rows: What is counted.
+    """
+    import altair as alt
+
+    edges = np.asarray(edges, dtype=np.float64)
+    middles = _middles(edges)
+    table = pl.DataFrame(
+        {
+            "from": edges[:-1],
+            "to": edges[1:],
+            "rows": counts,
+            "part": ["selected" if middle >= cut else "not selected" for middle in middles],
+        }
+    )
+    bars = (
+        alt.Chart(table, width=width, height=170)
+        .mark_bar(binSpacing=0.5)
+        .encode(
+            x=alt.X("from:Q", bin="binned", title=axis, axis=alt.Axis(tickCount=max(3, width // 90))),
+            x2="to:Q",
+            y=alt.Y("rows:Q", title=rows, axis=alt.Axis(tickCount=4, tickMinStep=1)),
+            color=_color("part:N", {"not selected": GREY, "selected": BLUE}, legend=False),
+        )
+    )
+    line = alt.Chart(pl.DataFrame({"cut": [cut]})).encode(x="cut:Q").mark_rule(color=INK, strokeWidth=2)
+    layers = [bars, line]
+    if band is not None:
+        shade = alt.Chart(pl.DataFrame({"low": [band[0]], "high": [band[1]]})).encode(x="low:Q", x2="high:Q")
+        layers.insert(0, shade.mark_rect(color=ORANGE, opacity=0.35))
+    return _svg(alt.layer(*layers))
 
 
 def share_comparison(
@@ -276,6 +328,22 @@ def _color(field: str, colors: Mapping[str, str], *, legend: bool = True) -> alt
     )
 
 
+def _styled(chart: Any, background: str, padding: int) -> Any:
+    return (
+        chart.configure(background=background, padding=padding)
+        .configure_axis(labelColor=INK, titleColor=INK, gridColor=GRID, labelLimit=220, titleFontWeight="normal")
+        .configure_legend(labelColor=INK)
+        .configure_header(labelColor=INK, labelFontWeight="bold")
+        .configure_view(stroke=None, continuousWidth=460, continuousHeight=180)
+    )
+
+
+def _svg(chart: Any) -> str:
+    import vl_convert
+
+    return vl_convert.vegalite_to_svg(_styled(chart, "transparent", 4).to_dict())
+
+
 def _png(chart: Any, title: str) -> bytes:
     """Render at the sharpest scale that keeps the picture below `MAX_BYTES`."""
     import altair as alt
@@ -283,14 +351,7 @@ def _png(chart: Any, title: str) -> bytes:
 
     if title:
         chart = chart.properties(title=alt.TitleParams(title, anchor="start", fontSize=13, color=INK))
-    styled = (
-        chart.configure(background=PAPER, padding=8)
-        .configure_axis(labelColor=INK, titleColor=INK, gridColor=GRID, labelLimit=220, titleFontWeight="normal")
-        .configure_legend(labelColor=INK)
-        .configure_header(labelColor=INK, labelFontWeight="bold")
-        .configure_view(stroke=None, continuousWidth=460, continuousHeight=180)
-    )
-    specification = styled.to_dict()
+    specification = _styled(chart, PAPER, 8).to_dict()
     for scale in (2.0, 1.5, 1.25, 1.0, 0.75):
         png = _small_palette(vl_convert.vegalite_to_png(specification, scale=scale))
         if len(png) < MAX_BYTES:

@@ -309,6 +309,31 @@ class FeatureReader:
         # Reading, decoding and the caller's arithmetic run at the same time: NumPy and the disk release the GIL.
         return _ahead(decoded(), 2)
 
+    def take(self, form: str, rows: Sequence[int]) -> np.ndarray:
+        """Decoded features of some rows; reads the blocks that they stand in, one at a time.
+
+        Args:
+            form: Direction form.
+            rows: Rows in any order, n of them.
+
+        Returns:
+            float32 (n, k), in the order asked for.
+
+        Raises:
+            CorruptArtifactError: A chunk is damaged; the error names its file.
+        """
+        array, scales = self._arrays[f"{form}/features"], self._column(f"{form}/scale")
+        wanted = np.asarray(rows, dtype=np.int64)
+        taken = np.zeros((len(wanted), self.dimension), dtype=np.float32)
+        for index in np.unique(wanted // self.block_rows):
+            start = int(index) * self.block_rows
+            stop = min(start + self.block_rows, self.rows)
+            block = _read(array, self.path, f"{form}/features", start, stop, self._asset)
+            here = np.flatnonzero(wanted // self.block_rows == index)
+            codes = block[wanted[here] - start]
+            taken[here] = decode(codes, scales[wanted[here]], self.storage, self.dimension)
+        return taken
+
 
 def _ahead(items: Iterator[tuple[int, np.ndarray]], depth: int) -> Iterator[tuple[int, np.ndarray]]:
     """The same items, computed by a thread up to `depth` items before they are asked for."""

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from less_assets.errors import ChatFormatError, TargetFormatError
-from less_assets.method.chat import IGNORED, encode_messages, encode_prompt, encode_target
+from less_assets.method.chat import IGNORED, encode_messages, encode_prompt, encode_target, loss_token_texts
 from less_assets.method.examples import ROLES, example_id
 from less_assets.method.targets import TargetExample
 
@@ -306,6 +306,33 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask(monkeypatch):
             slow = encode(messages, tokenizer, chat_format)
         assert slow.input_ids.tolist() == fast.input_ids.tolist()
         assert slow.labels.tolist() == fast.labels.tolist()
+
+
+@pytest.mark.parametrize("name", [*TEMPLATED, "tulu"])
+def test_texts_of_the_loss_tokens_are_the_turns_as_the_model_reads_them(name):
+    tokenizer, chat_format = (BEGINNING, "tulu") if name == "tulu" else (TEMPLATED[name], "template")
+    messages = conversation("What is 🙂?", "It is 🙂 and é.", "Sure?", " Yes,\n\nquite so. ")
+    encoded = encode(messages, tokenizer, chat_format)
+    tokens, cut = loss_token_texts(messages, tokenizer, chat_format=chat_format, max_length=10_000)
+    assert len(tokens) == encoded.loss_tokens
+    assert not cut
+    turns = ["".join(token.text for token in tokens if token.turn == turn) for turn in (1, 3)]
+    assert {token.turn for token in tokens} == {1, 3}
+    for text, expected in zip(turns, loss_texts(encoded, tokenizer), strict=True):
+        assert text.strip() == expected.strip()
+
+    shorter = encode(messages, tokenizer, chat_format, max_length=len(encoded.input_ids) - 4)
+    tokens, cut = loss_token_texts(messages, tokenizer, chat_format=chat_format, max_length=len(encoded.input_ids) - 4)
+    assert len(tokens) == shorter.loss_tokens
+    assert cut
+
+
+def test_texts_of_loss_tokens_without_offsets(monkeypatch):
+    messages = conversation("What is two plus two?", "It is 4.", "Sure?", "Yes.")
+    tokenizer = TEMPLATED["chatml"]
+    fast, _ = loss_token_texts(messages, tokenizer, chat_format="template", max_length=100)
+    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
+    assert loss_token_texts(messages, tokenizer, chat_format="template", max_length=100)[0] == fast
 
 
 # ---- targets ----

@@ -67,3 +67,18 @@ def test_unknown_forms_and_missing_moments_are_refused():
         Directions(["adam"])
     with pytest.raises(ValueError, match="moments"):
         Directions(["sgd", "adamw"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_direction_is_its_secant_times_the_gradient_plus_what_momentum_does_alone(form):
+    generator = torch.Generator().manual_seed(3)
+    m = torch.randn(200, generator=generator) * 1e-3
+    v = torch.rand(200, generator=generator) * 1e-5
+    m[:20], v[:20] = 0, 0  # parameters that never had a gradient
+    gradient = torch.randn(3, 200, generator=generator) * 10.0 ** torch.arange(-6, 0, 0.03)
+    gradient[:, ::7] = 0
+    made = Directions([form], m, v, step=4)
+    ((slope, constant),) = made.secants(gradient)
+    rebuilt = slope * gradient + (0 if constant is None else constant)
+    assert torch.isfinite(slope).all()
+    torch.testing.assert_close(rebuilt, made(gradient)[0], rtol=1e-4, atol=1e-5)

@@ -181,3 +181,13 @@ def test_a_block_of_the_wrong_shape_is_refused(path):
     writer = open_writer(path)
     with pytest.raises(ValueError, match="block 0"):
         writer.write_block(0, make_block(0, 3))
+
+
+@pytest.mark.parametrize("storage", ["float16", "int4"])
+def test_single_rows_are_what_the_stream_gives(path, storage):
+    write_all(path, storage)
+    reader = FeatureReader(path)
+    everything = read_features(reader, "marginal")
+    wanted = [20, 0, 9, 9, 3]
+    np.testing.assert_array_equal(reader.take("marginal", wanted), everything[wanted])
+    assert reader.take("marginal", []).shape == (0, DIMENSION)

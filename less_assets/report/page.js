@@ -1,0 +1,603 @@
+"use strict";
+// The page of a selection. Text of the pool reaches the document through `textContent` only; nothing is ever parsed as
+// HTML, no address is made of data, and the content security policy forbids every request.
+
+const byId = (id) => document.getElementById(id);
+
+/** A new element with properties and children; strings become text. */
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === null || value === undefined) continue;
+    if (name === "class") element.className = value;
+    else if (name === "on") for (const [event, does] of Object.entries(value)) element.addEventListener(event, does);
+    else element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const whole = new Intl.NumberFormat("en");
+const percent = (share) => (share >= 0.0995 || share === 0 ? Math.round(share * 100) : (share * 100).toFixed(1)) + " %";
+const number = (value) => (value === null ? "–" : Number(value).toPrecision(3).replace(/^(-?0\.\d*?)e/, "$1e"));
+const signed = (value) => (value === null ? "–" : (value >= 0 ? "+" : "−") + number(Math.abs(value)));
+
+/** JSON out of an inert script element: base64 of gzip. */
+async function unpack(element) {
+  const bytes = Uint8Array.from(atob(element.textContent), (character) => character.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+const GROUPS = {
+  selected: ["Selected", "rank"],
+  below_cut: ["Just below the cut", "rank"],
+  most_negative: ["Most negative", "rank"],
+};
+const FILTERS = [
+  ["subtask", "Subtask"],
+  ["source", "Source"],
+  ["length", "Length"],
+  ["turn_class", "Turns"],
+  ["language", "Language"],
+  ["certain", "Certainty"],
+  ["duplicate", "Near-duplicate"],
+];
+const FACET_COLUMN = { turns: "turn_class" };
+const ROW_HEIGHT = 46;
+
+let head, columns, count;
+let details = [];
+let words = []; // lower-case text of each row, to search in; filled package by package
+const packages = [...document.querySelectorAll("script.package")];
+let perPackage = 0;
+const unpacking = new Map();
+const state = { group: "selected", sort: "rank", descending: false, search: "", only: {} };
+let shown = [];
+let focused = 0;
+
+// ---- rows ----
+
+/** What opening a row shows; unpacks its package at first use. */
+async function detailOf(row) {
+  const place = Math.floor(row / perPackage);
+  if (!unpacking.has(place)) unpacking.set(place, unpack(packages[place]).then((part) => keep(place, part)));
+  await unpacking.get(place);
+  return details[row];
+}
+
+function keep(place, part) {
+  part.forEach((detail, index) => {
+    const row = place * perPackage + index;
+    details[row] = detail;
+    const spoken = detail.messages.map((message) => message[1]).join("\n");
+    words[row] = `${spoken}\n${columns.id[row]}\n${detail.file}`.toLowerCase();
+  });
+}
+
+/** Unpack everything while nothing else is going on, so that a search looks into whole conversations. */
+async function unpackAll() {
+  for (let place = 0; place < packages.length; place += 1) {
+    await new Promise((go) => (window.requestIdleCallback ? requestIdleCallback(go, { timeout: 300 }) : setTimeout(go)));
+    await detailOf(place * perPackage);
+  }
+  document.documentElement.dataset.unpacked = "yes";
+  performance.mark("texts unpacked");
+  if (state.search) refresh();
+  else describeCount();
+}
+
+function valueOf(column, row) {
+  const value = columns[column][row];
+  if (column === "certain") return value === null ? null : value ? "certain" : "borderline";
+  if (column === "duplicate") return value !== null && value >= head.near_duplicate ? "yes" : "no";
+  return value;
+}
+
+function matches(row) {
+  if (columns.group[row] !== state.group) return false;
+  for (const [column, value] of Object.entries(state.only)) if (valueOf(column, row) !== value) return false;
+  if (!state.search) return true;
+  const text = words[row] ?? `${columns.preview[row]}\n${columns.id[row]}`.toLowerCase();
+  return state.search.split(/\s+/).every((word) => text.includes(word));
+}
+
+function refresh() {
+  shown = [];
+  for (let row = 0; row < count; row += 1) if (matches(row)) shown.push(row);
+  const values = columns[state.sort];
+  const direction = state.descending ? -1 : 1;
+  shown.sort((a, b) => {
+    const [one, two] = [values[a], values[b]];
+    if (one === two) return columns.rank[a] - columns.rank[b];
+    if (one === null || two === null) return one === null ? 1 : -1;
+    return (one < two ? -1 : 1) * direction;
+  });
+  focused = 0;
+  byId("grid").scrollTop = 0;
+  byId("body").style.height = `${shown.length * ROW_HEIGHT}px`;
+  byId("grid").setAttribute("aria-rowcount", shown.length + 1);
+  describeCount();
+  drawLines(true);
+  drawControls();
+  performance.mark("rows drawn");
+}
+
+function describeCount() {
+  const total = columns.group.filter((group) => group === state.group).length;
+  const searching = state.search && !document.documentElement.dataset.unpacked ? " (still reading the texts)" : "";
+  byId("count").textContent =
+    (shown.length === total ? `${whole.format(total)} ${total === 1 ? "row" : "rows"}` : `${whole.format(shown.length)} of ${whole.format(total)} rows`) +
+    searching;
+}
+
+// ---- the list: only the lines in sight exist ----
+
+const lines = new Map();
+
+function headings() {
+  const scored = [
+    ["rank", "Rank", "number"],
+    ["score", "Score", "number"],
+    ["preview", "Prompt", ""],
+    ["subtask", "Subtask", "extra muted"],
+    ["source", "Source", "extra muted"],
+    ["tokens", "Tokens", "number extra muted"],
+    ["language", "Language", "extra muted"],
+    ["duplicate", "Nearest", "number extra muted"],
+  ];
+  return head.scored ? scored : scored.filter(([name]) => !["score", "subtask", "duplicate"].includes(name));
+}
+
+function lineOf(index) {
+  const row = shown[index];
+  const cells = headings().map(([column, , style]) => {
+    const cell = make("div", { role: "gridcell", class: style });
+    const value = columns[column][row];
+    if (column === "preview") {
+      cell.append(make("bdi", {}, value));
+      if (columns.certain[row] === false) cell.append(make("span", { class: "tag warn" }, "borderline"));
+      if (valueOf("duplicate", row) === "yes") cell.append(make("span", { class: "tag" }, "near-duplicate"));
+    } else if (column === "score") cell.textContent = signed(value);
+    else if (column === "duplicate") cell.textContent = value === null ? "–" : value.toFixed(2);
+    else cell.textContent = value === null ? "–" : column === "rank" || column === "tokens" ? whole.format(value) : value;
+    return cell;
+  });
+  const line = make("div", {
+    role: "row",
+    class: "line",
+    tabindex: index === focused ? 0 : -1,
+    "aria-rowindex": index + 2,
+    "data-index": index,
+  }, ...cells);
+  line.style.transform = `translateY(${index * ROW_HEIGHT}px)`;
+  return line;
+}
+
+function drawLines(anew = false) {
+  const body = byId("body");
+  if (anew) {
+    lines.forEach((line) => line.remove());
+    lines.clear();
+    body.querySelector(".empty")?.remove();
+    if (!shown.length) body.append(make("p", { class: "empty" }, "No row is like that."));
+  }
+  const { scrollTop, clientHeight } = byId("grid");
+  const first = Math.max(0, Math.floor(scrollTop / ROW_HEIGHT) - 6);
+  const last = Math.min(shown.length, Math.ceil((scrollTop + clientHeight) / ROW_HEIGHT) + 6);
+  for (const [index, line] of lines) {
+    if ((index < first || index >= last) && index !== focused) {
+      line.remove();
+      lines.delete(index);
+    }
+  }
+  for (let index = first; index < last; index += 1) {
+    if (!lines.has(index)) {
+      lines.set(index, lineOf(index));
+      body.append(lines.get(index));
+    }
+  }
+}
+
+function focusLine(index) {
+  if (!shown.length) return;
+  lines.get(focused)?.setAttribute("tabindex", -1);
+  focused = Math.max(0, Math.min(shown.length - 1, index));
+  const grid = byId("grid");
+  const top = focused * ROW_HEIGHT;
+  const room = grid.clientHeight - ROW_HEIGHT; // the headings stay in sight
+  if (top < grid.scrollTop) grid.scrollTop = top;
+  if (top + ROW_HEIGHT > grid.scrollTop + room) grid.scrollTop = top + ROW_HEIGHT - room;
+  drawLines();
+  lines.get(focused).setAttribute("tabindex", 0);
+  lines.get(focused).focus({ preventScroll: true });
+}
+
+function listKeys(event) {
+  const page = Math.max(1, Math.floor(byId("grid").clientHeight / ROW_HEIGHT) - 2);
+  const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -count, End: count };
+  if (event.key in moves) focusLine(focused + moves[event.key]);
+  else if (event.key === "Enter" || event.key === " ") open(shown[focused]);
+  else return;
+  event.preventDefault();
+}
+
+// ---- controls ----
+
+function setOnly(column, value) {
+  if (value) state.only[column] = value;
+  else delete state.only[column];
+  refresh();
+}
+
+function drawControls() {
+  for (const button of byId("groups").children)
+    button.setAttribute("aria-pressed", button.dataset.group === state.group);
+  for (const heading of byId("headings").children) {
+    const own = heading.dataset.column === state.sort;
+    heading.setAttribute("aria-sort", own ? (state.descending ? "descending" : "ascending") : "none");
+  }
+  for (const select of byId("filters").querySelectorAll("select")) select.value = state.only[select.dataset.column] ?? "";
+  for (const button of document.querySelectorAll(".facet button"))
+    button.setAttribute("aria-pressed", state.only[button.dataset.column] === button.dataset.value);
+  byId("clear").disabled = !state.search && !Object.keys(state.only).length;
+}
+
+function buildControls() {
+  for (const [group, [label]] of Object.entries(GROUPS)) {
+    const rows = columns.group.filter((each) => each === group).length;
+    if (!rows && group !== "selected") continue;
+    const choose = () => { state.group = group; refresh(); };
+    byId("groups").append(
+      make("button", { type: "button", "data-group": group, on: { click: choose } }, `${label} · ${whole.format(rows)}`)
+    );
+  }
+  for (const [column, label] of FILTERS) {
+    const values = [...new Set(columns[column].map((_, row) => valueOf(column, row)))].filter((value) => value !== null);
+    if (values.length < 2) continue;
+    const ordered = head.composition.find((part) => (FACET_COLUMN[part.name] ?? part.name) === column);
+    const order = ordered ? ordered.classes.map(([name]) => name) : [];
+    values.sort((a, b) => order.indexOf(a) - order.indexOf(b) || (a < b ? -1 : 1));
+    const select = make("select", { "data-column": column, on: { change: (event) => setOnly(column, event.target.value) } },
+      make("option", { value: "" }, "all"), ...values.map((value) => make("option", { value }, value)));
+    byId("filters").append(make("label", {}, label, select));
+  }
+  for (const [column, label, style] of headings()) {
+    const choose = () => {
+      const again = state.sort === column;
+      state.descending = again ? !state.descending : ["score", "tokens", "duplicate"].includes(column);
+      state.sort = column;
+      refresh();
+    };
+    byId("headings").append(
+      make("div", { role: "columnheader", class: style.replace("muted", ""), "data-column": column },
+        make("button", { type: "button", on: { click: choose } }, label))
+    );
+  }
+  let waiting;
+  byId("search").addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => { state.search = byId("search").value.trim().toLowerCase(); refresh(); }, 60);
+  });
+  byId("tools").addEventListener("submit", (event) => event.preventDefault());
+  byId("clear").addEventListener("click", () => clearAll());
+  const body = byId("body");
+  byId("grid").addEventListener("scroll", () => drawLines(), { passive: true });
+  body.addEventListener("keydown", listKeys);
+  body.addEventListener("click", (event) => {
+    const line = event.target.closest(".line");
+    if (line) { focusLine(Number(line.dataset.index)); open(shown[focused]); }
+  });
+  window.addEventListener("resize", () => drawLines());
+}
+
+function clearAll(only = {}, group = state.group) {
+  state.search = byId("search").value = "";
+  state.only = only;
+  state.group = group;
+  refresh();
+}
+
+// ---- the upper part ----
+
+function fact(name, value) {
+  return make("div", {}, make("dt", {}, name), make("dd", {}, value));
+}
+
+function buildOverview() {
+  const { counts } = head;
+  byId("project").textContent = `${head.project} · selection report`;
+  byId("title").textContent = `What ${head.recipe} selected for ${head.task}`;
+  byId("settings").append(...head.settings.map(([name, value]) => fact(name, value)));
+  const figures = [
+    [`rows of ${whole.format(counts.pool)} in the pool`, `${whole.format(counts.selected)} (${percent(counts.selected / counts.pool)})`],
+    [counts.estimated ? "answer tokens, estimated" : "loss tokens", whole.format(counts.tokens)],
+  ];
+  const cuts = Object.values(head.cuts);
+  if (cuts.length) {
+    const [low, high] = [Math.min(...cuts), Math.max(...cuts)];
+    figures.push(low === high ? ["score at the cut", signed(low)] : ["score at the cuts", `${signed(low)} to ${signed(high)}`]);
+  }
+  if (head.scored)
+    figures.push(head.certificate
+      ? ["certain rows; the others are borderline", whole.format(counts.certain)]
+      : ["fidelity was not measured", "no certificate"]);
+  byId("figures").append(...figures.map(([name, value]) => fact(name, value)));
+  byId("cut").hidden = !head.scored;
+  if (head.certificate) byId("cut").append(make("p", { class: "hint" }, head.certificate));
+  byId("notes").append(...head.notes.map(noteItem));
+  if (!head.notes.length) byId("notes").append(make("li", {}, "Nothing stands out."));
+  byId("composition").append(...head.composition.filter((part) => part.classes.length > 1).map(facet));
+  const uniform = head.composition.filter((part) => part.classes.length === 1);
+  byId("uniform").textContent = uniform.map(({ title, classes }) => `${title}: all ${classes[0][0]}`).join(" · ");
+  byId("overlap").hidden = !head.overlap.length;
+  byId("overlap-rows").append(...head.overlap.map((other) =>
+    make("tr", {}, make("th", { scope: "row" }, other.recipe), make("td", {}, whole.format(other.rows)),
+      make("td", {}, whole.format(other.shared)), make("td", {}, percent(other.shared / Math.max(1, counts.selected))),
+      make("td", {}, whole.format(other.expected)))));
+  byId("inputs").append(...Object.entries(head.inputs).map(([name, version]) =>
+    make("tr", {}, make("td", {}, name), make("td", {}, make("code", {}, version)))));
+}
+
+function noteItem({ text, filter }) {
+  const item = make("li", {}, make("span", {}, text));
+  if (filter) {
+    const { group = "selected", ...only } = filter;
+    const show = () => { clearAll(only, group); byId("rows").scrollIntoView(); };
+    item.append(make("button", { type: "button", "aria-label": `Show rows: ${text}`, on: { click: show } }, "Show"));
+  }
+  return item;
+}
+
+function facet({ name, title, classes }) {
+  const column = FACET_COLUMN[name] ?? name;
+  const chosen = classes.reduce((sum, [, own]) => sum + own, 0) || 1;
+  const all = classes.reduce((sum, [, , pool]) => sum + pool, 0) || 1;
+  const most = Math.max(...classes.map(([, own, pool]) => Math.max(own / chosen, pool / all)));
+  const items = classes.map(([label, own, pool]) => {
+    const [share, ofPool] = [own / chosen, pool / all];
+    const bar = make("span", { class: "share" });
+    bar.style.width = `${(100 * share) / most}%`;
+    const marker = make("span", { class: "of-pool" });
+    marker.style.left = `${(100 * ofPool) / most}%`;
+    const ratio = pool ? (share / ofPool >= 9.95 ? Math.round(share / ofPool) : (share / ofPool).toFixed(1)) + "×" : "";
+    const words = `${label}: ${percent(share)} of the selection, ${percent(ofPool)} of the pool`;
+    const choose = () => {
+      setOnly(column, state.only[column] === label ? "" : label);
+    };
+    return make("li", {}, make("button", {
+      type: "button", title: words, "aria-label": words, "aria-pressed": "false",
+      "data-column": column, "data-value": label, on: { click: choose },
+    }, make("span", { class: "name" }, make("bdi", {}, label)), make("span", { class: "track" }, bar, marker),
+    make("span", { class: "value" }, percent(share)), make("span", { class: "ratio" }, ratio)));
+  });
+  return make("div", { class: "facet" }, make("h3", {}, title), make("ul", {}, ...items));
+}
+
+// ---- one row ----
+
+let opened = null;
+
+async function open(row) {
+  opened = row;
+  const dialog = byId("detail");
+  const [label] = GROUPS[columns.group[row]];
+  byId("detail-title").textContent =
+    columns.group[row] === "most_negative" ? `${label}, number ${whole.format(columns.rank[row])}` : `${label === "Selected" ? "Rank" : "Below the cut, rank"} ${whole.format(columns.rank[row])}`;
+  const badges = [];
+  if (columns.score[row] !== null) badges.push(make("span", { class: "tag" }, `score ${signed(columns.score[row])}`));
+  if (columns.certain[row] !== null)
+    badges.push(make("span", { class: columns.certain[row] ? "tag good" : "tag warn" }, columns.certain[row] ? "certain" : "borderline"));
+  if (valueOf("duplicate", row) === "yes") badges.push(make("span", { class: "tag" }, "near-duplicate in the pool"));
+  byId("badges").replaceChildren(...badges);
+  const place = shown.indexOf(row);
+  byId("previous").disabled = place <= 0;
+  byId("next").disabled = place < 0 || place >= shown.length - 1;
+  if (!dialog.open) dialog.showModal();
+  byId("detail-body").replaceChildren(make("p", { class: "waiting" }, "Unpacking…"));
+  const detail = await detailOf(row);
+  if (opened !== row) return;
+  byId("detail-body").replaceChildren(...detailParts(row, detail));
+  byId("detail-body").scrollTop = 0;
+  history.replaceState(null, "", `#row=${columns.id[row]}`);
+}
+
+function detailParts(row, detail) {
+  const parts = [conversation(detail), detail.targets ? nearestTargets(detail) : null];
+  if (detail.subtasks) parts.push(scoreSplit(row, detail), nearRows(detail));
+  parts.push(origin(row, detail));
+  if (!detail.targets) parts[parts.length - 1].classList.add("wide");
+  return parts.filter(Boolean);
+}
+
+function message(role, ...text) {
+  return make("div", { class: `message ${role === "assistant" ? "assistant" : ""}` },
+    make("div", { class: "role" }, role), make("div", { class: "text", dir: "auto" }, ...text));
+}
+
+function conversation(detail) {
+  const section = make("section", {}, make("div", { class: "head" }, make("h3", {}, "This row")));
+  const { heat } = detail;
+  const turns = new Map((heat?.turns ?? []).map(([turn, texts, shares]) => [turn, { texts, shares }]));
+  const strongest = Math.max(1e-12, ...[...turns.values()].flatMap(({ shares }) => shares.map(Math.abs)));
+  const body = make("div");
+  const draw = (warm) => {
+    body.replaceChildren(...detail.messages.map(([role, text], turn) =>
+      message(role, ...(warm && turns.has(turn) ? warmed(turns.get(turn), strongest, heat.influence) : [text]))));
+  };
+  if (heat) {
+    const toggle = make("input", { type: "checkbox", id: "heat", checked: "" });
+    toggle.addEventListener("change", () => draw(toggle.checked));
+    section.firstChild.append(make("label", {}, toggle, " Token heat"));
+  }
+  draw(Boolean(heat));
+  section.append(body);
+  if (heat) section.append(legend(heat, strongest), strongestTokens(turns));
+  return section;
+}
+
+/** Tokens of a turn, tinted by how much each adds to the row's influence, or takes from it. */
+function warmed({ texts, shares }, strongest, influence) {
+  return texts.map((text, place) => {
+    const part = shares[place] / strongest;
+    const step = Math.min(4, Math.floor(Math.abs(part) * 4 + 0.6));
+    const ofAll = influence ? `, ${percent(Math.abs(shares[place] / influence))} of the row's influence` : "";
+    return make("span", {
+      class: step ? `token ${part > 0 ? "p" : "n"}${step}` : "token",
+      title: `${signed(shares[place])}${ofAll}`,
+    }, text);
+  });
+}
+
+function legend(heat, strongest) {
+  const scale = make("span", { class: "scale", "aria-hidden": "true" },
+    ...["n4", "n3", "n2", "n1", "p1", "p2", "p3", "p4"].map((name) => make("i", { class: name })));
+  const momentum = heat.momentum
+    ? ` Momentum, which belongs to no token, adds ${signed(heat.momentum)}.` : "";
+  return make("p", { class: "legend" },
+    `takes away ${signed(-strongest)}`, scale, `adds ${signed(strongest)}.`,
+    make("span", {}, `The shares add up to the row's exact influence, ${signed(heat.influence)}.${momentum}` +
+      (heat.cut ? " The row was cut at the model's maximum length." : "")));
+}
+
+/** A token's text with its white space to be seen. */
+const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+
+function strongestTokens(turns) {
+  const all = [...turns.values()].flatMap(({ texts, shares }) => texts.map((text, place) => [text, shares[place]]));
+  const best = all.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 8);
+  return make("ul", { class: "tokens", "aria-label": "Tokens with the largest shares" },
+    ...best.map(([text, share]) => make("li", {}, make("code", {}, visible(text)), ` ${signed(share)}`)));
+}
+
+function nearestTargets(detail) {
+  const section = make("section", {}, make("div", { class: "head" }, make("h3", {}, "Target examples that it helps most")));
+  const tabs = make("div", { class: "tabs", role: "group", "aria-label": "Target examples" });
+  const body = make("div");
+  const choose = (chosen) => {
+    const target = head.targets[detail.targets[chosen][0]];
+    [...tabs.children].forEach((tab, place) => tab.setAttribute("aria-pressed", place === chosen));
+    body.replaceChildren(make("p", { class: "hint" }, target.subtask),
+      ...target.messages.map(([role, text]) => message(role, text)), message("assistant", target.prefix + target.completion));
+  };
+  detail.targets.forEach(([, cosine], place) =>
+    tabs.append(make("button", { type: "button", on: { click: () => choose(place) } }, signed(cosine))));
+  section.append(tabs, body);
+  choose(0);
+  return section;
+}
+
+function bars(entries) {
+  const values = entries.map(({ value }) => value ?? 0);
+  const [low, high] = [Math.min(0, ...values), Math.max(0, ...values)];
+  const span = high - low || 1;
+  const zero = (-100 * low) / span;
+  return make("div", { class: "bars" }, ...entries.flatMap(({ name, value, own }) => {
+    const fill = make("span", { class: value < 0 ? "fill negative" : "fill" });
+    fill.style.left = `${value < 0 ? zero + (100 * value) / span : zero}%`;
+    fill.style.width = `${(100 * Math.abs(value ?? 0)) / span}%`;
+    const mark = make("span", { class: "zero" });
+    mark.style.left = `${zero}%`;
+    return [make("span", { class: own ? "name own" : "name" }, name),
+      make("span", { class: "track", "aria-hidden": "true" }, fill, mark), make("span", { class: "value" }, signed(value))];
+  }));
+}
+
+function scoreSplit(row, detail) {
+  const own = columns.subtask[row];
+  const subtasks = head.subtasks.map((name, place) => ({ name, value: detail.subtasks[place], own: name === own }));
+  subtasks.sort((a, b) => (b.value ?? -9) - (a.value ?? -9));
+  const some = subtasks.length > 14 ? [...subtasks.slice(0, 8), ...subtasks.slice(-4)] : subtasks;
+  const section = make("section", {}, make("h3", {}, head.exact ? "Score by subtask (exact where it was rescored)" : "Score by subtask"), bars(some));
+  const cut = head.cuts[own];
+  if (cut !== undefined && columns.group[row] !== "most_negative") {
+    const above = columns.score[row] - cut;
+    const side = above >= 0 ? "above" : "below";
+    section.append(make("p", { class: "hint" }, `${number(Math.abs(above))} ${side} the cut of ${own}, ${signed(cut)}.`));
+  }
+  if (detail.chance !== null)
+    section.append(make("p", { class: "hint" }, `Exact scores would select it with a chance of ${percent(detail.chance)}.`));
+  if (some.length < subtasks.length)
+    section.append(make("p", { class: "hint" }, `The best 8 and the worst 4 of ${subtasks.length} subtasks.`));
+  section.append(make("h3", { class: "next" }, `By checkpoint, on ${own}`), bars(head.checkpoints.map(({ name, weight }, place) => ({
+    name: `${name} (weight ${percent(weight)})`, value: detail.checkpoints[place],
+  }))));
+  return section;
+}
+
+function nearRows(detail) {
+  const items = detail.near.map((near) => {
+    const title = make("div", { class: "head" }, make("span", {},
+      `cosine ${near.cosine.toFixed(3)}`, near.cosine >= head.near_duplicate ? make("span", { class: "tag warn" }, "near-duplicate") : null,
+      make("span", { class: "tag" }, near.place === null ? "not on this page" : GROUPS[columns.group[near.place]][0].toLowerCase())));
+    const text = make("div", { class: "text", dir: "auto" });
+    if (near.messages) text.textContent = near.messages.map(([role, said]) => `${role}: ${said}`).join("\n");
+    else if (near.place !== null) {
+      text.textContent = columns.preview[near.place];
+      title.append(make("button", { type: "button", on: { click: () => open(near.place) } }, "Open"));
+    }
+    return make("li", {}, title, text, make("code", {}, near.id));
+  });
+  return make("section", {}, make("h3", {}, "Nearest rows of the pool, by gradient"), make("ul", { class: "near" }, ...items));
+}
+
+function origin(row, detail) {
+  const facts = [
+    ["id", columns.id[row]],
+    ["source", columns.source[row]],
+    ["file", `${detail.file}:${detail.line}`],
+    ["shard, row", `${detail.shard}, ${detail.row}`],
+    ["copies in the pool", whole.format(detail.copies)],
+    ["loss tokens", columns.tokens[row] === null ? "–" : whole.format(columns.tokens[row])],
+    ["turns, language", `${columns.turns[row]}, ${columns.language[row]}`],
+    ["on the command line", `less-assets explain ${head.task} ${columns.id[row]}`],
+    ["its whole lineage", `less-assets trace ${columns.id[row]}`],
+  ];
+  return make("section", { class: "wide" }, make("h3", {}, "Where it comes from"),
+    make("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, make("code", {}, value))])));
+}
+
+function buildDialog() {
+  const dialog = byId("detail");
+  const step = (by) => {
+    const place = shown.indexOf(opened) + by;
+    if (place >= 0 && place < shown.length) { focused = place; open(shown[place]); }
+  };
+  byId("previous").addEventListener("click", () => step(-1));
+  byId("next").addEventListener("click", () => step(1));
+  byId("close").addEventListener("click", () => dialog.close());
+  dialog.addEventListener("keydown", (event) => {
+    if (event.target.matches("input") || event.altKey || event.ctrlKey || event.metaKey) return;
+    if (event.key === "ArrowLeft") step(-1);
+    else if (event.key === "ArrowRight") step(1);
+  });
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("close", () => {
+    opened = null;
+    history.replaceState(null, "", "#rows");
+    focusLine(focused);
+  });
+}
+
+async function start() {
+  const first = await unpack(byId("head"));
+  head = first.head;
+  columns = first.columns;
+  count = columns.id.length;
+  perPackage = head.rows_of_a_package;
+  document.body.classList.toggle("scored-not", !head.scored);
+  buildOverview();
+  buildControls();
+  buildDialog();
+  refresh();
+  document.documentElement.dataset.ready = "yes";
+  const wanted = columns.id.indexOf(location.hash.replace("#row=", ""));
+  if (wanted >= 0) { state.group = columns.group[wanted]; refresh(); focused = shown.indexOf(wanted); open(wanted); }
+  await unpackAll();
+}
+
+start().catch((error) => {
+  byId("trouble").hidden = false;
+  byId("trouble").textContent = `The page cannot be shown: ${error.message}. It needs a browser of 2023 or later.`;
+  throw error;
+});

@@ -1,0 +1,161 @@
+"""Single rows of the pool, read back out of stored artifacts: where they stand, what they say, how they score.
+
+Belongs here: looking rows up by id or address, for whoever explains them. Not here: what is made of it (`explain.py`,
+`trace.py`, `report/`), or computing anything that is stored (`assets/`).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from less_assets.assets.gradients import FEATURES, TARGET_FEATURES
+from less_assets.assets.pool import EXAMPLES, INDEX
+from less_assets.assets.ranking import score_file
+from less_assets.errors import LessAssetsError
+from less_assets.lineage import Lineage
+from less_assets.store.features import FeatureReader, open_features
+from less_assets.store.tables import read_parquet
+
+SHORTEST_PREFIX = 6
+ROWS_AT_ONCE = 512
+"""Rows whose whole features are in memory at a time."""
+
+
+def find_row(line: Lineage, example_id: str) -> pl.DataFrame:
+    """All copies of a row of the pool, the one that counts first.
+
+    Args:
+        line: Reads the pool's index.
+        example_id: The id, or the beginning of one.
+
+    Returns:
+        Rows of `pool_index`, at least one.
+
+    Raises:
+        LessAssetsError: No usable row has such an id, or several have.
+    """
+    wanted = example_id.strip().lower()
+    index = read_parquet(line.folder("pool_index"), INDEX)
+    found = index.filter(pl.col("example_id").str.starts_with(wanted)).sort("canonical", descending=True)
+    names = found["example_id"].unique(maintain_order=True).to_list()
+    if len(wanted) < SHORTEST_PREFIX or not names:
+        raise LessAssetsError(
+            f"The pool has no usable row {example_id!r}.",
+            where=f"pool of {line.project.name}, {index.height} usable rows",
+            fix="ids stand in subset.jsonl, in the selection report and in examples.parquet of each shard; give at "
+            f"least {SHORTEST_PREFIX} characters. Quarantined rows have none",
+        )
+    if len(names) > 1:
+        raise LessAssetsError(
+            f"{len(names)} rows begin with {example_id!r}: {', '.join(names[:3])}", fix="give more of the id"
+        )
+    return found
+
+
+def messages_of(line: Lineage, rows: pl.DataFrame) -> dict[str, list[Any]]:
+    """Messages of rows of the pool, by id.
+
+    Args:
+        line: Reads the pool.
+        rows: Columns `shard` and `row`.
+    """
+    found: dict[str, list[Any]] = {}
+    for shard in rows["shard"].unique(maintain_order=True):
+        table = read_parquet(line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+        found |= dict(table[rows.filter(pl.col("shard") == shard)["row"].to_list()].iter_rows())
+    return found
+
+
+def scores_of(line: Lineage, task: str, rows: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
+    """Columns of the score tables for some rows, in their order.
+
+    Args:
+        line: Reads `influence_scores`.
+        task: The task.
+        rows: Columns `shard` and `row`.
+        columns: Names of score columns.
+    """
+    folder = line.folder("influence_scores", task)
+    parts = []
+    for shard in rows["shard"].unique(maintain_order=True):
+        table = read_parquet(folder, score_file(shard), ["shard", "row", "status", "loss_tokens", *columns])
+        parts.append(table[rows.filter(pl.col("shard") == shard)["row"].to_list()])
+    places = rows.select("shard", pl.col("row").cast(pl.Int64))
+    if not parts:
+        return places
+    return places.join(pl.concat(parts), on=["shard", "row"], how="left", maintain_order="left")
+
+
+def score_column(form: str, rule: str, checkpoint: str | None = None) -> str:
+    """Name of a score column."""
+    return f"{form}.{rule}" if checkpoint is None else f"{form}.{rule}.{checkpoint}"
+
+
+def subtask_label(line: Lineage, task: str) -> pl.Expr:
+    """A selected row's subtask as the task's tables name it: of a group, `member/subtask`."""
+    group = line.project.task(task).members is not None
+    return pl.concat_str("task", "subtask", separator="/") if group else pl.col("subtask")
+
+
+def checkpoint_weights(line: Lineage) -> dict[str, float]:
+    """Normalised mean learning rate of each checkpoint."""
+    from less_assets.method.influence import normalised_weights
+
+    return normalised_weights(
+        {name: line.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in line.project.checkpoints}
+    )
+
+
+def target_features(line: Lineage, checkpoint: str, task: str) -> np.ndarray:
+    """Sketched gradients of a task's target examples at a checkpoint, float32 (m, k)."""
+    table = read_parquet(line.folder("target_gradients", f"{checkpoint}|{task}"), TARGET_FEATURES, ["features"])
+    return np.stack(list(table["features"].to_numpy()))
+
+
+def target_influence(
+    line: Lineage, form: str, task: str, rows: pl.DataFrame, weights: Mapping[str, float]
+) -> np.ndarray:
+    """Influence of rows on every single target example, float32 (n, m), in the order of `rows`.
+
+    Args:
+        line: Reads features.
+        form: Direction form.
+        task: Whose target examples.
+        rows: Columns `place` (0 … n − 1), `shard`, `row`.
+        weights: Checkpoint -> normalised mean learning rate.
+    """
+    from less_assets.method.neighbours import target_cosines
+
+    targets = {name: target_features(line, name, task) for name in weights}
+    cosines = np.zeros((rows.height, len(next(iter(targets.values())))), dtype=np.float32)
+    for name, weight in weights.items():
+        for places, features in features_of(line, name, form, rows):
+            cosines[places] += target_cosines({name: features}, {name: targets[name]}, {name: weight})
+    return cosines
+
+
+def features_of(
+    line: Lineage, checkpoint: str, form: str, rows: pl.DataFrame
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Features of rows, a few hundred at a time, in order of shard and row.
+
+    Args:
+        line: Reads features.
+        checkpoint: At which checkpoint.
+        form: Direction form.
+        rows: Columns `place`, `shard`, `row`.
+
+    Yields:
+        Places (from the column `place`) and features float32 (·, k).
+    """
+    for (shard,), part in rows.sort("shard", "row").group_by("shard", maintain_order=True):
+        reader = feature_reader(line, checkpoint, str(shard))
+        for piece in part.iter_slices(ROWS_AT_ONCE):
+            yield piece["place"].to_list(), reader.take(form, piece["row"].to_list())
+
+
+def feature_reader(line: Lineage, checkpoint: str, shard: str) -> FeatureReader:
+    """Features of a shard at a checkpoint."""
+    return open_features(line.folder("train_gradients", f"{checkpoint}|{shard}"), FEATURES)

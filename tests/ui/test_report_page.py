@@ -1,0 +1,219 @@
+"""The page of a real run in a real browser: it works, it is legible, and nothing in a row's text ever runs."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import HOSTILE
+
+from less_assets.assets.explanations import REPORT
+from less_assets.lineage import Lineage
+from less_assets.project import load_project
+from less_assets.resources import open_store
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
+
+CONTRAST = """selector => {
+  const parse = color => color.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
+  return [...document.querySelectorAll(selector)].slice(0, 6).map(element => {
+    let ground = element;
+    while (ground && (parse(getComputedStyle(ground).backgroundColor)[3] ?? 1) === 0) ground = ground.parentElement;
+    const [one, two] = [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor]
+      .map(color => light(parse(color)));
+    return (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+  });
+}"""
+
+
+def page_file(project_file: Path, recipe: str) -> Path:
+    project = load_project(project_file)
+    line = Lineage(project, open_store(project))
+    return Path(str(line.folder("selection_report", f"{recipe}|sums").path(REPORT)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, explained_project):
+    """Open a recipe's page; at the end, nothing was complained about and nothing was asked for but the file."""
+    contexts, trouble, requests = [], [], []
+
+    def opened(recipe: str = "less", **settings):
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file(explained_project, recipe).as_uri())
+        page.wait_for_selector("html[data-unpacked]")
+        return page
+
+    yield opened
+    hacked = [page.evaluate("window.hacked") for context in contexts for page in context.pages]
+    for context in contexts:
+        context.close()
+    assert not any(hacked)
+    assert trouble == []
+    assert [url for url in requests if not url.endswith(REPORT)] == []
+    assert len(requests) == len(contexts)
+
+
+def prompts(page) -> list[str]:
+    return page.locator(".body .line bdi").all_inner_texts()
+
+
+def test_it_says_what_was_selected(open_page):
+    page = open_page()
+    assert page.title() == "less for sums · tiny"
+    assert page.locator("h1").inner_text() == "What less selected for sums"
+    assert "48 (100 %)" in page.locator("#figures").inner_text()
+    assert page.locator("#count").inner_text() == "48 rows"
+    assert page.locator("#overlap-rows tr").count() == 2
+    assert page.locator("#cut svg").first.is_visible()
+    assert "pool_index" in page.locator("#inputs").text_content()
+
+
+def test_search_looks_into_whole_conversations(open_page):
+    page = open_page()
+    page.fill("#search", "javascript:")
+    sync_api.expect(page.locator("#count")).to_contain_text("1 of")
+    assert prompts(page) == ["what is address ?"]
+    page.fill("#search", "no such words")
+    page.wait_for_selector(".empty")
+    page.click("#clear")
+    assert page.locator("#count").inner_text() == "48 rows"
+
+
+def test_rows_are_sorted_and_filtered(open_page):
+    page = open_page()
+    page.click("#headings [data-column=score] button")
+    assert page.locator("#headings [data-column=score]").get_attribute("aria-sort") == "descending"
+    scores = [float(text.replace("−", "-")) for text in page.locator(".body .line :nth-child(2)").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    page.select_option("#filters select[data-column=source]", "colors")
+    first = page.locator("#count").inner_text()
+    assert " of 48 rows" in first
+    page.click("#clear")
+    page.click(".facet button[data-column=source][data-value=colors]")
+    assert page.locator("#count").inner_text() == first, "a line of the composition is a filter"
+
+
+def test_rows_below_the_cut_have_a_list_of_their_own(open_page):
+    page = open_page("few")
+    page.click("#groups [data-group=below_cut]")
+    assert page.locator("#count").inner_text() == "4 rows"
+    page.locator(".body .line").first.click()
+    page.wait_for_selector("#detail-body section")
+    assert page.locator("#detail-title").inner_text() == "Below the cut, rank 6"
+    assert page.locator(".token").count() > 0
+
+
+def test_an_open_row_shows_heat_targets_and_neighbours(open_page):
+    page = open_page()
+    page.locator(".body .line").first.click()
+    page.wait_for_selector("#detail-body section")
+    assert page.locator("#detail-title").inner_text() == "Rank 1"
+    heat = page.locator(".token")
+    assert heat.count() >= 2
+    assert page.locator(".token.p4, .token.n4").count() >= 1, "the strongest token has the strongest tint"
+    assert "exact influence" in page.locator(".legend").inner_text()
+    page.uncheck("#heat")
+    assert heat.count() == 0
+    assert page.locator(".near li").count() == 3
+    assert page.locator(".bars").count() == 2
+    targets = page.locator("#detail section").nth(1)
+    before = targets.inner_text()
+    targets.locator("button").nth(1).click()
+    assert targets.inner_text() != before
+    assert (
+        "data/plus.jsonl:" in page.locator(".facts").inner_text()
+        or "data/colors" in page.locator(".facts").inner_text()
+    )
+
+
+def test_it_is_worked_by_keyboard_alone(open_page):
+    page = open_page()
+    page.locator(".body .line").first.focus()
+    for key in ("End", "Home", "ArrowDown", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    assert page.locator("#detail-title").inner_text() == "Rank 3"
+    page.keyboard.press("ArrowRight")
+    sync_api.expect(page.locator("#detail-title")).to_have_text("Rank 4")
+    page.keyboard.press("Escape")
+    assert not page.locator("#detail").is_visible()
+    assert page.evaluate("document.activeElement.dataset.index") == "3", "the focus is back on the row"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_row_is_text(open_page, name):
+    page = open_page()
+    page.fill("#search", f"what is {name} ?")
+    sync_api.expect(page.locator("#count")).to_contain_text("of 48")
+    page.locator(".body .line", has_text=f"what is {name} ?").click()
+    page.wait_for_selector("#detail-body section")
+    page.uncheck("#heat")
+    said = page.locator("#detail-body .message.assistant .text").first
+    assert said.text_content() == HOSTILE[name]
+    assert page.locator("img, iframe, a:not(.skip)").count() == 0
+    assert page.locator("script:not([type])").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_enough_contrast_in_light_and_dark(open_page, scheme):
+    page = open_page(color_scheme=scheme)
+    looked_at = ["h1", ".hint", ".settings dt", ".notes li", ".facet button", ".headings button", ".line > *"]
+    looked_at += ["#groups button", ".figures dt", ".plain th", ".tag", "figcaption"]
+    page.locator(".body .line").first.click()
+    page.wait_for_selector("#detail-body section")
+    looked_at += [".token", ".legend", ".message .role", ".facts dt", ".tokens li", ".bars .value", ".waiting, h3"]
+    ratios = {selector: page.evaluate(CONTRAST, selector) for selector in looked_at}
+    assert {selector: found for selector, found in ratios.items() if found and min(found) < 4.5} == {}
+    page.evaluate("""() => { for (const step of ['p1','p2','p3','p4','n1','n2','n3','n4'])
+        document.querySelector('.message .text').append(Object.assign(document.createElement('span'),
+        { className: `tint token ${step}`, textContent: step })); }""")
+    tints = page.evaluate(CONTRAST.replace("slice(0, 6)", "slice(0, 8)"), ".tint")
+    assert len(tints) == 8
+    assert min(tints) >= 4.5
+
+
+def test_a_recipe_without_scores_and_a_narrow_window(open_page):
+    page = open_page("random-seed0", viewport={"width": 390, "height": 800})
+    assert page.locator("#count").inner_text() == "10 rows"
+    assert not page.locator("#cut").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "nothing sticks out"
+    page.locator(".body .line").first.click()
+    page.wait_for_selector("#detail-body section")
+    assert page.locator("#detail .near").count() == 0
+
+
+def test_a_rescored_recipe_shows_exact_scores(open_page):
+    page = open_page("few")
+    assert "exact influence of 20 candidates" in page.locator("figcaption").inner_text().lower()
+    assert "rescored" in page.locator("#settings").inner_text()
+
+
+def test_a_link_opens_its_row(open_page, explained_project):
+    page = open_page()
+    page.locator(".body .line").nth(2).click()
+    page.wait_for_selector("#detail-body section")
+    row = page.evaluate("location.hash")
+    other = page.context.new_page()
+    other.goto(page_file(explained_project, "less").as_uri() + row)
+    other.wait_for_selector("#detail-body section")
+    assert other.locator("#detail-title").inner_text() == "Rank 3"
+    other.close()
