@@ -172,7 +172,7 @@ def demo_project(folder: str, small: bool) -> str:
         settings["pool"]["sources"] = [{**each, "limit": 6} for each in settings["pool"]["sources"][:4]]
         for task in settings["tasks"]:
             task["evaluation"]["limit"] = 4
-        settings["warmup"]["epochs"] = 1
+        settings["warmup"] |= {"epochs": 1, "fraction": 0.5}
         settings["recipes"] = [each for each in settings["recipes"] if each["name"] != "random"]
     path = Path(folder) / "project.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -385,7 +385,8 @@ LOAD = (
     "print(time.perf_counter() - started, *heavy)"
 )
 PAGE = (
-    '{assetNodeOrError(assetKey: {path: ["%s"]}) {... on AssetNode {id partitionKeyConnection(limit: 500, ascending: true) {results} '
+    '{assetNodeOrError(assetKey: {path: ["%s"]}) {... on AssetNode {id '
+    "partitionKeyConnection(limit: 500, ascending: true) {results} "
     "partitionStats {numMaterialized numPartitions} staleStatus}}}"
 )
 

@@ -95,7 +95,7 @@ def write_project(
         "model": {"base": str(model), "dtype": "float32", "device": "cpu", "max_length": 128},
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.0},
         "pool": {"shard_size": shard_size, "sources": [{"name": "pool", "path": "data/pool-*.jsonl"}]},
-        "warmup": {"fraction": warmup_rows / rows, "epochs": epochs, "learning_rate": 1e-3, "batch_size": 32},
+        "warmup": {"fraction": min(1.0, warmup_rows / rows), "epochs": epochs, "learning_rate": 1e-3, "batch_size": 32},
         "gradients": {"forms": ["adamw"], "dimension": 4096, "storage": "int4", "token_budget": 2048},
         "tasks": [
             {
