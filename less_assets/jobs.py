@@ -218,6 +218,23 @@ class GraphRunner:
             instance=self._instance,
             raise_on_error=True,
         )
+        if len(partitions) > 1:
+            self._check(asset, partitions, process)
+
+    def _check(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
+        """Run an asset's checks on each partition of a range run: Dagster skips them where several share a run."""
+        checks = self._graph.get_check_keys_for_assets({dg.AssetKey(asset)})
+        if not checks:
+            return
+        job = self._job.get_subset(asset_selection=set(), asset_check_selection=checks)
+        for partition in partitions:
+            job.execute_in_process(
+                run_config={"loggers": {"console": {"config": {}}}},
+                partition_key=partition,
+                tags={"less-assets/command": "run", PROCESS_TAG: process},
+                instance=self._instance,
+                raise_on_error=True,
+            )
 
     def _tell_who_is_waited_for(self, asset: str) -> None:
         """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
