@@ -78,6 +78,7 @@ STALE: dict[str, set[str]] = {
     "gradients.token_budget": NOTHING,
     "gradients.gradient_checkpointing": NOTHING,
     "gradients.directions_limit": NOTHING,
+    "tasks[].control": NOTHING,  # only a check reads it
     "tasks[].evaluation.token_budget": NOTHING,
     "recipes[].model": {"finetuned_model"},
     "finetuning.gradient_checkpointing": NOTHING,
@@ -113,6 +114,8 @@ STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     "recipes[].tokens": (50, {"recipe_settings"}, NOTHING),
     "recipes[].seeds": ([4], NOTHING, {"recipe_settings"}),
     "recipes[].rows": (9, {"recipe_settings"}, NOTHING),
+    "recipes[].keep": ("top", {"recipe_settings"}, NOTHING),
+    "recipes[].match": ("less", {"recipe_settings"}, NOTHING),
     "warmup.import": (["import"], {"warmup_sample"}, NOTHING),
     "warmup.mean_learning_rates": ([2e-5], {"warmup_checkpoints"}, NOTHING),
     "tasks[].evaluation.harness": ("bbh", {"target_examples"}, NOTHING),
@@ -227,8 +230,11 @@ def before_and_after(path: str, value: object) -> tuple[dict, dict]:
     before = deepcopy(BASE)
     for other, given in EXTRA.get(path, {}).items():
         set_key(before, other, deepcopy(given))
-    if path == "recipes[].seeds" or path == "recipes[].rows":
+    if path in ("recipes[].seeds", "recipes[].rows"):
         before["recipes"].insert(0, before["recipes"].pop(1))
+    strategies = {"recipes[].keep": "perplexity", "recipes[].match": "length_matched"}
+    if path in strategies:
+        before["recipes"].insert(0, {"name": "added", "strategy": strategies[path], "rows": 3})
     if path == "tasks[].members":
         before["tasks"].insert(0, before["tasks"].pop(2))
     after = deepcopy(before)

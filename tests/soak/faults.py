@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from killing import differences, small_project, stored_files
+from killing import RESULTS, differences, small_project, stored_files
 
 from less_assets import materialization
 from less_assets.build import build_definitions
@@ -185,7 +185,8 @@ class FinishedRun:
         stored = self.root / plan.folder / plan.fingerprint
         files = {file.relative_to(folder.root): file for file in Path(str(folder.root)).rglob("*") if file.is_file()}
         for name, file in files.items():
-            assert file.read_bytes() == (stored / name).read_bytes(), f"{step.name} went through with other numbers"
+            same = file.read_bytes() == (stored / name).read_bytes()
+            assert same or plan.folder.startswith(RESULTS), f"{step.name} went through with other numbers"
         return None
 
 
