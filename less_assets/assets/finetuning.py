@@ -70,7 +70,7 @@ def finetune(work: Work) -> Computed:
         scratch,
         lora=lora_settings(work.project),
         keep="latest",
-        on_progress=lambda _: progress(1),
+        on_progress=lambda step: progress(1, step.tokens),
     )
     copy_files(result.folder, work.folder)
     curve = pl.DataFrame([asdict(step) for step in result.curve])

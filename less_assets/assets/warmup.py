@@ -130,7 +130,7 @@ def train_checkpoint(work: Work) -> Computed:
         folder,
         lora=lora_settings(work.project),
         until_epoch=epoch,
-        on_progress=lambda _: progress(1),
+        on_progress=lambda step: progress(1, step.tokens),
     )[-1]
     copy_files(checkpoint.folder, work.folder)
     return Computed(
