@@ -183,7 +183,11 @@ def run(
         if resample_warmup:
             draw_sample_again(store)
         register_shards(loaded, store, instance)
-        outcome = runner.run(request)
+        try:
+            outcome = runner.run(request)
+        except (LessAssetsError, OSError):
+            print(f"\nstopped after {duration(time.monotonic() - started)}; {KEPT}", file=sys.stderr)
+            raise
         made = sum(len(partitions) for partitions in outcome.materialized.values())
         seconds = duration(time.monotonic() - started)
         print(f"\n{made} artifacts made, {outcome.fresh} were fresh; {seconds}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 
-from less_assets.errors import CorruptArtifactError, MissingArtifactError
+from less_assets.errors import CorruptArtifactError, MissingArtifactError, PoolFormatError
 from less_assets.project import Project, Source
 from less_assets.provenance import digest
 from less_assets.store.artifacts import ArtifactStore
@@ -91,6 +91,24 @@ class Ledger:
             )
         return self._by_key[key]
 
+    def refuse_changed(self, project: Project, key: str) -> None:
+        """Refuse a shard whose files were written to since the scan; call it once its rows have been read.
+
+        Else rows of today would be stored under the digest of yesterday's.
+
+        Raises:
+            PoolFormatError: The rows are not those of the scan any more.
+        """
+        stamps = {file.path: file.stamp for files in self._files.values() for file in files}
+        for segment in self.shard(key).segments:
+            file = data_path(project, segment.path)
+            if _stamp(file) != stamps.get(segment.path) and _digest(file, segment) != segment.digest:
+                raise PoolFormatError(
+                    "the file has changed since the pool was scanned",
+                    where=f"{file}, rows {segment.first_row + 1} to {segment.first_row + segment.rows}",
+                    fix="run the same command again once nobody writes to it: it scans the pool first",
+                )
+
     @classmethod
     def load(cls, store: ArtifactStore) -> "Ledger":
         """The ledger of the last scan; empty if there was none.
@@ -169,6 +187,12 @@ def _look(project: Project, source: Source, known_order: list[str], known: dict[
         rows = known.get((path, stamp))
         files.append(_File(path, count_rows(file) if rows is None else rows, stamp))
     return files
+
+
+def _digest(file: str, segment: Segment) -> str:
+    from less_assets.method.row_files import range_digests
+
+    return range_digests(file, [(segment.first_row, segment.rows)])[0]
 
 
 def _stamp(path: str) -> str:

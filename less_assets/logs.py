@@ -3,10 +3,15 @@
 Belongs here: one Dagster logger that prints what a person wants to read. Dagster's own event log keeps everything.
 """
 
+import json
 import logging
+import os
 import sys
 
 import dagster as dg
+
+FORMAT_VARIABLE = "LESS_ASSETS_LOG"
+"""Set to `json`, it makes every line one JSON object: time, level, run, asset, message."""
 
 
 class _Message(logging.Formatter):
@@ -19,14 +24,29 @@ class _Message(logging.Formatter):
         return f"{self.formatTime(record, '%H:%M:%S')}  {level}{message}"
 
 
+class _Json(logging.Formatter):
+    """One JSON object a line, for programs that collect logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        meta = getattr(record, "dagster_meta", {}) or {}
+        entry = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "run": meta.get("run_id"),
+            "asset": meta.get("step_key"),
+            "message": meta.get("orig_message") or record.getMessage(),
+        }
+        return json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False)
+
+
 @dg.logger(
     {"log_level": dg.Field(str, default_value="INFO", is_required=False, description="Lowest level that is printed.")},
-    description="One short line for each message, on standard error.",
+    description="One short line for each message, on standard error; JSON if LESS_ASSETS_LOG is json.",
 )
 def compact_console(init_context: dg.InitLoggerContext) -> logging.Logger:
     """Dagster's console logger of this project."""
     logger = logging.Logger("less_assets", level=init_context.logger_config["log_level"])
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Message())
+    handler.setFormatter(_Json() if os.environ.get(FORMAT_VARIABLE) == "json" else _Message())
     logger.addHandler(handler)
     return logger

@@ -23,13 +23,15 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, log: Callable[[str], object], done: int = 0) -> None:
         self.what, self.total, self.unit, self._log = what, total, unit, log
         self.done = self._done_before = done
+        self._tokens = 0
         self.started = self._last = time.monotonic()
         if done:
             self._log(f"{what}: {done:,} of {total:,} {unit} were done before, going on from there")
 
-    def __call__(self, units: int) -> None:
-        """Count `units` more units as done."""
+    def __call__(self, units: int, tokens: int = 0) -> None:
+        """Count `units` more units as done, and the tokens that went through a model for them."""
         self.done += units
+        self._tokens += tokens
         now = time.monotonic()
         if now - self._last >= INTERVAL_SECONDS and self.done < self.total:
             self._last = now
@@ -38,8 +40,11 @@ class Progress:
             share = 100 * self.done / self.total
             self._log(
                 f"{self.what}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), "
-                f"{rate:,.1f} {self.unit}/s, {duration(left)} left"
+                f"{rate:,.1f} {self.unit}/s, {self._tokens_a_second(now)}{duration(left)} left"
             )
+
+    def _tokens_a_second(self, now: float) -> str:
+        return f"{self._tokens / (now - self.started):,.0f} tokens/s, " if self._tokens else ""
 
 
 def duration(seconds: float) -> str:

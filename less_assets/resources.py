@@ -111,7 +111,10 @@ class ModelLoader:
         return {"base": base, "digest": found.digest, "revision": found.revision, "licence": found.licence}
 
     def base(self, base: str | None = None) -> tuple[Any, Any]:
-        """A fresh copy of a base model (the project's by default) and its tokenizer."""
+        """A fresh copy of a base model (the project's by default) and its tokenizer.
+
+        Leave to run a model's own code is given for the project's model, and for no other.
+        """
         from less_assets.method.models import load_base
 
         model = self._project.model
@@ -121,7 +124,7 @@ class ModelLoader:
             dtype=model.dtype,
             device=model.device,
             cache_dir=self._cache,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=model.trust_remote_code and base in (None, model.base),
             quantization=None if model.quantization == "none" else model.quantization,
             device_map=model.device_map,
         )

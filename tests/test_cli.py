@@ -215,6 +215,21 @@ def test_a_damaged_artifact_is_made_again(command):
     assert manifest.read_bytes() == whole
 
 
+def test_a_run_that_stops_says_what_is_kept_and_how_to_go_on(command, monkeypatch):
+    from less_assets.assets import pool
+    from less_assets.errors import StorageError
+
+    def full(*_):
+        raise StorageError("Cannot write: the disk is full", fix="Check free space")
+
+    monkeypatch.setattr(pool, "index_pool", full)
+    result = command("run", "--until", "pool_index")
+    assert result.exit_code == 1
+    assert "what is finished is kept, the same command goes on from there" in result.output
+    assert "error: Cannot write: the disk is full" in result.output
+    monkeypatch.undo()
+
+
 def test_a_killed_terminal_leaves_no_traceback_and_status_130(command, monkeypatch):
     from less_assets.jobs import GraphRunner
 

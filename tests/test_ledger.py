@@ -132,6 +132,15 @@ def test_unchanged_files_are_not_read_again(pool, monkeypatch):
         pool.scan()
 
 
+def test_rows_that_change_while_they_are_read_are_refused(pool):
+    found = pool.scan()
+    found.refuse_changed(pool.project, "plus-00001")
+    pool.write("plus.jsonl", [line(number) for number in range(7)] + [line(7, "edited")])
+    found.refuse_changed(pool.project, "plus-00000")  # its own rows are what they were
+    with pytest.raises(PoolFormatError, match=r"changed since the pool was scanned(.|\n)*rows 5 to 8"):
+        found.refuse_changed(pool.project, "plus-00001")
+
+
 def test_a_removed_source_drops_out_and_an_added_one_follows(pool):
     pool.write("red.jsonl", [line(number, "red") for number in range(3)])
     pool.sources.append({"name": "colors", "path": "red.jsonl"})

@@ -78,6 +78,7 @@ STALE: dict[str, set[str]] = {
     "gradients.token_budget": NOTHING,
     "gradients.gradient_checkpointing": NOTHING,
     "gradients.directions_limit": NOTHING,
+    "tasks[].control": NOTHING,  # only a check reads it
     "tasks[].evaluation.token_budget": NOTHING,
     "recipes[].model": {"finetuned_model"},
     "finetuning.gradient_checkpointing": NOTHING,
@@ -113,6 +114,8 @@ STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     "recipes[].tokens": (50, {"recipe_settings"}, NOTHING),
     "recipes[].seeds": ([4], NOTHING, {"recipe_settings"}),
     "recipes[].rows": (9, {"recipe_settings"}, NOTHING),
+    "recipes[].keep": ("top", {"recipe_settings"}, NOTHING),
+    "recipes[].match": ("less", {"recipe_settings"}, NOTHING),
     "warmup.import": (["import"], {"warmup_sample"}, NOTHING),
     "warmup.mean_learning_rates": ([2e-5], {"warmup_checkpoints"}, NOTHING),
     "tasks[].evaluation.harness": ("bbh", {"target_examples"}, NOTHING),
@@ -136,6 +139,7 @@ class Planned:
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(name))
         self.store = ArtifactStore(str(folder / "artifacts"))
+        self._put: dict | None = None
 
     def line(self, settings: dict) -> Lineage:
         """The lineage of a project file, its pool scanned."""
@@ -158,7 +162,9 @@ class Planned:
 
     def put(self, settings: dict) -> None:
         """Store an empty artifact for every plan."""
-        line = self.line(settings)
+        if settings == self._put:
+            return
+        self._put, line = deepcopy(settings), self.line(settings)
         for asset, partition in self.partitions(line):
             plan = line.plan(asset, partition)
             if not self.store.artifact(plan.folder, plan.fingerprint).exists():
@@ -227,8 +233,11 @@ def before_and_after(path: str, value: object) -> tuple[dict, dict]:
     before = deepcopy(BASE)
     for other, given in EXTRA.get(path, {}).items():
         set_key(before, other, deepcopy(given))
-    if path == "recipes[].seeds" or path == "recipes[].rows":
+    if path in ("recipes[].seeds", "recipes[].rows"):
         before["recipes"].insert(0, before["recipes"].pop(1))
+    strategies = {"recipes[].keep": "perplexity", "recipes[].match": "length_matched"}
+    if path in strategies:
+        before["recipes"].insert(0, {"name": "added", "strategy": strategies[path], "rows": 3})
     if path == "tasks[].members":
         before["tasks"].insert(0, before["tasks"].pop(2))
     after = deepcopy(before)
@@ -332,6 +341,8 @@ def test_artifacts_of_another_version_of_the_program_are_recognised_and_never_re
     with pytest.raises(StaleArtifactError, match="less-assets run"):
         line.fresh("base_model")
     assert line.plan("base_model").fingerprint != old.fingerprint, "the old one is not overwritten"
+    planned._put = None
     planned.put(deepcopy(BASE))
     assert not any(planned.states(deepcopy(BASE)).values()), "it is made again beside the old one"
     assert planned.store.artifact("model", old.fingerprint).exists()
+    planned._put = None

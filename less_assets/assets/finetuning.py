@@ -65,7 +65,7 @@ def finetune(work: Work) -> Computed:
     trained: list[int] = []
 
     def follow(step: Any) -> None:
-        progress(1)
+        progress(1, step.tokens)
         trained.append(step.tokens)
 
     result = train_adapter(

@@ -126,6 +126,8 @@ def extract_train_gradients(work: Work) -> Computed:
     finished = writer.finished_blocks()
     done = sum(stop - start for start, stop in map(writer.bounds, finished))
     progress = work.progress(len(examples), "rows", done)
+    lengths = [len(example.input_ids) for example in examples if example]
+    mean_tokens = sum(lengths) / max(1, len(lengths))
     extracted = 0
     for block in range(writer.blocks):
         if block not in finished:
@@ -139,7 +141,7 @@ def extract_train_gradients(work: Work) -> Computed:
                 token_budget=budget,
                 pad_token_id=loaded.pad_token_id,
                 gradient_checkpointing=settings.gradient_checkpointing,
-                on_progress=progress,
+                on_progress=lambda rows: progress(rows, round(rows * mean_tokens)),
             )
             writer.write_block(block, features)
             extracted += _tokens(examples[start:stop])

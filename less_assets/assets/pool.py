@@ -86,6 +86,7 @@ def read_shard(work: Work) -> Computed:
         )
     ]
     table = pl.concat([pool_table([]), *tables])
+    work.line.ledger.refuse_changed(work.project, work.partition)
     write_parquet(work.folder, EXAMPLES, table)
     bad = table.filter(pl.col("status") != "ok")
     reasons = dict(sorted(bad["status"].value_counts().iter_rows()))

@@ -140,7 +140,7 @@ def train_checkpoint(work: Work) -> Computed:
     trained: list[int] = []
 
     def follow(step: Any) -> None:
-        progress(1)
+        progress(1, step.tokens)
         trained.append(step.tokens)
 
     checkpoint = warm_up(

@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from upath import UPath
 
@@ -28,6 +29,9 @@ def open_root(root: str, storage_options: dict[str, Any] | None = None) -> UPath
     """Path object of a storage root: an absolute local path, or an fsspec URL such as `s3://bucket/prefix`."""
     if "://" not in root or root.startswith("file://"):
         return UPath(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
+    if urlsplit(root).password:
+        what = "The storage root holds a password, which would show in logs and in Dagster."
+        raise StorageError(what, where="storage.root", fix="Give credentials in the environment.")
     # A cached listing would show a folder as it was before another process wrote to it.
     return UPath(root.rstrip("/"), **{"use_listings_cache": False, **(storage_options or {})})
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from killing import differences, small_project, stored_files
+from killing import RESULTS, dagster_settings, differences, small_project, stored_files
 
 from less_assets import materialization
 from less_assets.build import build_definitions
@@ -31,6 +31,12 @@ from less_assets.resources import ModelLoader, open_store
 from less_assets.store.artifacts import ArtifactStore
 
 NOBODY = 65534
+# Set while the run is made; `test_secrets.py` looks for them everywhere.
+SECRETS = {
+    "HF_TOKEN": "hf_notarealtokenbutlonglikeone1234567",
+    "AWS_SECRET_ACCESS_KEY": "notarealkey/butlonglikeone/1234567890abcd",
+    "WANDB_API_KEY": "0123456789notarealkeyabcdef0123456789abc",
+}
 DAMAGES = ("flipped byte", "truncated", "missing", "unreadable")
 
 
@@ -107,10 +113,19 @@ class FinishedRun:
                 self._step = None
 
         materialization._make = watched
+        self.home, self.said = place / "home", ""
+        self.home.mkdir()
+        (self.home / "dagster.yaml").write_text(dagster_settings(self.home))
+        before = dict(os.environ)
+        os.environ.update(SECRETS)
         try:
-            self.run()
+            with dg.DagsterInstance.from_config(str(self.home)) as instance:
+                self._bring_up_to_date(instance, Request())
         finally:
             materialization._make = make
+            for name in SECRETS.keys() - before.keys():
+                del os.environ[name]
+            os.environ.update(before)
         shutil.copytree(self.tiny.folder, place / "kept")
         self.expected = stored_files(self.root)
         self.kinds = self._find_kinds()
@@ -121,11 +136,17 @@ class FinishedRun:
 
     def run(self, request: Request = Request()) -> Outcome:  # noqa: B008 - immutable
         """Bring the project up to date, on records of its own."""
+        with dg.DagsterInstance.ephemeral() as instance:
+            return self._bring_up_to_date(instance, request)
+
+    def _bring_up_to_date(self, instance: dg.DagsterInstance, request: Request) -> Outcome:
         project = load_project(self.file)
         store = open_store(project)
-        with dg.DagsterInstance.ephemeral() as instance:
-            register_shards(project, store, instance)
-            return GraphRunner(build_definitions(project), project, store, instance, lambda _: None).run(request)
+        register_shards(project, store, instance)
+        return GraphRunner(build_definitions(project), project, store, instance, self._hear).run(request)
+
+    def _hear(self, line: str) -> None:
+        self.said += line + "\n"
 
     @property
     def line(self) -> Lineage:
@@ -185,7 +206,8 @@ class FinishedRun:
         stored = self.root / plan.folder / plan.fingerprint
         files = {file.relative_to(folder.root): file for file in Path(str(folder.root)).rglob("*") if file.is_file()}
         for name, file in files.items():
-            assert file.read_bytes() == (stored / name).read_bytes(), f"{step.name} went through with other numbers"
+            same = file.read_bytes() == (stored / name).read_bytes()
+            assert same or plan.folder.startswith(RESULTS), f"{step.name} went through with other numbers"
         return None
 
 
