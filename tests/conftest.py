@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import WORDS, TinyProject
+from tiny import HOSTILE, WORDS, TinyProject
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,15 +57,6 @@ def make_tiny_model(folder: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-HOSTILE = {
-    "script": "<script>window.hacked = 1</script>",
-    "closing": "</script><img src=x onerror='window.hacked = 2'><!--",
-    "address": "[click](javascript:window.hacked=3)",
-    "bytes": "broken \ufffd bytes \u202e backwards \x07 bell",
-}
-"""Contents of pool rows that a page must show as text and nothing else."""
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from conftest import HOSTILE
+from tiny import HOSTILE
 from typer.testing import CliRunner
 
 from less_assets.assets.explanations import NEIGHBOURS, ROWS, TOKENS, rows_to_explain

@@ -26,6 +26,15 @@ def write_rows(path: Path, rows: list) -> Path:
     return path
 
 
+HOSTILE = {
+    "script": "<script>window.hacked = 1</script>",
+    "closing": "</script><img src=x onerror='window.hacked = 2'><!--",
+    "address": "[click](javascript:window.hacked=3)",
+    "bytes": "broken \ufffd bytes \u202e backwards \x07 bell",
+}
+"""Contents of pool rows that a page must show as text and nothing else."""
+
+
 class TinyProject:
     """A project file over tiny data in a folder of its own; `settings` may be edited and written again."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import HOSTILE
+from tiny import HOSTILE
 
 from less_assets.assets.explanations import REPORT
 from less_assets.lineage import Lineage
