@@ -19,6 +19,7 @@ from less_assets.partitions import ASSET_AXES
 from less_assets.project import Project
 from less_assets.store.artifacts import ArtifactStore
 
+PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 Partition = str | None
@@ -230,8 +231,7 @@ class GraphRunner:
         for partition in partitions:
             job.execute_in_process(
                 run_config={"loggers": {"console": {"config": {}}}},
-                partition_key=partition,
-                tags={"less-assets/command": "run", PROCESS_TAG: process},
+                tags={"less-assets/command": "run", PROCESS_TAG: process, PARTITION_TAG: str(partition)},
                 instance=self._instance,
                 raise_on_error=True,
             )

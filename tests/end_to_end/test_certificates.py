@@ -104,6 +104,20 @@ def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project
     assert "certain_rows" not in selected_metadata(instance, "less|sums")
 
 
+def test_tasks_that_share_a_pass_over_the_pool_are_certified_each(tiny_project, instance):
+    tiny_project.settings["gradients"] |= {"certificate_rows": 8, "real_step_rows": 0}
+    line = run(tiny_project, instance, Request(until="influence_scores"))
+    assert len(line.project.task_names) > 1
+    for task in line.project.task_names:
+        assert read_certificate(line, task) is not None, task
+    records = instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION))
+    found = [record.event_log_entry.dagster_event.event_specific_data for record in records]
+    certified = {
+        each.partition for each in found if each.check_name == "sketch_is_faithful" and each.passed is not None
+    }
+    assert certified == set(line.project.task_names)
+
+
 @pytest.mark.parametrize("shard_rows", [7, 100])
 def test_samples_do_not_depend_on_how_the_pool_is_cut(shard_rows, monkeypatch):
     pool = pl.DataFrame({"example_id": [f"{place:032x}" for place in range(44)], "row": range(44)})
