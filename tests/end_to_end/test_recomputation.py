@@ -168,7 +168,9 @@ def test_a_new_shard_costs_that_shard_and_what_reads_the_whole_pool(finished):
         "selected_subset": grid(RECIPES, TASKS),
     }
     assert {epoch: finished.line.fresh("warmup_checkpoints", epoch) for epoch in EPOCHS} == before
-    assert finished.not_fresh().keys() == {f"finetuned_model/{key}" for key in grid(RECIPES[:2], TASKS)}
+    below = [f"finetuned_model/{key}" for key in grid(RECIPES[:2], TASKS)]
+    below += [f"selection_report/{key}" for key in grid(RECIPES[:2], TASKS)]
+    assert finished.not_fresh().keys() == {*below, *(f"token_attribution/less|{task}" for task in TASKS)}
 
 
 def test_scores_after_an_appended_shard_are_those_from_scratch(finished):
@@ -228,6 +230,8 @@ def test_a_new_task_costs_its_own_gradients_and_one_scan(finished):
         "eval_results": grid(RECIPES, ["sea"]),
         "task_results": ["sea"],
         "leaderboard": [None],
+        "token_attribution": ["less|sea"],
+        "selection_report": grid(RECIPES[:2], ["sea"]),
     }
     trained = set((folder / "artifacts/models").glob("[0-9a-f]*/manifest.json")) - models
     assert len(trained) == 1, "random and base are the same models as for the other tasks"
@@ -245,6 +249,9 @@ def test_a_new_recipe_costs_its_own_training(finished):
         "eval_results": own,
         "task_results": TASKS,
         "leaderboard": [None],
+        "token_attribution": own,
+        # Pages of the other recipes compare with it; nothing of what they explain is computed again.
+        "selection_report": grid([*RECIPES[:2], "less-mean"], TASKS),
     }
     assert finished.not_fresh() == {}
 
