@@ -16,7 +16,7 @@ import polars as pl
 
 from less_assets import metadata
 from less_assets.assets.pool import EXAMPLES, INDEX
-from less_assets.errors import CorruptArtifactError, MissingArtifactError
+from less_assets.errors import CorruptArtifactError, MissingArtifactError, TrainingError
 from less_assets.lineage import Lineage
 from less_assets.materialization import Computed, Work, materialize_one, materialize_range
 from less_assets.partitions import Axes
@@ -127,11 +127,17 @@ def describe_checkpoint(folder: ArtifactFolder, manifest: Manifest) -> Mapping[s
 def train_checkpoint(work: Work) -> Computed:
     """Train epochs 1 to k under the schedule of all epochs; finished epochs are taken from earlier runs."""
     from less_assets.method.training import TrainingSettings, steps_per_epoch
-    from less_assets.method.warmup import warm_up
+    from less_assets.method.warmup import mean_learning_rates, warm_up
 
     line, epoch = work.line, work.project.checkpoints.index(work.partition) + 1
     settings = TrainingSettings(**work.project.warmup.training_values())
     examples = warmup_examples(work)
+    if examples and not any(mean_learning_rates(settings, len(examples))):
+        raise TrainingError(
+            f"All steps of the warm-up have the learning rate 0: {len(examples)} examples are too few for its schedule.",
+            where="warmup",
+            fix="Lower warmup.batch_size, or raise warmup.fraction or warmup.epochs.",
+        )
     model, tokenizer = work.models.base()
     folder = work.models.scratch(training_fingerprint(line))
     restore_epochs(line, folder, epoch - 1)

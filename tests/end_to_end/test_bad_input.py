@@ -25,7 +25,7 @@ def small(tiny_project, rows: list, targets: list) -> None:
     write_rows(tiny_project.folder / "targets/sums.jsonl", targets)
     settings["pool"]["sources"] = settings["pool"]["sources"][:1]
     settings["tasks"] = settings["tasks"][:1]
-    settings["warmup"] |= {"epochs": 1, "fraction": 1.0}
+    settings["warmup"] |= {"epochs": 2, "fraction": 1.0, "batch_size": 1}
     settings["gradients"]["token_budget"] = 256
     less = {"name": "less", "strategy": "less", "rows": 2}
     settings["recipes"] = [less, {"name": "random", "strategy": "random", "rows": 1, "seeds": [0]}]
@@ -77,6 +77,13 @@ def test_a_pool_in_which_no_row_has_loss_tokens_is_refused_with_the_reason(tiny_
         finished(tiny_project)
     assert isinstance(caught.value, TrainingError | PoolFormatError)
     assert "no example to train on" in str(caught.value)
+
+
+def test_a_warmup_of_one_step_at_rate_zero_is_refused_with_what_to_do(tiny_project):
+    small(tiny_project, [question(1, "plus")], [{"messages": question(200, "plus")}])
+    tiny_project.settings["warmup"]["epochs"] = 1
+    with pytest.raises(TrainingError, match=r"learning rate 0(.|\n)*warmup.epochs"):
+        finished(tiny_project)
 
 
 def test_weights_that_are_not_numbers_stop_the_warmup_and_rank_nothing(tiny_project, tiny_model, tmp_path):

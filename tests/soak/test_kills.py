@@ -31,5 +31,5 @@ def test_two_runs_at_once_end_with_one_whole_set_of_artifacts(killer):
     killer.reset()
     assert killer.at_once(2) == [0, 0], killer.log()[-3000:]
     assert differences(killer.expected, killer.live / "artifacts") == []
-    assert killer.attempt()["code"] == 0
+    assert killer.attempt()["code"] == 0, killer.log()[-6000:]
     assert "nothing was computed" in killer.log()
