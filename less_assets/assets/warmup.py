@@ -134,7 +134,7 @@ def train_checkpoint(work: Work) -> Computed:
     examples = warmup_examples(work)
     if examples and not any(mean_learning_rates(settings, len(examples))):
         raise TrainingError(
-            f"All steps of the warm-up have the learning rate 0: {len(examples)} examples are too few for its schedule.",
+            f"All steps of the warm-up have the learning rate 0: {len(examples)} examples are too few for it.",
             where="warmup",
             fix="Lower warmup.batch_size, or raise warmup.fraction or warmup.epochs.",
         )

@@ -20,6 +20,7 @@ import dagster as dg
 from killing import RESULTS, dagster_settings, differences, small_project, stored_files
 
 from less_assets import materialization
+from less_assets.assets import selection
 from less_assets.build import build_definitions
 from less_assets.errors import LessAssetsError
 from less_assets.jobs import GraphRunner, Outcome, Request, register_shards
@@ -102,17 +103,24 @@ class FinishedRun:
         self._opened: list[tuple[Step, str]] = []
         self._step: Step | None = None
         sys.addaudithook(self._watch)
-        make = materialization._make
+        make, together = materialization.make_artifact, selection.materialize_together
 
-        def watched(context: Any, line: Any, partition: Any, models: Any, compute: Any, describe: Any, **options: Any):
-            asset = context.asset_key.to_user_string()
+        def watched(line: Any, asset: str, partition: Any, compute: Any, *arguments: Any, **options: Any) -> Any:
             self._step = self.steps[asset, partition] = Step(asset, partition, compute)
             try:
-                return make(context, line, partition, models, compute, describe, **options)
+                return make(line, asset, partition, compute, *arguments, **options)
             finally:
                 self._step = None
 
-        materialization._make = watched
+        def watched_together(context: Any, project: Any, store: Any, models: Any, compute: Any, describe: Any) -> Any:
+            asset, (partition,) = context.asset_key.to_user_string(), context.partition_keys
+            self._step = self.steps[asset, partition] = Step(asset, partition, lambda work: compute([work])[0])
+            try:
+                yield from together(context, project, store, models, compute, describe)
+            finally:
+                self._step = None
+
+        materialization.make_artifact, selection.materialize_together = watched, watched_together
         self.home, self.said = place / "home", ""
         self.home.mkdir()
         (self.home / "dagster.yaml").write_text(dagster_settings(self.home))
@@ -122,7 +130,7 @@ class FinishedRun:
             with dg.DagsterInstance.from_config(str(self.home)) as instance:
                 self._bring_up_to_date(instance, Request())
         finally:
-            materialization._make = make
+            materialization.make_artifact, selection.materialize_together = make, together
             for name in SECRETS.keys() - before.keys():
                 del os.environ[name]
             os.environ.update(before)
