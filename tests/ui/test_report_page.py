@@ -156,7 +156,7 @@ def test_it_is_worked_by_keyboard_alone(open_page):
     sync_api.expect(page.locator("#detail-title")).to_have_text("Rank 4")
     page.keyboard.press("Escape")
     assert not page.locator("#detail").is_visible()
-    assert page.evaluate("document.activeElement.dataset.index") == "3", "the focus is back on the row"
+    sync_api.expect(page.locator(".body .line[data-index='3']")).to_be_focused()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
