@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -312,11 +312,17 @@ def _opened(path: Path) -> Iterator[tuple["Project", "ArtifactStore", "dg.Dagste
     from less_assets.jobs import GraphRunner
     from less_assets.project import load_project
     from less_assets.resources import open_store
+    from less_assets.store.artifacts import exclusive_lock
 
     loaded = load_project(path)
     definitions = build_definitions(loaded)
     store = open_store(loaded)
-    with dg.DagsterInstance.from_config(str(dagster_home())) as instance:
+    home = dagster_home()
+    with ExitStack() as opened:
+        with exclusive_lock(home / "creating.lock"):  # two first commands at once would both create Dagster's tables
+            instance = opened.enter_context(dg.DagsterInstance.from_config(str(home)))
+            instance.get_runs(limit=1)
+            instance.get_asset_keys(limit=1)
         yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, _say)
 
 

@@ -417,7 +417,7 @@ class ArtifactStore:
             if not folder.exists():
                 raise RuntimeError(f"{key} was written but not sealed")
             if here and target:
-                with _exclusive_lock(here / LOCK_NAME):
+                with exclusive_lock(here / LOCK_NAME):
                     _move_into_place(staging, target, final)
             else:
                 _upload_into_place(staging, final)
@@ -436,7 +436,7 @@ class ArtifactStore:
             if here := local_path(folder.root):
                 with storage_trouble(folder.root, "create"):
                     here.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_exclusive_lock(here.with_name(f"{fingerprint}.lock")))
+                stack.enter_context(exclusive_lock(here.with_name(f"{fingerprint}.lock")))
             yield folder
 
 
@@ -484,7 +484,7 @@ def _upload_into_place(staging: pathlib.Path, final: ArtifactFolder) -> None:
 
 
 @contextlib.contextmanager
-def _exclusive_lock(path: pathlib.Path) -> Iterator[None]:
+def exclusive_lock(path: pathlib.Path) -> Iterator[None]:
     """Hold a lock on this machine or network file system; the kernel frees it when the process dies."""
     with storage_trouble(UPath(path), "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
