@@ -147,7 +147,7 @@ class DagsterDev:
         """End it as Ctrl-C does; kill its process group only if that does not help."""
         self._process.send_signal(signal.SIGTERM)
         try:
-            return self._process.wait(30)
+            return self._process.wait(90)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             return self._process.wait()
