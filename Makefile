@@ -37,7 +37,7 @@ test: env $(VENV)/.ray
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 dev: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
 	$(BIN)/dagster dev --host 127.0.0.1 --port 3000 --workspace workspace.yaml
