@@ -65,6 +65,7 @@ class Design:
     """What is compared, and at which size."""
 
     base: str
+    dtype: str
     tasks: tuple[str, ...]
     rows: int
     max_length: int
@@ -134,7 +135,7 @@ def project_settings(design: Design, data: Path, pool: Sequence[Path]) -> dict[s
     return {
         "name": "selection-quality",
         "storage": {"root": "artifacts"},
-        "model": {"base": design.base, "dtype": "float32", "max_length": design.max_length},
+        "model": {"base": design.base, "dtype": design.dtype, "max_length": design.max_length},
         "lora": {"rank": 8, "alpha": 32, "dropout": 0.0},
         "pool": {"sources": [{"name": path.stem, "path": str(path)} for path in pool]},
         "warmup": {"fraction": 0.1, "epochs": 2, "batch_size": 4, **training},
@@ -282,6 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the options, write the project file, say what it will take, run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=BASE, help="model: id, folder or gguf:package/file.gguf")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of the base model; adapters are float32. auto: bfloat16 where the machine is fast at it",
+    )
     parser.add_argument("--tasks", nargs="+", choices=list(EXAMPLES), default=None)
     parser.add_argument("--small", action="store_true", help="one task, few recipes, few rows: minutes")
     parser.add_argument("--estimate", action="store_true", help="say what it would take and stop")
@@ -301,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     design = Design(
         base=asked.base,
+        dtype=asked.dtype,
         tasks=tuple(asked.tasks or (["gsm8k"] if asked.small else EXAMPLES)),
         rows=asked.rows or (100 if asked.small else 1000),
         max_length=asked.max_length or (128 if asked.small else 256),

@@ -79,6 +79,7 @@ def test_the_small_design_runs_and_its_figures_are_complete(benchmark, data, tin
 def test_the_full_design_has_every_variant_and_baseline(benchmark):
     design = benchmark.Design(
         base="x",
+        dtype="auto",
         tasks=("gsm8k",),
         rows=1,
         max_length=9,
