@@ -10,7 +10,7 @@ command goes on where it stopped, and `less-assets` or `dagster dev` with the pr
 Figures go to `benchmarks/results/selection_quality.json` after each task, a list of {task, recipe, budget, seed, loss,
 score, tokens}; the leaderboard beside it as Markdown.
 
-The design. A pool of `--rows` rows (at most `--max-length` tokens each, roughly), drawn evenly from five real sources;
+The design. A pool of `--rows` rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
 GSM8K's own training source is not among them. Five forms of LESS from one backward pass, three aggregations, both rules
 for subtasks; bm25, dsir, rds, perplexity (middle and top), random rows, random rows as long as LESS's, the whole pool,
 the base model. Budgets of 5 and 10 %, several seeds of random. Prompts without worked examples unless `--few-shot`.
@@ -68,6 +68,7 @@ class Design:
     dtype: str
     tasks: tuple[str, ...]
     rows: int
+    row_length: int
     max_length: int
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -126,7 +127,7 @@ def project_settings(design: Design, data: Path, pool: Sequence[Path]) -> dict[s
                     "path": str(data / "tasks" / TESTS[task]),
                     "limit": design.limit or limit,
                     "max_new_tokens": new_tokens,
-                    "max_length": 2048 if design.few_shot else 2 * design.max_length,
+                    "max_length": 2048 if design.few_shot else design.max_length,
                     "few_shot": design.few_shot,
                 },
             }
@@ -157,7 +158,7 @@ def draw_pool(design: Design, data: Path, folder: Path) -> list[Path]:
         wanted = design.rows // len(sources) + (index < design.rows % len(sources))
         # A row ends at "\n" only: strings hold other line separators.
         lines = (data / "pool" / f"{source}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
-        short = [line for line in lines if _characters(line) <= CHARACTERS_PER_TOKEN * design.max_length]
+        short = [line for line in lines if _characters(line) <= CHARACTERS_PER_TOKEN * design.row_length]
         places = np.sort(np.random.default_rng(0).permutation(len(short))[:wanted])
         path = folder / f"{source}.jsonl"
         content = "".join(short[place] + "\n" for place in places)
@@ -174,7 +175,7 @@ def _characters(line: str) -> int:
 def estimate(design: Design, project: Project, pool: Sequence[Path]) -> None:
     """Print how many tokens each step takes and how long that is at the stated rates."""
     lines = [line for path in pool for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    tokens = sum(min(design.max_length, _characters(line) / CHARACTERS_PER_TOKEN) for line in lines)
+    tokens = sum(min(design.row_length, _characters(line) / CHARACTERS_PER_TOKEN) for line in lines)
     keys = project.recipe_keys.values()
     subtasks = {task: _subtasks(project, task) for task in design.tasks}
     models = {task: _different(project, single=subtasks[task] == 1) for task in design.tasks}
@@ -293,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="one task, few recipes, few rows: minutes")
     parser.add_argument("--estimate", action="store_true", help="say what it would take and stop")
     parser.add_argument("--rows", type=int, default=None)
-    parser.add_argument("--max-length", type=int, default=None)
+    parser.add_argument("--row-length", type=int, default=128, help="longest pool row that is drawn, in tokens")
+    parser.add_argument("--max-length", type=int, default=None, help="longest row, target and question, in tokens")
     parser.add_argument("--fractions", type=float, nargs="+", default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2)
@@ -311,7 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dtype=asked.dtype,
         tasks=tuple(asked.tasks or (["gsm8k"] if asked.small else EXAMPLES)),
         rows=asked.rows or (100 if asked.small else 1000),
-        max_length=asked.max_length or (128 if asked.small else 256),
+        row_length=asked.row_length,
+        max_length=asked.max_length or (256 if asked.small else 512),
         fractions=tuple(asked.fractions or ([0.1] if asked.small else [0.05, 0.1])),
         seeds=tuple(asked.seeds),
         epochs=asked.epochs,

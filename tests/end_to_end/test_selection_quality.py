@@ -82,6 +82,7 @@ def test_the_full_design_has_every_variant_and_baseline(benchmark):
         dtype="auto",
         tasks=("gsm8k",),
         rows=1,
+        row_length=9,
         max_length=9,
         fractions=(0.05, 0.1),
         seeds=(0, 1, 2),
