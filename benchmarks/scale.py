@@ -5,14 +5,16 @@
     python benchmarks/scale.py --small --out /tmp/scale.json   # minutes: does it run at all?
 
 Every section is a function of its own, keeps its raw times in the result file as soon as it has them, and goes on from
-there when it is started again (`--again` forgets them). Where two sides are compared they take turns, round by round;
-medians are reported. Run it on a machine that does nothing else.
+there when it is started again (`--again` forgets those of the sections that are asked for). Where two sides are
+compared they take turns, round by round; medians are reported. Run it on a machine that does nothing else.
 
 How to read it
     linearity_error            time per additional row from 30k to 100k rows, over that from 10k to 30k, minus 1
     scoring_peak_gib           highest resident memory of scoring and selecting, over both shapes
     scoring_over_matmul        their wall time over bare float32 products of decoded blocks, the worse shape
-    orchestration_overhead     `less-assets run` on the demo over the same work as plain function calls, minus 1
+    orchestration_overhead     `less-assets run --until leaderboard` on the demo over the same work as plain function
+                               calls, minus 1. Neither side makes certificates or reports; provenance, storage, charts,
+                               intervals and the other checks are part of the overhead.
     load_seconds               a fresh process loads definitions.py of a project with 60 shards × 4 checkpoints × 8
                                tasks × 12 recipes. The materializations are records that this benchmark reports to the
                                instance itself: nothing of that size was computed.
@@ -23,14 +25,14 @@ How to read it
 import argparse
 import json
 import os
-import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +46,7 @@ from less_assets.jobs import GraphRunner, Outcome, Request, register_shards
 from less_assets.lineage import Lineage
 from less_assets.partitions import ASSET_AXES
 from less_assets.project import Project, load_project
+from less_assets.rates import machine
 from less_assets.resources import open_store
 from less_assets.store.tables import read_parquet
 
@@ -52,13 +55,23 @@ RESULTS = HERE / "results/scale.json"
 
 
 class Notes:
-    """The result file: figures at the top, raw measurements below `raw`, written after every measurement."""
+    """The result file: figures at the top, raw measurements below `raw`, written after every measurement.
 
-    def __init__(self, path: Path, again: bool) -> None:
+    Args:
+        path: Of the file.
+        again: Sections whose earlier measurements are forgotten.
+    """
+
+    def __init__(self, path: Path, again: Sequence[str] = ()) -> None:
         self.path = path
-        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not again else {}
-        self.content.setdefault("raw", {})
-        self.content["machine"] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        raw = self.content.setdefault("raw", {})
+        forgotten = tuple(start for section in again for start in RAW[section])
+        for name in [name for name in raw if name.startswith(forgotten)]:
+            del raw[name]
+        self.content["machine"] = machine()
+        commits = self.content.setdefault("commits", [])  # several, if the code has changed between sections
+        commits += {_commit()} - set(commits)
 
     def raw(self, name: str) -> list:
         """Measurements of a name so far; extend it with `add`."""
@@ -79,6 +92,17 @@ class Notes:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.content, indent=1, sort_keys=True) + "\n")
+
+
+def _commit() -> str:
+    """The code that is measured, `-dirty` if it differs from the commit."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(HERE.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "less_assets", "benchmarks/*.py")
+    return f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{'-dirty' if changed else ''}"
 
 
 def run(path: Path, home: Path, request: Request) -> Outcome:
@@ -174,18 +198,19 @@ def demo_project(folder: str, small: bool) -> str:
             task["evaluation"]["limit"] = 4
         settings["warmup"] |= {"epochs": 1, "fraction": 0.5}
         settings["recipes"] = [each for each in settings["recipes"] if each["name"] != "random"]
+    settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0}  # the plain calls make none either
     path = Path(folder) / "project.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return str(path)
 
 
 def seconds_through_dagster(folder: str, path: str) -> float:
-    """The whole project through Dagster, on an instance on the disk."""
+    """The project up to its leaderboard through Dagster, on an instance on the disk; what only explains is left out."""
     import less_assets.assets.evaluation
     import less_assets.method.evaluation  # noqa: F401 - torch and the harness are loaded before the clock starts
 
     started = time.perf_counter()
-    run(Path(path), Path(folder) / "home", Request())
+    run(Path(path), Path(folder) / "home", Request(until="leaderboard"))
     return time.perf_counter() - started
 
 
@@ -451,8 +476,11 @@ def loading(notes: Notes, small: bool, rounds: int) -> None:
         notes.report("page_seconds", _page_seconds(environment))
 
 
-def _page_seconds(environment: dict[str, str], port: int = 3976) -> dict[str, float]:
+def _page_seconds(environment: dict[str, str]) -> dict[str, float]:
     """Seconds of the queries behind asset pages, on a web server of this instance."""
+    with socket.socket() as free:  # on a fixed port somebody else's server might answer
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), "-w", "workspace.yaml"],
         env=environment,
@@ -480,7 +508,11 @@ def _page_seconds(environment: dict[str, str], port: int = 3976) -> dict[str, fl
         return found
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 def _ask(port: int, query: str) -> Any:
@@ -564,6 +596,15 @@ def ray_workers(notes: Notes, small: bool, rounds: int) -> None:
     notes.report("ray_speedup", median(notes.raw("ray_1_s")) / median(notes.raw("ray_2_s")))
 
 
+# Section → how the names of its raw measurements begin.
+RAW: dict[str, tuple[str, ...]] = {
+    "linearity": ("pool_",),
+    "scoring": ("scoring_",),
+    "overhead": ("through_dagster", "plain_calls"),
+    "load": ("load_",),
+    "append": (),
+    "ray": ("ray_",),
+}
 SECTIONS: dict[str, Callable[[Notes, bool, int], None]] = {
     "linearity": linearity,
     "scoring": scoring,
@@ -580,12 +621,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--small", action="store_true", help="a trial: its figures mean nothing")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--again", action="store_true", help="forget earlier measurements")
+    parser.add_argument("--again", action="store_true", help="forget earlier measurements of these sections")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     if asked.small and asked.out == RESULTS:
         parser.error("--small needs --out: its figures do not belong into the results")
-    notes = Notes(asked.out, asked.again)
+    notes = Notes(asked.out, asked.only if asked.again else ())
     for name in asked.only:
         SECTIONS[name](notes, asked.small, asked.rounds)
 

@@ -56,16 +56,18 @@ def steps_plan(line: Lineage, task: str) -> ArtifactPlan:
 
 
 def read_certificate(line: Lineage, task: str) -> ArtifactFolder | None:
-    """The certificate of the scores in force; None if there is none."""
+    """The certificate of the scores in force; None if there is none, or a damaged one: no run makes those again."""
     try:
         plan = certificate_plan(line, task)
         manifest = line.store.current(plan.pointer)
+        # One that was made with other settings still says the truth about what it covers.
+        if manifest is None or manifest.inputs != dict(plan.inputs):
+            return None
+        folder = line.store.artifact(manifest.key, manifest.fingerprint)
+        folder.verify()
     except (MissingArtifactError, StaleArtifactError, CorruptArtifactError):
         return None
-    # One that was made with other settings still says the truth about what it covers.
-    if manifest is None or manifest.inputs != dict(plan.inputs):
-        return None
-    return line.store.artifact(manifest.key, manifest.fingerprint)
+    return folder
 
 
 def judge_selection(line: Lineage, key: str, selected: pl.DataFrame) -> "Judgement | None":

@@ -59,8 +59,8 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
         line = Lineage(project, store)
-        recipe, task = split(context.partition_key)
-        counts = line.summary("selected_subset", context.partition_key).get("subtasks") or {}
+        recipe, task = split(partition_of(context))
+        counts = line.summary("selected_subset", partition_of(context)).get("subtasks") or {}
         shares = {f"{task}/{name}": count for task, part in counts.items() for name, count in part.items()}
         total = sum(shares.values())
         # A subtask that has won everything is the only one that was counted.
@@ -85,10 +85,10 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
         line = Lineage(project, store)
-        recipe, task = split(context.partition_key)
+        recipe, task = split(partition_of(context))
         bases = [key for key, each in project.recipe_keys.items() if each.strategy == "none" and key != recipe]
         known = [key for key in bases if line.status("eval_results", f"{key}|{task}").state == "fresh"]
-        ours = line.summary("eval_results", context.partition_key).get("metrics") or {}
+        ours = line.summary("eval_results", partition_of(context)).get("metrics") or {}
         if not known or not ours:
             return _warning(True, "There is no evaluation of the base model to compare with yet.", {})
         base = line.summary("eval_results", f"{known[0]}|{task}")["metrics"]
@@ -113,8 +113,8 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
 
         if not project.gradients.certificate_rows or not certified_recipes(project):
             return _warning(True, "No certificate is asked for.", {})
+        task = partition_of(context)
         try:
-            task = context.partition_key
             folder = certify(project, store, models, task, context.log.info)
             return _judge_fidelity(folder.manifest().summary, certified_on(Lineage(project, store), folder, task))
         except TROUBLE as error:
@@ -137,13 +137,30 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
 
         if not project.gradients.real_step_rows:
             return _warning(True, "No real steps are asked for.", {})
+        task = partition_of(context)
         try:
-            folder = take_real_steps(project, store, models, context.partition_key, context.log.info)
+            folder = take_real_steps(project, store, models, task, context.log.info)
             return _judge_steps(folder.manifest().summary, read_parquet(folder, STEPS))
         except TROUBLE as error:
             return _warning(False, f"No real step could be taken: {error}", {})
 
     return [few_rows_quarantined, no_subtask_dominates, not_worse_than_base, sketch_is_faithful, influence_is_real]
+
+
+def partition_of(context: dg.AssetCheckExecutionContext) -> str:
+    """The one partition that a check looks at.
+
+    Raises:
+        LessAssetsError: The run has none, or several.
+    """
+    if not context.has_partition_key:
+        raise LessAssetsError(
+            f"The check {context.check_specs[0].name} looks at one partition, and this run has none or a range.",
+            where=context.check_specs[0].asset_key.to_user_string(),
+            fix="Materialize a single partition of the asset in Dagster, which runs its checks too; "
+            "`less-assets run` checks each partition that it makes.",
+        )
+    return str(context.partition_key)
 
 
 def _judge_fidelity(summary: dict[str, Any], recipes: list[Any]) -> dg.AssetCheckResult:

@@ -6,7 +6,9 @@ Belongs here: arguments, printing, exit codes. What runs and in which order is `
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -171,7 +173,7 @@ def run(
     from less_assets import summary
 
     started = time.monotonic()
-    with _told(), _opened(project) as (loaded, store, instance, runner):
+    with _told(), _termination_as_ctrl_c(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.jobs import register_shards
         from less_assets.lineage import draw_sample_again
         from less_assets.project_check import check_data
@@ -246,13 +248,15 @@ def gc(
     project: ProjectOption = DEFAULT_PROJECT,
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,
 ) -> None:
-    """Remove artifacts that nothing current refers to."""
+    """Remove artifacts that nothing current refers to, and what killed runs and trainings have left for a day."""
     from less_assets.project import load_project
-    from less_assets.resources import open_store
-    from less_assets.store.garbage import collect_garbage
+    from less_assets.resources import cache_folder, open_store, scratch_folder
+    from less_assets.store.garbage import collect_garbage, collect_scratch
 
     with _told():
-        removed = collect_garbage(open_store(load_project(project)), dry_run=dry_run)
+        store = open_store(load_project(project))
+        removed = collect_garbage(store, dry_run=dry_run)
+        removed += collect_scratch(scratch_folder(cache_folder(store)), dry_run=dry_run)
         for path, size in removed:
             print(f"{size / 1e6:>10,.1f} MB  {path}")
         total = sum(size for _, size in removed)
@@ -286,6 +290,19 @@ def _told() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {KEPT}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _termination_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM (of `kill`, Slurm, Kubernetes) end a run as Ctrl-C does: with closed records and a last word."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

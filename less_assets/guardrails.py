@@ -13,6 +13,7 @@ from less_assets import metadata
 from less_assets.assets.evaluation import BOARD
 from less_assets.assets.pool import EXAMPLES
 from less_assets.assets.targets import TARGETS
+from less_assets.checks import partition_of
 from less_assets.lineage import Lineage
 from less_assets.partitions import Axes
 from less_assets.project import Project, Task
@@ -68,9 +69,9 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
     ) -> dg.AssetCheckResult:
         from less_assets.method.targets import targets_from_table
 
-        table = read_parquet(Lineage(project, store).folder("target_examples", context.partition_key), TARGETS)
+        table = read_parquet(Lineage(project, store).folder("target_examples", partition_of(context)), TARGETS)
         inside: list[tuple[str, str]] = []
-        for task in project.member_tasks(context.partition_key):
+        for task in project.member_tasks(partition_of(context)):
             rows = evaluated_rows(task)
             if rows is not None:
                 inside += rows.targets_inside(targets_from_table(table.filter(member=task.name)))
@@ -94,7 +95,7 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
         line = Lineage(project, store)
-        found = line.summary("selected_subset", context.partition_key)
+        found = line.summary("selected_subset", partition_of(context))
         shards = [line.summary("instruction_pool", shard) for shard in line.shards()]
         if not found["rows"]:
             return _warning(True, "Nothing is selected.", {})
@@ -116,9 +117,9 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
-        if not project.task(context.partition_key).control:
+        if not project.task(partition_of(context)).control:
             return _warning(True, "The task is no control.", {})
-        board = read_parquet(Lineage(project, store).folder("task_results", context.partition_key), BOARD)
+        board = read_parquet(Lineage(project, store).folder("task_results", partition_of(context)), BOARD)
         compared = board.filter(
             pl.col("vs_random").is_not_null(), ~pl.col("strategy").is_in(["none", "full", "random"])
         )

@@ -4,12 +4,14 @@ Belongs here: which partitions to run, in which runs, and in which order. Does n
 how results are printed (`cli.py`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.events import DagsterEventType
 
 from less_assets.killed_runs import PROCESS_TAG, process_name, report_killed_runs
@@ -211,14 +213,15 @@ class GraphRunner:
             tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
         else:
             partition_key = partitions[0]
-        self._job.execute_in_process(
-            asset_selection=[dg.AssetKey(asset)],
-            run_config={"loggers": {"console": {"config": {}}}},
-            partition_key=partition_key,
-            tags=tags,
-            instance=self._instance,
-            raise_on_error=True,
-        )
+        with _interrupts():
+            self._job.execute_in_process(
+                asset_selection=[dg.AssetKey(asset)],
+                run_config={"loggers": {"console": {"config": {}}}},
+                partition_key=partition_key,
+                tags=tags,
+                instance=self._instance,
+                raise_on_error=True,
+            )
         if len(partitions) > 1:
             self._check(asset, partitions, process)
 
@@ -229,12 +232,13 @@ class GraphRunner:
             return
         job = self._job.get_subset(asset_selection=set(), asset_check_selection=checks)
         for partition in partitions:
-            job.execute_in_process(
-                run_config={"loggers": {"console": {"config": {}}}},
-                tags={"less-assets/command": "run", PROCESS_TAG: process, PARTITION_TAG: str(partition)},
-                instance=self._instance,
-                raise_on_error=True,
-            )
+            with _interrupts():
+                job.execute_in_process(
+                    run_config={"loggers": {"console": {"config": {}}}},
+                    tags={"less-assets/command": "run", PROCESS_TAG: process, PARTITION_TAG: str(partition)},
+                    instance=self._instance,
+                    raise_on_error=True,
+                )
 
     def _tell_who_is_waited_for(self, asset: str) -> None:
         """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
@@ -246,6 +250,15 @@ class GraphRunner:
                     f"{asset}: waiting for the pool {pool}, held by run {holders}. If that run is dead, start "
                     "Dagster (make dev): it frees the pool, or do it by hand under Deployment, Concurrency."
                 )
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C during a step of Dagster's is Ctrl-C, not an error of Dagster's."""
+    try:
+        yield
+    except DagsterExecutionInterruptedError:
+        raise KeyboardInterrupt from None
 
 
 def register_shards(project: Project, store: ArtifactStore, instance: dg.DagsterInstance) -> Ledger:

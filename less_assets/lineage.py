@@ -174,6 +174,8 @@ def shared_settings(project: Project) -> dict[str, Any]:
     """Settings that all partitions of an asset share, by asset: what its `code_version` folds in."""
     model, gradients = project.model_settings(), project.gradient_settings()
     shared = {
+        # A removed source changes no partition that is left; by this Dagster sees that the index is another one.
+        "pool_index": {"sources": sorted(source.name for source in project.pool.sources)},
         "warmup_sample": project.sample_settings(),
         "warmup_checkpoints": {"model": model, **project.warmup_settings()},
         "train_gradients": {"model": model, **gradients},

@@ -10,8 +10,10 @@ import sys
 
 import dagster as dg
 
+from less_assets.progress import figures
+
 FORMAT_VARIABLE = "LESS_ASSETS_LOG"
-"""Set to `json`, it makes every line one JSON object: time, level, run, asset, message."""
+"""Set to `json`, it makes every line one JSON object: time, level, run, asset, message; figures of progress."""
 
 
 class _Message(logging.Formatter):
@@ -29,12 +31,14 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         meta = getattr(record, "dagster_meta", {}) or {}
+        message = meta.get("orig_message") or record.getMessage()
         entry = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "run": meta.get("run_id"),
             "asset": meta.get("step_key"),
-            "message": meta.get("orig_message") or record.getMessage(),
+            "message": message,
+            **figures(message),
         }
         return json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False)
 

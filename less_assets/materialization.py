@@ -23,6 +23,7 @@ from less_assets import metadata, rates
 from less_assets.costs import add_seconds, seconds_of, timed
 from less_assets.errors import CorruptArtifactError, MissingArtifactError
 from less_assets.lineage import Lineage
+from less_assets.partitions import ASSET_AXES
 from less_assets.progress import Progress
 from less_assets.project import Project
 from less_assets.provenance import ArtifactPlan, Versions, digest
@@ -223,12 +224,29 @@ def materialize_range(
     line = Lineage(project, store)
     asset = context.asset_key.to_user_string()
     # Grid keys come grouped by their first dimension, the checkpoint, so each checkpoint's model is loaded once.
-    partitions = sorted(context.partition_keys, key=lambda key: key.split("|")[0])
+    partitions = sorted(_still_there(context, line), key=lambda key: key.split("|")[0])
     progress = Progress(asset, len(partitions), "partitions", context.log.info)
     make = backend.make if backend else make_here
     for partition, manifest in make(line, asset, partitions, compute, models, context.log.info):
         run.log(partition, manifest, _shown(context, line, manifest, describe))
         progress(1)
+
+
+def _still_there(context: dg.AssetExecutionContext, line: Lineage) -> list[str]:
+    """The partitions of a range run, without shards that the pool has no more: Dagster goes on offering those.
+
+    A run that asks for nothing else is left as it is, and fails with the reason.
+    """
+    partitions = list(context.partition_keys)
+    axes = ASSET_AXES.get(context.asset_key.to_user_string(), ())
+    if "shard" not in axes:
+        return partitions
+    shards = set(line.ledger.shard_keys())
+    left = [key for key in partitions if key.split("|")[axes.index("shard")] in shards]
+    if left and len(left) < len(partitions):
+        gone = ", ".join(key for key in partitions if key not in set(left))
+        context.log.warning(f"left out, since the pool has these shards no more: {gone}")
+    return left or partitions
 
 
 def materialize_together(

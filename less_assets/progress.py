@@ -1,12 +1,19 @@
 """Progress with an estimate of what is left, for everything that takes longer than a few seconds.
 
-Belongs here: counting and wording. Where the lines go (Dagster's log, a terminal) is the caller's choice.
+Belongs here: counting and wording, and reading the wording back for programs. Where the lines go (Dagster's log, a
+terminal) is the caller's choice.
 """
 
+import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 INTERVAL_SECONDS = 5.0
+_LINE = re.compile(
+    r"(?P<asset>\S+)(?: (?P<partition>\S+))?: (?P<done>[\d,]+) of (?P<total>[\d,]+) (?P<unit>.+?) \(\d+ %\), "
+    r"(?P<per_second>[\d,.]+) (?P=unit)/s, (?:(?P<tokens_per_second>[\d,]+) tokens/s, )?(?P<left>.+) left"
+)
 
 
 class Progress:
@@ -45,6 +52,35 @@ class Progress:
 
     def _tokens_a_second(self, now: float) -> str:
         return f"{self._tokens / (now - self.started):,.0f} tokens/s, " if self._tokens else ""
+
+
+def figures(line: str) -> dict[str, Any]:
+    """What a progress line says, for programs that collect logs; empty for any other line.
+
+    Log lines pass through Dagster and through other processes as text, so the figures are read back from it.
+
+    Returns:
+        asset, partition (if it has one), done and total (of `unit`), per_second, tokens_per_second (if tokens were
+        counted), seconds_left (if known).
+    """
+    found = _LINE.fullmatch(line)
+    if not found:
+        return {}
+    said = {name: text for name, text in found.groupdict().items() if text is not None}
+    left = _seconds(said.pop("left"))
+    return {
+        **said,
+        **{name: int(said[name].replace(",", "")) for name in ("done", "total", "tokens_per_second") if name in said},
+        "per_second": float(said["per_second"].replace(",", "")),
+        **({} if left is None else {"seconds_left": left}),
+    }
+
+
+def _seconds(text: str) -> int | None:
+    """What `duration` has put into words; None for `?`."""
+    units = {"s": 1, "min": 60, "h": 3600}
+    parts = re.findall(r"(\d+) (s|min|h)\b", text)
+    return sum(int(number) * units[unit] for number, unit in parts) if parts else None
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from upath import UPath
 from less_assets.lineage import Lineage
 from less_assets.project import Gradients, Project
 from less_assets.store.artifacts import ArtifactStore
-from less_assets.store.files import local_path, storage_trouble
+from less_assets.store.files import hold_folder, local_path, storage_trouble
 
 if TYPE_CHECKING:
     from less_assets.method.directions import AdamMoments
@@ -140,9 +140,10 @@ class ModelLoader:
 
     def scratch(self, name: str) -> Path:
         """A local folder for a training's unfinished work; a killed run goes on from what is there."""
-        folder = self._cache / "training" / name
+        folder = scratch_folder(self._cache) / name
         with storage_trouble(UPath(folder), "create"):
             folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(folder)  # for as long as this process lives: `gc` leaves it alone
         return folder
 
     def tokenizer(self) -> Any:
@@ -193,6 +194,11 @@ def cache_folder(store: ArtifactStore) -> Path:
     """A local folder for what libraries want as files: inside a local store, else the user's cache."""
     here = local_path(store.root)
     return here / "cache" if here else Path.home() / ".cache" / "less-assets"
+
+
+def scratch_folder(cache: Path) -> Path:
+    """Where unfinished trainings lie in a cache folder."""
+    return cache / "training"
 
 
 def open_resources(project: Project) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import dagster as dg
 
 from less_assets.errors import LessAssetsError
 from less_assets.ledger import Ledger
+from less_assets.lineage import Lineage
 from less_assets.partitions import SHARDS
 from less_assets.project import Project
 from less_assets.store.artifacts import ArtifactStore
@@ -33,7 +34,15 @@ def shard_sensor(project: Project) -> dg.SensorDefinition:
         known = set(context.instance.get_dynamic_partitions(str(SHARDS.name)))
         new = [key for key in ledger.shard_keys() if key not in known]
         if not new:
-            return dg.SkipReason(f"the pool has {len(known)} shards, none of them new")
+            return dg.SkipReason(f"the pool has {len(ledger.shard_keys())} shards, none of them new{_changed(store)}")
         return dg.SensorResult(dynamic_partitions_requests=[SHARDS.build_add_request(new)])
+
+    def _changed(store: ArtifactStore) -> str:
+        """Which shards have other rows than those that were read, in words; Dagster cannot know it by itself."""
+        line = Lineage(project, store)
+        keys = [key for key in line.ledger.shard_keys() if line.status("instruction_pool", key).state == "stale"]
+        if not keys:
+            return ""
+        return f"; changed since they were read: {', '.join(keys)}. Materialize these partitions of instruction_pool"
 
     return pool_shards

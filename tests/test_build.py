@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from less_assets.build import build_definitions, code_versions
+from less_assets.errors import LessAssetsError
+from less_assets.jobs import RANGE_END_TAG, RANGE_START_TAG, register_shards
 from less_assets.project import Project, parse_project
 from less_assets.resources import open_store
 
@@ -92,6 +94,9 @@ def test_assets_that_load_a_model_share_the_gpu_pool():
 
 def test_code_versions_follow_the_settings_that_all_partitions_share():
     gradients = {"train_gradients", "target_gradients"}
+    sources = [*SETTINGS["pool"]["sources"], {"name": "more", "path": "more.jsonl"}]
+    assert changed(pool={"sources": sources}) == {"pool_index"}
+    assert versions(project(pool={"sources": sources})) == versions(project(pool={"sources": sources[::-1]}))
     assert changed(gradients={"dimension": 1024}) == gradients
     assert changed(warmup={"learning_rate": 1e-4}) == {"warmup_checkpoints"}
     assert changed(warmup={"fraction": 0.5}) == {"warmup_sample"}
@@ -153,6 +158,48 @@ def test_the_shard_sensor_registers_new_shards_and_nothing_else(tmp_path):
         (request,) = looks().dynamic_partitions_requests
         assert request.partition_keys == ["plus-00003"]
         assert looks().run_requests == []
+
+
+def test_the_shard_sensor_names_shards_whose_rows_have_changed(tmp_path):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    file = tmp_path / "plus.jsonl"
+    file.write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    settings = {**SETTINGS, "pool": {"shard_size": 2, "sources": [{"name": "plus", "path": "plus.jsonl"}]}}
+    found = parse_project(yaml.safe_dump(settings).encode(), tmp_path / "project.yaml")
+    definitions = build_definitions(found)
+    (sensor,) = definitions.sensors
+    with dg.DagsterInstance.ephemeral() as instance:
+        store = open_store(found)
+        register_shards(found, store, instance)
+        tags = {RANGE_START_TAG: "plus-00000", RANGE_END_TAG: "plus-00001"}
+        job = definitions.resolve_implicit_global_asset_job_def()
+        job.execute_in_process(asset_selection=[dg.AssetKey("instruction_pool")], tags=tags, instance=instance)
+
+        def says() -> str:
+            context = dg.build_sensor_context(instance, resources={"store": store})
+            return sensor.evaluate_tick(context).skip_message
+
+        assert says() == "the pool has 2 shards, none of them new"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join([*lines[:3], lines[3].replace("two", "three")]))
+        assert says().endswith(
+            "changed since they were read: plus-00001. Materialize these partitions of instruction_pool"
+        )
+
+
+def test_a_check_of_a_partition_says_so_where_a_run_has_none():
+    definitions = build_definitions(project())
+    job, graph = definitions.resolve_implicit_global_asset_job_def(), definitions.resolve_asset_graph()
+    tried = 0
+    with dg.DagsterInstance.ephemeral() as instance:
+        for key in graph.asset_check_keys:
+            if graph.get_check_spec(key) and graph.get(key.asset_key).partitions_def is not None:
+                tried += 1
+                with pytest.raises(LessAssetsError, match=f"{key.name} looks at one partition(.|\n)*less-assets run"):
+                    job.get_subset(asset_selection=set(), asset_check_selection={key}).execute_in_process(
+                        instance=instance, raise_on_error=True
+                    )
+    assert tried >= 7
 
 
 def test_everything_that_loads_a_model_is_in_the_pool_of_which_one_step_runs_at_a_time():

@@ -3,10 +3,14 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import dagster as dg
 import pytest
+from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 from tiny import write_rows
 from typer.testing import CliRunner
 
@@ -230,16 +234,24 @@ def test_a_run_that_stops_says_what_is_kept_and_how_to_go_on(command, monkeypatc
     monkeypatch.undo()
 
 
-def test_a_killed_terminal_leaves_no_traceback_and_status_130(command, monkeypatch):
-    from less_assets.jobs import GraphRunner
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_interrupted_in_a_step_says_how_to_go_on_and_closes_its_records(command, monkeypatch, name):
+    from less_assets.assets import pool
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def interrupted(work):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(20)
+        raise AssertionError("the signal was lost")
 
-    monkeypatch.setattr(GraphRunner, "run", interrupted)
-    result = command("run")
+    monkeypatch.setattr(pool, "index_pool", interrupted)
+    result = command("run", "--until", "pool_index")
     assert result.exit_code == 130
-    assert "goes on from there" in result.output
+    assert "interrupted; what is finished is kept, the same command goes on from there" in result.output
+    assert "Traceback" not in result.output
+    with dg.DagsterInstance.from_config(os.environ["DAGSTER_HOME"]) as instance:
+        assert instance.get_runs(dg.RunsFilter(statuses=NOT_FINISHED_STATUSES)) == []
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "it is no business of whoever called"
 
 
 def test_the_installed_command_works_from_another_folder(command, tmp_path):

@@ -5,6 +5,7 @@ tables.py, features.py) or where an artifact lives (artifacts.py).
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -57,6 +58,34 @@ def storage_trouble(path: UPath, action: str) -> Iterator[None]:
             fix="Check free space, permissions and the connection, then run the same command again: "
             "what is finished is kept.",
         ) from error
+
+
+def hold_folder(folder: pathlib.Path) -> int:
+    """Mark a local folder as worked in until this process ends (or the returned descriptor is closed).
+
+    Returns:
+        A descriptor of the folder, with a shared lock where the file system has such.
+    """
+    with storage_trouble(UPath(folder), "lock"):
+        descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
+
+
+def is_held(folder: pathlib.Path) -> bool:
+    """Whether a living process has called `hold_folder`; False where that cannot be known."""
+    with storage_trouble(UPath(folder), "lock"):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def partial_name(name: str) -> str:

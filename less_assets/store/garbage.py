@@ -3,12 +3,15 @@
 Belongs here: what may go and what must stay. Not here: the command that asks (cli.py).
 """
 
+import pathlib
 import time
 from collections import defaultdict
 
+from upath import UPath
+
 from less_assets.errors import CorruptArtifactError, LessAssetsError, MissingArtifactError, StaleArtifactError
 from less_assets.store.artifacts import CURRENT_NAME, FINGERPRINT, ArtifactFolder, ArtifactStore, check_key
-from less_assets.store.files import PARTIAL_SUFFIX, list_files, modified_at, remove_tree, storage_trouble
+from less_assets.store.files import PARTIAL_SUFFIX, is_held, list_files, modified_at, remove_tree, storage_trouble
 from less_assets.store.manifest import MANIFEST_NAME
 
 UNFINISHED_SECONDS = 24 * 3600.0
@@ -69,6 +72,38 @@ def collect_garbage(
         for path in leftovers.keys() & garbage.keys():
             _remove(store, path)
     return sorted((path, sum(names.values())) for path, names in garbage.items())
+
+
+def collect_scratch(
+    folder: pathlib.Path, *, dry_run: bool, unfinished_seconds: float = UNFINISHED_SECONDS
+) -> list[tuple[str, int]]:
+    """Remove what trainings have left in a local folder: finished ones and those that nobody goes on with.
+
+    A training whose process lives is never touched; nor is one in which something has changed for less than
+    `unfinished_seconds`. Of the warm-up's epochs the store has its own copies, from which a training is taken up again.
+
+    Args:
+        folder: Holds one folder for each training, by fingerprint.
+        dry_run: Only list.
+        unfinished_seconds: Age from which a training counts as abandoned.
+
+    Returns:
+        (path, bytes) of what was or would be removed, sorted.
+    """
+    oldest = time.time() - unfinished_seconds
+    removed = []
+    with storage_trouble(UPath(folder), "list"):
+        trainings = sorted(folder.iterdir()) if folder.is_dir() else []
+    for training in trainings:
+        if not training.is_dir() or not FINGERPRINT.fullmatch(training.name) or is_held(training):
+            continue
+        files = list_files(UPath(training), partial=True)
+        newest = max([training.stat().st_mtime, *(modified_at(UPath(training / name)) for name in files)])
+        if newest <= oldest:
+            removed.append((str(training), sum(files.values())))
+            if not dry_run:
+                remove_tree(UPath(training))
+    return removed
 
 
 def _artifact(store: ArtifactStore, path: str, files: dict[str, int]) -> ArtifactFolder | None:

@@ -110,6 +110,12 @@ def test_tasks_that_share_a_pass_over_the_pool_are_certified_each(tiny_project, 
     assert len(line.project.task_names) > 1
     for task in line.project.task_names:
         assert read_certificate(line, task) is not None, task
+    damaged = read_certificate(line, "sky").path(SAMPLE)
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    assert read_certificate(line, "sky") is None, "a damaged certificate is none, and stops no selection"
+    damaged.write_bytes(whole)
+    assert read_certificate(line, "sky") is not None
     records = instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION))
     found = [record.event_log_entry.dagster_event.event_specific_data for record in records]
     certified = {

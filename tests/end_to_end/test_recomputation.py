@@ -24,7 +24,7 @@ from less_assets.assets.ranking import score_file
 from less_assets.assets.warmup import SAMPLE
 from less_assets.build import build_definitions
 from less_assets.errors import MissingArtifactError, StaleArtifactError, TrainingError
-from less_assets.jobs import Request, register_shards
+from less_assets.jobs import RANGE_END_TAG, RANGE_START_TAG, Request, register_shards
 from less_assets.lineage import Lineage
 from less_assets.partitions import ASSET_AXES
 from less_assets.project import load_project
@@ -390,6 +390,24 @@ def test_a_source_that_came_and_went_leaves_everything_as_it_was(finished):
     assert finished.line.shards() == ["plus-00000", "plus-00001", "colors-00000"]
     assert finished.line.fresh("influence_scores", "sky").fingerprint == scores
     assert finished.run(UNTIL_SCORES) == {}
+
+
+def test_a_removed_source_is_seen_by_dagster_and_left_out_of_its_range_runs(finished):
+    colors = finished.tiny.settings["pool"]["sources"].pop()
+    assert finished.not_fresh()["pool_index"] == "STALE"
+    project = load_project(finished.tiny.path)
+    register_shards(project, open_store(project), finished.instance)
+    job = build_definitions(project).resolve_implicit_global_asset_job_def()
+    keys = grid(EPOCHS[:1], ["plus-00000", "plus-00001", "colors-00000"])
+    tags = {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
+    before = finished.line.fresh("train_gradients", keys[0])
+    asset = [dg.AssetKey("train_gradients")]
+    assert job.execute_in_process(asset_selection=asset, tags=tags, instance=finished.instance).success
+    assert finished.line.fresh("train_gradients", keys[0]) == before
+    with pytest.raises(MissingArtifactError, match="no shard 'colors-00000'"):
+        finished.materialize("train_gradients", keys[-1])
+    finished.tiny.settings["pool"]["sources"].append(colors)
+    assert finished.run() == {}, "put back, all is as it was"
 
 
 def test_an_interrupted_range_run_keeps_what_is_logged_and_a_later_run_goes_on(finished, monkeypatch):

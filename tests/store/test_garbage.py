@@ -7,8 +7,8 @@ import pytest
 
 from less_assets.errors import CorruptArtifactError
 from less_assets.store.artifacts import ArtifactStore
-from less_assets.store.files import list_files
-from less_assets.store.garbage import collect_garbage
+from less_assets.store.files import hold_folder, list_files
+from less_assets.store.garbage import collect_garbage, collect_scratch
 
 A, B, C = (f"{number:016x}" for number in (1, 2, 3))
 
@@ -90,3 +90,28 @@ def test_a_damaged_record_stops_the_collection(store):
     with pytest.raises(CorruptArtifactError, match="pool/s"):
         collect_garbage(store, dry_run=False)
     assert store.artifact("pool/t", A).exists()
+
+
+def train(folder, name, days):
+    (folder / name / "epoch-1").mkdir(parents=True)
+    (folder / name / "epoch-1/state.json").write_text("{}")
+    for path in (folder / name / "epoch-1/state.json", folder / name):
+        os.utime(path, (time.time() - days * 86400,) * 2)
+
+
+def test_trainings_that_nobody_goes_on_with_are_removed_and_others_stay(tmp_path):
+    train(tmp_path, A, days=2)
+    train(tmp_path, B, days=2)
+    train(tmp_path, C, days=0.5)
+    (tmp_path / "notes").mkdir()
+    held = hold_folder(tmp_path / B)
+    try:
+        listed = collect_scratch(tmp_path, dry_run=True)
+        assert listed == [(str(tmp_path / A), 2)]
+        assert (tmp_path / A).exists()
+        assert collect_scratch(tmp_path, dry_run=False) == listed
+        assert {path.name for path in tmp_path.iterdir()} == {B, C, "notes"}
+    finally:
+        os.close(held)
+    assert collect_scratch(tmp_path, dry_run=True) == [(str(tmp_path / B), 2)], "its process has ended"
+    assert collect_scratch(tmp_path / "none", dry_run=True) == []
