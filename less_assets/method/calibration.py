@@ -20,11 +20,12 @@ from peft import PeftModel
 
 from less_assets.method.batching import plan_batches
 from less_assets.method.chat import EncodedExample
+from less_assets.method.coded_directions import ROWS_AT_A_TIME, CodedDirections
 from less_assets.method.directions import AdamMoments
 from less_assets.method.features import extract_features
 from less_assets.method.gradients import lora_parameters
 from less_assets.method.models import LoraSettings
-from less_assets.method.quantization import CodedDirections, encode
+from less_assets.method.quantization import encode
 from less_assets.method.sketch import Sketch
 from less_assets.method.training import MOMENTS, TrainingSettings, TrainingStep, read_moments, train_adapter
 
@@ -169,10 +170,11 @@ def try_scoring(dimension: int, storage: str, directions: int) -> Speed:
     generator = np.random.default_rng(0)
     codes, scale = encode(generator.standard_normal((SCORED_ROWS, dimension), dtype=np.float32), storage)
     coded = CodedDirections(generator.standard_normal((directions, dimension), dtype=np.float32), storage)
-    coded.cosines(codes[:64], scale[:64])
+    coded.cosines(codes[:ROWS_AT_A_TIME], scale[:ROWS_AT_A_TIME])
     started = time.perf_counter()
-    for start in range(0, SCORED_ROWS, 64):
-        coded.cosines(codes[start : start + 64], scale[start : start + 64])
+    for start in range(0, SCORED_ROWS, ROWS_AT_A_TIME):
+        stop = start + ROWS_AT_A_TIME
+        coded.cosines(codes[start:stop], scale[start:stop])
     return Speed(time.perf_counter() - started, SCORED_ROWS, SCORED_ROWS)
 
 

@@ -8,8 +8,10 @@ matrix product for all tasks, subtasks and rules together. LESS (arXiv 2402.0433
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Protocol
 
@@ -18,10 +20,7 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from less_assets.errors import TargetFormatError
-from less_assets.method.quantization import CodedDirections
-
-_ROWS_AT_A_TIME = 64
-"""Half a row's codes become float32: 4 MiB at k = 32768, which stay in the cache while they are multiplied."""
+from less_assets.method.coded_directions import ROWS_AT_A_TIME, CodedDirections
 
 SUBTASK_RULES = ("mean_cosine", "cosine_of_mean")
 SIMILARITY_DIMENSION = 2048
@@ -40,8 +39,13 @@ class FeatureSource(Protocol):
         """Number of stored blocks."""
         ...
 
-    def codes(self, form: str, index: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """First row, codes and float32 scales of a stored block; called from several threads."""
+    @property
+    def code_block_bytes(self) -> int:
+        """Bytes of the buffer that `codes` takes."""
+        ...
+
+    def codes(self, form: str, index: int, buffer: np.ndarray | None = None) -> tuple[int, np.ndarray, np.ndarray]:
+        """First row, codes (maybe in the buffer) and float32 scales of a stored block; called from several threads."""
         ...
 
     def blocks(self, form: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -169,24 +173,41 @@ def score_shard(
 
 
 def _score_source(source: FeatureSource, form: str, directions: np.ndarray, groups: Sequence[int]) -> np.ndarray:
-    """Scores (rows, J) of all rows of a source: blocks are read, decoded and multiplied on all cores at once.
+    """Scores (rows, J) of all rows of a source: blocks are read and multiplied on all cores at once.
 
     Each thread has its own blocks and multiplies the same few rows at a time, so scores do not depend on the number of
     threads.
     """
     coded = CodedDirections(directions, source.storage, groups)
     cosines = np.empty((source.rows, len(directions)), dtype=np.float32)
+    own = threading.local()
 
     def score(index: int) -> None:
-        first, codes, scale = source.codes(form, index)
-        for start in range(0, len(codes), _ROWS_AT_A_TIME):
-            stop = min(start + _ROWS_AT_A_TIME, len(codes))
+        if not hasattr(own, "buffer"):
+            own.buffer = np.empty(source.code_block_bytes, dtype=np.uint8)
+        first, codes, scale = source.codes(form, index, own.buffer)
+        for start in range(0, len(codes), ROWS_AT_A_TIME):
+            stop = min(start + ROWS_AT_A_TIME, len(codes))
             cosines[first + start : first + stop] = coded.cosines(codes[start:stop], scale[start:stop])
 
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+    with _one_core_a_thread(), ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         for _ in threads.map(score, range(source.code_blocks)):
             pass
     return cosines
+
+
+@contextmanager
+def _one_core_a_thread() -> Iterator[None]:
+    """Within: products of threads that begin there stay on their core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def similarity_vectors(

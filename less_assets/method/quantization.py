@@ -10,8 +10,6 @@ and want 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 STORAGES = ("float16", "int8", "int4", "int1")
@@ -111,75 +109,6 @@ def decode(codes: np.ndarray, scale: np.ndarray, storage: str, dimension: int) -
         values -= 1
     values *= factor
     return values
-
-
-class CodedDirections:
-    """Directions made ready for cosines with codes of one storage, which are never decoded into rows of features.
-
-    A cosine does not depend on a row's scale, and a code is an integer plus a constant: it is enough to multiply the
-    integers. A third of the time of `decode` and a product.
-
-    Args:
-        directions: float32 (J, k).
-        storage: The storage of the codes.
-        groups: Sizes of consecutive groups of directions, J in all. A matrix product rounds differently at another
-            width, so each group is multiplied by itself: its scores do not depend on which others are there. Default is
-            one group.
-    """
-
-    def __init__(self, directions: np.ndarray, storage: str, groups: Sequence[int] | None = None) -> None:
-        directions = np.asarray(directions, dtype=np.float32)
-        ends = np.cumsum([len(directions)] if groups is None else groups)
-        self._groups = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        self._storage, self._dimension = storage, directions.shape[1]
-        # Of 4-bit codes, the numbers in the low and in the high halves of the bytes.
-        halves = (directions[:, 0::2], directions[:, 1::2]) if storage == "int4" else (directions,)
-        self._sum = directions.sum(axis=1, dtype=np.float64)
-        self._halves = [np.ascontiguousarray(half).T for half in halves]
-
-    def cosines(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Cosine-type scores `unit(row) @ direction`.
-
-        Args:
-            codes: As `encode` returned them, n rows; a few dozen at once stay in the processor's cache.
-            scale: float32 (n,).
-
-        Returns:
-            float32 (n, J); NaN for rows of zeros, whose scale is 0, and for those that are not finite.
-        """
-        if self._storage == "int4":
-            products, squares = self._int4(codes.view(np.uint8))
-        elif self._storage == "int1":
-            bits = np.unpackbits(codes.view(np.uint8), axis=1, count=self._dimension, bitorder="little")
-            products = 2 * self._product(bits.astype(np.float32), self._halves[0]) - self._sum
-            squares = np.full(len(codes), float(self._dimension))
-        else:
-            values = codes.astype(np.float32)
-            if self._storage == "int8":
-                values *= np.abs(values)
-            products, squares = self._product(values, self._halves[0]), np.vecdot(values, values)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scores = (products / np.sqrt(squares)[:, None]).astype(np.float32)
-        scores[~(np.isfinite(squares) & (squares > 0) & np.isfinite(scale) & (scale > 0))] = np.nan
-        return scores
-
-    def _product(self, values: np.ndarray, directions: np.ndarray) -> np.ndarray:
-        """Inner products float32 (n, J), group by group."""
-        return np.concatenate([values @ directions[:, group] for group in self._groups], axis=1)
-
-    def _int4(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inner products with (code - 7.5), and the squared norms of those."""
-        nibbles = np.empty(codes.shape, dtype=np.uint8)
-        values = np.empty(codes.shape, dtype=np.float32)
-        products = np.zeros((len(codes), self._halves[0].shape[1]), dtype=np.float32)
-        squares = np.zeros(len(codes), dtype=np.float32)
-        for split, mask, directions in zip((np.bitwise_and, np.right_shift), (15, 4), self._halves, strict=True):
-            split(codes, mask, out=nibbles)
-            np.subtract(nibbles, np.float32(7.5), out=values)
-            used = values[:, : len(directions)]  # of an odd dimension, the last high half holds no number
-            products += self._product(used, directions)
-            squares += np.vecdot(used, used)
-        return products, squares
 
 
 def _divided(features: np.ndarray, scale: np.ndarray) -> np.ndarray:

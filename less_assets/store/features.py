@@ -8,11 +8,14 @@ marks it finished. `scale` decodes `features`; `norm` is the exact norm of the d
 """
 
 import contextlib
+import mmap
+import struct
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+import google_crc32c
 import numpy as np
 import zarr
 from upath import UPath
@@ -28,6 +31,8 @@ BLOCK_ROWS = 512
 DECODE_ROWS = 64  # 8 MiB of float32 at k = 32768: still in the cache (L3) when they are multiplied
 UNWRITTEN = 255  # fill value of `status`, equal to RowStatus.PENDING
 METADATA_BYTES = 1 << 20  # larger files of the group are chunks, which carry their own CRC32C
+
+_SHARD_INDEX, _CHECKSUM = struct.Struct("<QQI"), struct.Struct("<I")
 
 
 class FeatureRows(Protocol):
@@ -259,12 +264,20 @@ class FeatureReader:
         """Number of stored blocks."""
         return -(-self.rows // self.block_rows)
 
-    def codes(self, form: str, index: int) -> tuple[int, np.ndarray, np.ndarray]:
+    @property
+    def code_block_bytes(self) -> int:
+        """Size of the file of a block of codes."""
+        array = self._arrays[f"{self.forms[0]}/features"]
+        return array.dtype.itemsize * int(np.prod(array.chunks)) + _CHECKSUM.size + _SHARD_INDEX.size
+
+    def codes(self, form: str, index: int, buffer: np.ndarray | None = None) -> tuple[int, np.ndarray, np.ndarray]:
         """The codes of a stored block; may be called from several threads.
 
         Args:
             form: Direction form.
             index: Which block, below `code_blocks`.
+            buffer: uint8 (code_block_bytes,) that the codes may be read into; with the same one for every block no
+                memory has to be cleared, which takes longer than reading.
 
         Returns:
             First row, codes of the block's rows as `method.quantization.encode` returned them, and their float32 scale.
@@ -273,11 +286,12 @@ class FeatureReader:
             CorruptArtifactError: A chunk is damaged; the error names its file.
         """
         start, stop = index * self.block_rows, min((index + 1) * self.block_rows, self.rows)
-        parts = [
-            _read(self._arrays[f"{form}/{name}"], self.path, f"{form}/{name}", start, stop, self._asset)
-            for name in ("features", "scale")
-        ]
-        return start, parts[0], parts[1]
+        array = self._arrays[f"{form}/features"]
+        block = _local_block(self.path / _chunk_file(f"{form}/features", array, index), array, buffer)
+        if block is None:
+            block = _read(array, self.path, f"{form}/features", start, stop, self._asset)
+        scale = _read(self._arrays[f"{form}/scale"], self.path, f"{form}/scale", start, stop, self._asset)
+        return start, block[: stop - start], scale
 
     def blocks(self, form: str, rows: int = DECODE_ROWS) -> Iterator[tuple[int, np.ndarray]]:
         """Decoded features of all rows in order, read and decoded while the caller works on those before.
@@ -393,9 +407,46 @@ def _chunk_file(name: str, array: zarr.Array, index: int) -> str:
     return f"{name}/c/{index}/0" if array.ndim == 2 else f"{name}/c/{index}"
 
 
+def _local_block(path: UPath, array: zarr.Array, buffer: np.ndarray | None = None) -> np.ndarray | None:
+    """The rows of a block in a local file, mapped into memory or read into a buffer; None to read it through Zarr.
+
+    A chunk is its bytes and their CRC32C; a Zarr shard of one chunk ends with the chunk's offset and length and their
+    CRC32C. Whatever is not so is left to Zarr, whose errors say what is wrong. Ten times faster for small chunks.
+    https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
+    """
+    if not (file := local_path(path)):
+        return None
+    size, start = array.dtype.itemsize * int(np.prod(array.chunks)), 0
+    try:
+        with file.open("rb", buffering=0) as opened:
+            if buffer is None:  # the mapping is closed with the last array on it
+                data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            else:
+                data = buffer[: opened.readinto(buffer.data)]
+        end = len(data)
+        if array.shards:
+            end -= _SHARD_INDEX.size
+            start, length, checksum = _SHARD_INDEX.unpack_from(data.data, end)
+            if start + length != end or google_crc32c.value(data[end:-4]) != checksum:
+                return None
+        if end - start != size + _CHECKSUM.size:
+            return None
+        (checksum,) = _CHECKSUM.unpack_from(data.data, start + size)
+        found = data[start : start + size]
+    except (OSError, ValueError, struct.error):
+        return None
+    return found.view(array.dtype).reshape(array.chunks) if google_crc32c.value(found) == checksum else None
+
+
 def _read(array: zarr.Array, path: UPath, name: str, start: int, stop: int, asset: str | None = None) -> np.ndarray:
     """Rows start to stop; whatever Zarr raises about their bytes becomes a CorruptArtifactError naming the file."""
     block_rows = (array.shards or array.chunks)[0]
+    indices = range(start // block_rows, -(-stop // block_rows))
+    blocks = [_local_block(path / _chunk_file(name, array, index), array) for index in indices]
+    here = [block for block in blocks if block is not None]
+    if here and len(here) == len(blocks):
+        first = indices[0] * block_rows
+        return (here[0] if len(here) == 1 else np.concatenate(here))[start - first : stop - first]
     try:
         with storage_trouble(path, "read"):
             return np.asarray(array[start:stop])

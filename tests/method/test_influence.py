@@ -34,12 +34,13 @@ class Rows:
         self.passes = 0
 
     storage = "float16"  # whose codes are the numbers themselves
+    code_block_bytes = 0
 
     @property
     def code_blocks(self):
         return -(-self.rows // self.block)
 
-    def codes(self, form, index):
+    def codes(self, form, index, buffer=None):
         self.passes += index == 0
         block = self.features[form][index * self.block : (index + 1) * self.block]
         return index * self.block, block, np.ones(len(block), dtype=np.float32)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch  # noqa: F401 - before the clock of hypothesis runs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from less_assets.method.coded_directions import CodedDirections
 from less_assets.method.influence import score_block
-from less_assets.method.quantization import STORAGES, CodedDirections, bytes_per_row, choose_storage, decode, encode
+from less_assets.method.quantization import STORAGES, bytes_per_row, choose_storage, decode, encode
 
 ROWS = npst.arrays(
     np.float32,
