@@ -100,7 +100,7 @@ def count_rows(path: str) -> int:
     with _reading(path):
         if kind == "parquet":
             with _open(path, compression=None) as stream:
-                return int(pq.ParquetFile(stream).metadata.num_rows)
+                return int(_parquet_file(stream).metadata.num_rows)
         with _open(path) as stream:
             if kind == "jsonl":
                 _refuse_json_array(path, stream)
@@ -190,7 +190,8 @@ def _row_digests(path: str) -> Iterator[bytes]:
     kind = _kind(path)
     if kind == "parquet":
         with _open(path, compression=None) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+            file = _parquet_file(stream)
+            for batch in _batches(file, range(file.num_row_groups)):
                 for record, _ in _records(batch):
                     text = json.dumps(record, sort_keys=True, default=repr, ensure_ascii=True)
                     yield hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -416,14 +417,14 @@ def _is_text(field: str) -> bool:
 
 
 def _parquet_rows(stream: IO[bytes], first_row: int) -> Iterator[RawRow]:
-    file = pq.ParquetFile(stream)
+    file = _parquet_file(stream)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     ends = list(itertools.accumulate(sizes))
     groups = [group for group, end in enumerate(ends) if end > first_row]
     if not groups:
         return
     start = ends[groups[0]] - sizes[groups[0]]
-    for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=groups):
+    for batch in _batches(file, groups):
         skipped = min(max(0, first_row - start), batch.num_rows)
         for number, (record, problem) in enumerate(_records(batch.slice(skipped)), start=start + skipped + 1):
             size = _text_size(record)
@@ -434,6 +435,24 @@ def _parquet_rows(stream: IO[bytes], first_row: int) -> Iterator[RawRow]:
             else:
                 yield RawRow(number, record)
         start += batch.num_rows
+
+
+def _parquet_file(stream: IO[bytes]) -> pq.ParquetFile:
+    file = pq.ParquetFile(stream)
+    counted = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    if file.metadata.num_rows != counted:
+        raise pa.ArrowInvalid(f"its footer says {file.metadata.num_rows} rows, its row groups {counted}")
+    return file
+
+
+def _batches(file: pq.ParquetFile, groups: Sequence[int]) -> Iterator[pa.RecordBatch]:
+    """The rows of row groups; a damaged page can hold fewer of them than were counted, and no row may shift."""
+    left = sum(file.metadata.row_group(group).num_rows for group in groups)
+    for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, row_groups=groups):
+        left -= batch.num_rows
+        yield batch
+    if left:
+        raise pa.ArrowInvalid(f"it holds {abs(left)} rows {'fewer' if left > 0 else 'more'} than its footer says")
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str | None]]:

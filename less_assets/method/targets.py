@@ -278,7 +278,12 @@ def _read_text(file: UPath) -> str:
 def _read_json(file: UPath, expected: type) -> Any:
     try:
         content = json.loads(_read_text(file))
-    except ValueError as error:
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can escape half a surrogate pair, which is no text
+    except UnicodeEncodeError as error:
+        raise TargetFormatError(
+            f"A string holds half a surrogate pair: {error.object[error.start]!a}.", where=str(file)
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise TargetFormatError(f"The file is not JSON: {error}", where=str(file)) from error
     if not isinstance(content, expected):
         raise TargetFormatError(f"The file holds no JSON {expected.__name__}.", where=str(file))

@@ -215,6 +215,19 @@ def test_parquet_rows_are_read_from_any_position(folder, row_group_size):
         assert list(read_raw(path, first_row, 70)) == rows[first_row : first_row + 70]
 
 
+def test_a_parquet_file_that_counts_other_rows_than_it_holds_is_refused(folder):
+    path = folder / "count.parquet"
+    pl.DataFrame({"a": [f"row {number}" for number in range(5)]}).write_parquet(path, statistics=False)
+    good, said = path.read_bytes(), []
+    for place in [place for place, byte in enumerate(good) if byte == 10]:  # a 5 in Parquet's numbers
+        path.write_bytes(good[:place] + b"\x08" + good[place + 1 :])
+        try:
+            assert len(list(read_raw(str(path)))) == count_rows(str(path))
+        except PoolFormatError as error:
+            said.append(str(error))
+    assert any("its footer says 4 rows, its row groups 5" in each for each in said)
+
+
 def test_large_parquet_rows_are_quarantined(folder, monkeypatch):
     monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 100)
     path = str(folder / "large.parquet")

@@ -152,6 +152,14 @@ def test_the_words_of_tydiqa_are_nine_languages():
     )
 
 
+@pytest.mark.parametrize("broken", ['"Say.\\ud800"', "[" * 100_000])
+def test_json_that_holds_no_text_is_refused(tmp_path, broken):
+    file = tmp_path / "bbh-three-shot.json"
+    file.write_text(f'{{"navigate": {broken}}}')
+    with pytest.raises(TargetFormatError, match="bbh-three-shot"):
+        read_targets("bbh", str(file))
+
+
 def test_any_jsonl_with_messages_is_a_task(tmp_path):
     turns = [*user("a"), {"role": "assistant", "content": "b"}, *user("c"), {"role": "assistant", "content": "d"}]
     rows = [{"messages": turns, "subtask": "s"}, {"prompt": "e", "completion": "f"}, {"messages": turns[:2]}]
