@@ -7,7 +7,7 @@ export DAGSTER_HOME ?= $(CURDIR)/.dagster
 # pip writes byte code while it installs; python does it at first import anyway, for the modules that are used.
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: env demo test dev bench soak clean
+.PHONY: env demo test dev bench soak audit clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -49,6 +49,14 @@ bench: env
 # Hours: kills, storage faults, strange inputs. Interrupted, it goes on where it was.
 soak: env
 	$(BIN)/python tests/soak/soak.py
+
+# Known vulnerabilities, from the network; a package that cannot be looked up is a failure.
+$(VENV)/audit/bin/pip-audit:
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip --disable-pip-version-check install --quiet pip-audit
+
+audit: env $(VENV)/audit/bin/pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:
 	rm -rf artifacts demo_data .dagster

@@ -274,6 +274,13 @@ def expected_of(path: str) -> set[str]:
     return by_section.get(section, {"recipe_settings"})
 
 
+def of_others(path: str, after: dict, names: dict[str, str]) -> set[str]:
+    """Artifacts that belong to another task or recipe than the one, the first, whose key was changed."""
+    own = {"recipes[]": {after["recipes"][0]["name"]}, "tasks[]": {after["tasks"][0]["name"], "g"}}
+    mine = own.get(path.partition(".")[0])
+    return {name for name in names if mine and not mine & set(name.partition("/")[2].split("|"))}
+
+
 def test_every_key_of_the_project_file_is_tried():
     assert set(CHANGES) | STRUCTURE == set(CHANGES) - ELSEWHERE | set(STRUCTURAL) | ELSEWHERE
     assert set(STALE) <= set(CHANGES)
@@ -283,6 +290,7 @@ def test_every_key_of_the_project_file_is_tried():
 def test_a_changed_key_makes_stale_just_what_depends_on_it_and_blocks_all_its_readers(planned, path):
     found, after = change(planned, path, VALUES.get(path, CHANGES[path][0]))
     assert assets(found["stale"]) == expected_of(path), found["stale"]
+    assert of_others(path, after, found["stale"]) == set(), "one task's or recipe's key is nobody else's matter"
     unmade = set(found["stale"]) | set(found["missing"])
     # A report compares with the subsets that are in force and goes on without the others.
     readers = {each for each in planned.readers(unmade) - unmade if not each.startswith("selection_report/")}

@@ -212,12 +212,15 @@ class FeatureReader:
         if "zarr.json" not in files:
             raise MissingArtifactError("There are no features.", where=str(path), fix=repair_command(asset))
         try:
-            group = zarr.open_group(store=_zarr_store(path), mode="r")
-            layout: dict[str, Any] = dict(group.attrs)
-            self.forms: tuple[str, ...] = tuple(layout["forms"])
-            self.rows, self.dimension = int(layout["rows"]), int(layout["dimension"])
-            self.storage, self.block_rows = str(layout["storage"]), int(layout["block_rows"])
-            self._arrays = _checked_arrays(group, layout)
+            with storage_trouble(path, "read"):
+                group = zarr.open_group(store=_WholeStore(_zarr_store(path)), mode="r")
+                layout: dict[str, Any] = dict(group.attrs)
+                self.forms: tuple[str, ...] = tuple(layout["forms"])
+                self.rows, self.dimension = int(layout["rows"]), int(layout["dimension"])
+                self.storage, self.block_rows = str(layout["storage"]), int(layout["block_rows"])
+                self._arrays = _checked_arrays(group, layout)
+        except LessAssetsError:
+            raise
         except Exception as error:
             raise self._damage("zarr.json", f"{type(error).__name__}: {error}") from error
         self._check_chunks(files)
@@ -401,6 +404,19 @@ def _zarr_store(path: UPath) -> Any:
     if here := local_path(path):
         return zarr.storage.LocalStore(here)
     return zarr.storage.FsspecStore.from_url(str(path), storage_options=dict(path.storage_options))
+
+
+class _WholeStore(zarr.storage.WrapperStore[Any]):
+    """A store in which an absent chunk is an error: Zarr takes it for a chunk of the fill value, hence for numbers.
+
+    `FeatureReader` looks for all chunks when it opens; this is for one that is lost while it reads.
+    """
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        found = await super().get(key, prototype, byte_range)
+        if found is None and "/c/" in f"/{key}":
+            raise FileNotFoundError(f"{key} is missing")
+        return found
 
 
 def _chunk_file(name: str, array: zarr.Array, index: int) -> str:

@@ -233,6 +233,39 @@ def test_a_bucket_that_cannot_be_written_is_one_clear_error_and_leaves_nothing_i
     read_something(store)
 
 
+def refusal(read: Callable[[], object]) -> str:
+    """What a reader says of a store that does not answer; empty if it needs no answer."""
+    try:
+        read()
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "answer", [("403 Forbidden", DENIED), ("500 Internal Server Error", BROKEN)], ids=["403", "500"]
+)
+def test_a_bucket_that_cannot_be_read_is_one_clear_error_and_never_a_missing_artifact(
+    store, server, monkeypatch, answer
+):
+    monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
+    write_something(store)
+    reader = open_features(store.require("things/one", "thing"))
+    for methods in (("GET",), ("HEAD",), ("GET", "HEAD")):
+        server.fault = lambda method, path, number, methods=methods: answer if method in methods else None
+        found = {
+            "whole": refusal(lambda: read_something(store)),
+            "features": refusal(lambda: list(reader.blocks("adamw"))),
+            "existence": refusal(lambda: store.artifact("things/one", FINGERPRINT).exists() or pytest.fail("missing")),
+        }
+        server.fault = None
+        assert all(f"s3://{BUCKET}" in said for said in found.values() if said), found
+        if "GET" in methods:
+            assert found["whole"]
+            assert found["features"]
+    assert refusal(lambda: read_something(store)) == ""
+
+
 def test_an_upload_that_breaks_off_leaves_no_artifact_and_is_resumed(store, server, monkeypatch):
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
     stored = []

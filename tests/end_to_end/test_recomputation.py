@@ -398,14 +398,11 @@ def test_a_removed_source_is_seen_by_dagster_and_left_out_of_its_range_runs(fini
     project = load_project(finished.tiny.path)
     register_shards(project, open_store(project), finished.instance)
     job = build_definitions(project).resolve_implicit_global_asset_job_def()
-    keys = grid(EPOCHS[:1], ["plus-00000", "plus-00001", "colors-00000"])
-    tags = {RANGE_START_TAG: keys[0], RANGE_END_TAG: keys[-1]}
-    before = finished.line.fresh("train_gradients", keys[0])
-    asset = [dg.AssetKey("train_gradients")]
+    tags = {RANGE_START_TAG: "plus-00000", RANGE_END_TAG: "colors-00000"}
+    asset = [dg.AssetKey("instruction_pool")]
     assert job.execute_in_process(asset_selection=asset, tags=tags, instance=finished.instance).success
-    assert finished.line.fresh("train_gradients", keys[0]) == before
     with pytest.raises(MissingArtifactError, match="no shard 'colors-00000'"):
-        finished.materialize("train_gradients", keys[-1])
+        finished.materialize("instruction_pool", "colors-00000")
     finished.tiny.settings["pool"]["sources"].append(colors)
     assert finished.run() == {}, "put back, all is as it was"
 

@@ -155,6 +155,26 @@ def test_any_damage_to_any_file_ends_in_an_error_that_names_it(tmp_path):
     read_everything(folder)
 
 
+def test_a_chunk_that_is_lost_while_features_are_read_is_no_block_of_zeros(tmp_path):
+    folder = sealed_features(tmp_path)
+    reader = open_features(folder)
+    for name in ("adamw/features/c/1/0", "adamw/scale/c/1"):
+        file = folder.root / "features.zarr" / name
+        data = file.read_bytes()
+        file.unlink()
+        readers = [
+            lambda: reader.codes("adamw", 1),
+            lambda: list(reader.blocks("adamw")),
+            lambda: reader.take("adamw", [9]),
+        ]
+        for read in readers:
+            with pytest.raises(CorruptArtifactError, match="missing") as caught:
+                read()
+            assert name in str(caught.value)
+        file.write_bytes(data)
+    reader.codes("adamw", 1)
+
+
 def test_damaged_chunks_are_found_without_a_manifest_and_written_again(tmp_path):
     path = UPath(tmp_path / "f.zarr")
     write_all(path)
