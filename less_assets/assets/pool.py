@@ -10,6 +10,7 @@ import dagster as dg
 import polars as pl
 
 from less_assets import metadata
+from less_assets.errors import PoolFormatError
 from less_assets.ledger import data_path
 from less_assets.materialization import Computed, Work, materialize_one, materialize_range
 from less_assets.partitions import Axes
@@ -122,12 +123,17 @@ def index_pool(work: Work) -> Computed:
     """List every usable row of every shard; of equal examples the first one is canonical."""
     parts = []
     shards = work.line.ledger.shard_keys()
+    if not shards:  # else everything after it would go on with nothing, where only the ledger was lost
+        raise PoolFormatError(
+            "The pool has no rows: its files are empty, or they were not scanned.",
+            where="pool.sources",
+            fix="look at the files; `less-assets run` scans them, and so does the sensor `pool_shards` in Dagster",
+        )
     for shard in shards:
         table = read_parquet(work.line.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
         rows = table.with_row_index("row").filter(pl.col("status") == "ok")
         parts.append(rows.select("example_id", "source", pl.lit(shard).alias("shard"), pl.col("row").cast(pl.Int64)))
-    index = pl.concat(parts) if parts else pl.DataFrame(schema=INDEX_SCHEMA).drop("copies", "canonical")
-    index = index.with_columns(
+    index = pl.concat(parts).with_columns(
         pl.len().over("example_id").cast(pl.Int64).alias("copies"),
         pl.col("example_id").is_first_distinct().alias("canonical"),
     )

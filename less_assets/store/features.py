@@ -8,7 +8,7 @@ marks it finished. `scale` decodes `features`; `norm` is the exact norm of the d
 """
 
 import contextlib
-import mmap
+import os
 import struct
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -424,7 +424,7 @@ def _chunk_file(name: str, array: zarr.Array, index: int) -> str:
 
 
 def _local_block(path: UPath, array: zarr.Array, buffer: np.ndarray | None = None) -> np.ndarray | None:
-    """The rows of a block in a local file, mapped into memory or read into a buffer; None to read it through Zarr.
+    """The rows of a block in a local file, read into a buffer if there is one; None to read it through Zarr.
 
     A chunk is its bytes and their CRC32C; a Zarr shard of one chunk ends with the chunk's offset and length and their
     CRC32C. Whatever is not so is left to Zarr, whose errors say what is wrong. Ten times faster for small chunks.
@@ -435,10 +435,9 @@ def _local_block(path: UPath, array: zarr.Array, buffer: np.ndarray | None = Non
     size, start = array.dtype.itemsize * int(np.prod(array.chunks)), 0
     try:
         with file.open("rb", buffering=0) as opened:
-            if buffer is None:  # the mapping is closed with the last array on it
-                data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-            else:
-                data = buffer[: opened.readinto(buffer.data)]
+            if buffer is None:  # not mapped: a file that is cut off while it is mapped kills the process
+                buffer = np.empty(os.fstat(opened.fileno()).st_size, dtype=np.uint8)
+            data = buffer[: opened.readinto(buffer.data)]
         end = len(data)
         if array.shards:
             end -= _SHARD_INDEX.size

@@ -59,6 +59,13 @@ def test_features_come_back_as_their_codes_decode(path, storage):
             read_features(reader, form), decode(*encode(expected, storage), storage, DIMENSION)
         )
         np.testing.assert_array_equal(reader.norms(form), block.norms[form])
+        codes, scale = encode(expected, storage)
+        for index in range(reader.code_blocks):
+            first, found, scales = reader.codes(form, index)
+            assert first == index * BLOCK
+            np.testing.assert_array_equal(found, codes[first : first + BLOCK])
+            np.testing.assert_array_equal(scales, scale[first : first + BLOCK])
+            assert found.dtype == codes.dtype
     np.testing.assert_array_equal(reader.loss, block.loss)
     np.testing.assert_array_equal(reader.loss_tokens, block.loss_tokens)
     np.testing.assert_array_equal(reader.status, block.status)
@@ -157,8 +164,8 @@ def test_any_damage_to_any_file_ends_in_an_error_that_names_it(tmp_path):
 
 def test_a_chunk_that_is_lost_while_features_are_read_is_no_block_of_zeros(tmp_path):
     folder = sealed_features(tmp_path)
-    reader = open_features(folder)
     for name in ("adamw/features/c/1/0", "adamw/scale/c/1"):
+        reader = open_features(folder)
         file = folder.root / "features.zarr" / name
         data = file.read_bytes()
         file.unlink()
@@ -172,7 +179,7 @@ def test_a_chunk_that_is_lost_while_features_are_read_is_no_block_of_zeros(tmp_p
                 read()
             assert name in str(caught.value)
         file.write_bytes(data)
-    reader.codes("adamw", 1)
+        reader.codes("adamw", 1)
 
 
 def test_damaged_chunks_are_found_without_a_manifest_and_written_again(tmp_path):
