@@ -164,15 +164,3 @@ def describe_index(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, A
         drawn = charts.share_bars(sources, kind="source")
         shown["shares_by_source"] = metadata.picture(drawn, "share of each source among distinct rows")
     return shown
-
-
-INDEX_SCHEMA = pl.Schema(
-    {
-        "example_id": pl.String,
-        "source": pl.String,
-        "shard": pl.String,
-        "row": pl.Int64,  # 0-based row of the shard
-        "copies": pl.Int64,  # rows of the pool with this id
-        "canonical": pl.Boolean,  # whether this is the copy that counts
-    }
-)

@@ -169,14 +169,13 @@ def test_a_chunk_that_is_lost_while_features_are_read_is_no_block_of_zeros(tmp_p
         file = folder.root / "features.zarr" / name
         data = file.read_bytes()
         file.unlink()
-        readers = [
-            lambda: reader.codes("adamw", 1),
-            lambda: list(reader.blocks("adamw")),
-            lambda: reader.take("adamw", [9]),
-        ]
-        for read in readers:
+        for read in (
+            lambda of: of.codes("adamw", 1),
+            lambda of: list(of.blocks("adamw")),
+            lambda of: of.take("adamw", [9]),
+        ):
             with pytest.raises(CorruptArtifactError, match="missing") as caught:
-                read()
+                read(reader)
             assert name in str(caught.value)
         file.write_bytes(data)
         reader.codes("adamw", 1)
