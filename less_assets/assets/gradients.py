@@ -3,6 +3,7 @@
 Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `store/features.py`.
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from less_assets.project import Project
 from less_assets.resources import LoadedCheckpoint, ModelLoader
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.features import FeatureWriter, open_features
+from less_assets.store.files import read_bytes
 from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
@@ -158,9 +160,8 @@ def _tokens(examples: Iterable[Any]) -> int:
 
 def _token_budget(work: Work, loaded: LoadedCheckpoint, longest: int) -> int:
     """The batch size in tokens: resolved once for an artifact and recorded, so that a resumed run batches alike."""
-    path = work.folder.path(BATCHING)
-    if path.exists():
-        return int(json.loads(path.read_bytes())["token_budget"])
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # not asked yet, or damaged
+        return int(json.loads(read_bytes(work.folder.path(BATCHING)))["token_budget"])
     budget = loaded.token_budget(work.project.gradients, longest)
     write_json(work.folder, BATCHING, {"token_budget": budget})
     return budget

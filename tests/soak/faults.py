@@ -98,9 +98,7 @@ class FinishedRun:
             file.chmod(0o644)
         (place / "live").mkdir()
         self.place, self.tiny = place, small_project(place / "live", place / "model")
-        self.tiny.settings["recipes"] += [
-            {"name": name, "strategy": name, "fraction": 0.2} for name in ("bm25", "rds", "perplexity")
-        ]
+        self.tiny.settings["recipes"] += [{"name": name, "strategy": name, "fraction": 0.2} for name in ("bm25", "rds")]
         self.root, self.file = self.tiny.folder / "artifacts", self.tiny.path
         self.steps: dict[tuple[str, str | None], Step] = {}
         self._opened: list[tuple[Step, str]] = []
