@@ -65,8 +65,8 @@ def list_files(path: str) -> list[str]:
 
     Args:
         path: A file, a folder (its data files, not those of subfolders) or a glob pattern; local or any fsspec URL such
-            as `s3://…`, `hf://datasets/…` or `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative if
-            given so.
+            as `s3://…`, `hf://datasets/…` or `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative
+            if given so.
 
     Raises:
         PoolFormatError: If there is no such file, or none that matches.

@@ -134,7 +134,7 @@ def read_targets(format: TargetFormat, path: str) -> list[TargetExample]:
     | format | path | subtasks |
     |---|---|---|
     | `bbh` | `bbh-three-shot.json` or its folder | keys of the object |
-    | `mmlu` | folder with `*_dev.csv`, with `dev/`, or with `dev-*.parquet`; the first 5 rows of each count | subjects |
+    | `mmlu` | folder with `*_dev.csv`, `dev/` or `dev-*.parquet`; the first 5 rows of each count | subjects |
     | `tydiqa` | `tydiqa-one-shot.json` or its folder; the first example of each language counts | languages |
     | `gsm8k` | `cot-8-shot.json` or its folder | "gsm8k" |
     | `messages` | JSONL (or CSV, Parquet) in any pool format whose last turn is the assistant's | field `subtask` |

@@ -359,7 +359,8 @@ def test_the_layout_of_less_data_is_read_unpacked_and_inside_its_archive(tmp_pat
     archive = shutil.make_archive(str(tmp_path / "less-data"), "zip", tmp_path, "data")
     local, packed = str(tmp_path / "data/eval" / format), f"zip://data/eval/{format}::{archive}"
     targets, questions = read_targets(format, local), read_evaluation(format, local)
-    assert targets and questions
+    assert targets
+    assert questions
     assert read_targets(format, packed) == targets
     assert read_evaluation(format, packed) == questions
 
