@@ -148,7 +148,7 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
-        board = read_parquet(Lineage(project, store).folder("task_results", context.partition_key), BOARD)
+        board = read_parquet(Lineage(project, store).folder("task_results", partition_of(context)), BOARD)
         compared = board.filter((pl.col("metric") == "loss") | pl.col("primary"), pl.col("vs_base").is_not_null())
         if compared.is_empty():
             return _warning(True, "There is no recipe to compare with the base model (strategy `none`).", {})

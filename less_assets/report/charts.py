@@ -315,7 +315,7 @@ def difference_chart(table: pl.DataFrame, *, title: str = "", value_title: str =
     told = "grey band: one standard deviation of random over its seeds"
     title = " · ".join(part for part in (title, told if table["spread"].count() else "") if part)
     band = base.transform_filter("datum.spread != null").mark_bar(height=14, color=BAND)
-    axis = alt.X("value:Q", title=value_title, scale=alt.Scale(padding=6), axis=alt.Axis(tickCount=5))
+    axis = alt.X("value:Q", title=value_title, scale=alt.Scale(padding=6), axis=alt.Axis(tickCount=4))
     judged = base.encode(color=_color("verdict:N", present))
     panel = (
         band.encode(x=alt.X("below:Q", title=value_title), x2="above:Q")
