@@ -8,7 +8,7 @@
 It writes a project file into the work folder and runs that project, as `less-assets run` would: interrupted, the same
 command goes on where it stopped, and `less-assets` or `dagster dev` with the printed project file shows everything.
 Figures go to `benchmarks/results/selection_quality.json` after each task, a list of {task, recipe, budget, seed, loss,
-score, tokens}; the leaderboard beside it as Markdown.
+score, tokens}; beside it as Markdown an overview of all variants against random, and the leaderboard.
 
 The design. A pool of `--rows` rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
 GSM8K's own training source is not among them. Five forms of LESS from one backward pass, three aggregations, both rules
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import yaml
 
 from less_assets.jobs import GraphRunner, Request, register_shards
@@ -259,6 +260,41 @@ def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
     return found
 
 
+def overview(board: pl.DataFrame) -> str:
+    """Every variant's difference of the loss from random of its own budget, best on average first, as Markdown.
+
+    Args:
+        board: Table of `leaderboard.LEADERBOARD_SCHEMA` whose recipes with a budget end with it in per cent.
+    """
+    from less_assets.method.leaderboard import against_random, markdown_table
+
+    marks = {"better": "*", "worse": "†", "undecided": ""}
+    cells: dict[str, dict[str, str]] = {}
+    found: dict[str, list[float]] = {}
+    for row in against_random(board, "loss").iter_rows(named=True):
+        variant, _, budget = row["recipe"].rpartition(".")
+        if variant:
+            column = f"{row['task']} {budget} %"
+            cells.setdefault(variant, {})[column] = f"{row['value']:+.3f}{marks[row['verdict']]}"
+            found.setdefault(variant, []).append(row["value"])
+    lines = [
+        {"recipe": variant, "mean": f"{np.mean(found[variant]):+.3f}", **cells[variant]}
+        for variant in sorted(cells, key=lambda name: float(np.mean(found[name])))
+    ]
+    spreads = board.filter(pl.col("metric") == "loss", pl.col("strategy") == "random", pl.col("spread").is_not_null())
+    luck = {
+        f"{row['task']} {row['recipe'].rpartition('.')[2]} %": f"± {row['spread']:.3f}"
+        for row in spreads.iter_rows(named=True)
+    }
+    table = pl.DataFrame([*lines, {"recipe": "random, over its seeds", "mean": "", **luck}])
+    return (
+        "**Held-out loss minus random's of the same budget, same samples (nats per token, lower is better)**\n\n"
+        f"{markdown_table(table)}\n\n"
+        "\\*: better, †: worse than random, interval of the paired difference without 0; ±: standard deviation of "
+        "random over its seeds; mean: over the columns."
+    )
+
+
 def report(project: Project, store: ArtifactStore, results: Path) -> None:
     """Write the figures and, of finished tasks, the leaderboard."""
     from less_assets.assets.evaluation import BOARD
@@ -271,7 +307,7 @@ def report(project: Project, store: ArtifactStore, results: Path) -> None:
     finished = [task for task in project.task_names if line.status("task_results", task).state == "fresh"]
     if finished:
         board = merge([read_parquet(line.folder("task_results", task), BOARD) for task in finished])
-        results.with_suffix(".md").write_text(to_markdown(board) + "\n")
+        results.with_suffix(".md").write_text(f"{overview(board)}\n\n{to_markdown(board)}\n")
 
 
 def run(project: Project, home: Path, results: Path) -> None:

@@ -1,5 +1,7 @@
 """Every guardrail fires where it should and is silent where it should not, on one tiny project."""
 
+import re
+
 import dagster as dg
 import pytest
 from test_run import run
@@ -99,6 +101,15 @@ def test_a_control_that_profits_is_told(checked):
         True,
         "No recipe beats random on the control.",
     )
+
+
+def test_the_leaderboard_is_a_table_and_pictures_in_the_ui(checked):
+    event = checked.instance.get_latest_materialization_event(dg.AssetKey("leaderboard"))
+    shown = event.asset_materialization.metadata
+    headings = re.findall(r"^\*\*([\w -]+?) ?[,(]", shown["results"].value, re.MULTILINE)
+    assert headings == ["Held-out loss", "Score", "Difference from random", "Difference from base", "Cost"]
+    for name in ("held_out_loss", "score", "loss_against_random", "score_against_random"):
+        assert "data:image/png;base64," in shown[name].value
 
 
 def test_a_model_below_the_base_is_told(checked):
