@@ -8,7 +8,7 @@
 It writes a project file into the work folder and runs that project, as `less-assets run` would: interrupted, the same
 command goes on where it stopped, and `less-assets` or `dagster dev` with the printed project file shows everything.
 Figures go to `benchmarks/results/selection_quality.json` after each task, a list of {task, recipe, budget, seed, loss,
-score, tokens}; the leaderboard beside it as Markdown.
+score, tokens}; beside it as Markdown an overview of all variants against random, and the leaderboard.
 
 The design. A pool of `--rows` rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
 GSM8K's own training source is not among them. Five forms of LESS from one backward pass, three aggregations, both rules
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import yaml
 
 from less_assets.jobs import GraphRunner, Request, register_shards
@@ -54,8 +55,11 @@ EXAMPLES = {
 }
 TESTS = {"gsm8k": "gsm8k/test.jsonl", "bbh": "bbh/test", "tydiqa": "tydiqa/dev", "mmlu": "mmlu/test"}
 # Questions of each subtask, and longest answer in tokens.
-ASKED = {"gsm8k": (40, 64), "bbh": (3, 32), "tydiqa": (6, 24), "mmlu": (2, None)}
+ASKED = {"gsm8k": (32, 64), "bbh": (2, 32), "tydiqa": (4, 24), "mmlu": (1, None)}
+WARMUP_LEARNING_RATE = 5e-4
 CHARACTERS_PER_TOKEN = 3.5
+TEMPLATE_TOKENS = 30
+"""Of SmolLM2's chat template around each row: its system prompt and the marks of two turns."""
 GRADIENT_RATE, TRAINING_RATE, QUESTION_RATE = 190.0, 140.0, 1.5
 """Tokens/s of gradients and of training, questions/s of evaluation: SmolLM2-135M, r 8, two CPU cores."""
 
@@ -132,18 +136,25 @@ def project_settings(design: Design, data: Path, pool: Sequence[Path]) -> dict[s
                 },
             }
         )
-    training = {"learning_rate": design.learning_rate, "max_grad_norm": 1.0}
+    training = {"batch_size": 4, "max_grad_norm": 1.0}
     return {
         "name": "selection-quality",
         "storage": {"root": "artifacts"},
         "model": {"base": design.base, "dtype": design.dtype, "max_length": design.max_length},
         "lora": {"rank": 8, "alpha": 32, "dropout": 0.0},
         "pool": {"sources": [{"name": path.stem, "path": str(path)} for path in pool]},
-        "warmup": {"fraction": 0.1, "epochs": 2, "batch_size": 4, **training},
-        "gradients": {"forms": list(FORMS), "dimension": design.dimension, "storage": "int8"},
+        "warmup": {"fraction": 0.1, "epochs": 2, "learning_rate": WARMUP_LEARNING_RATE, **training},
+        # How far sketches can be trusted is benchmarks/features.py's question, and would cost each task minutes here.
+        "gradients": {
+            "forms": list(FORMS),
+            "dimension": design.dimension,
+            "storage": "int8",
+            "certificate_rows": 0,
+            "real_step_rows": 0,
+        },
         "tasks": tasks,
         "recipes": recipes(design),
-        "finetuning": {"epochs": design.epochs, "batch_size": 4, **training},
+        "finetuning": {"epochs": design.epochs, "learning_rate": design.learning_rate, **training},
     }
 
 
@@ -175,11 +186,13 @@ def _characters(line: str) -> int:
 def estimate(design: Design, project: Project, pool: Sequence[Path]) -> None:
     """Print how many tokens each step takes and how long that is at the stated rates."""
     lines = [line for path in pool for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    tokens = sum(min(design.row_length, _characters(line) / CHARACTERS_PER_TOKEN) for line in lines)
+    tokens = sum(TEMPLATE_TOKENS + _characters(line) / CHARACTERS_PER_TOKEN for line in lines)
     keys = project.recipe_keys.values()
     subtasks = {task: _subtasks(project, task) for task in design.tasks}
     models = {task: _different(project, single=subtasks[task] == 1) for task in design.tasks}
-    trained = sum(budget for found in models.values() for budget in found) * tokens * design.epochs
+    own = sum(budget for found in models.values() for budget, of_task in found if of_task)
+    shared = sum(budget for budget, of_task in next(iter(models.values())) if not of_task)
+    trained = (own + shared) * tokens * design.epochs
     full = tokens * design.epochs if any(each.strategy == "full" for each in keys) else 0
     questions = {task: (design.limit or ASKED[task][0]) * subtasks[task] for task in design.tasks}
     asked = sum(questions[task] * (len(models[task]) + 2) for task in design.tasks)
@@ -187,7 +200,7 @@ def estimate(design: Design, project: Project, pool: Sequence[Path]) -> None:
         "warm-up": (0.1 * tokens * 2, TRAINING_RATE),
         "gradients of the pool, 2 checkpoints": (2 * tokens, GRADIENT_RATE),
         "embeddings": (tokens, 2 * GRADIENT_RATE),
-        "fine-tuning, equal subsets once": (trained, TRAINING_RATE),
+        "fine-tuning, equal selections once": (trained, TRAINING_RATE),
         "fine-tuning on the whole pool": (full, TRAINING_RATE),
     }
     print(
@@ -203,13 +216,16 @@ def estimate(design: Design, project: Project, pool: Sequence[Path]) -> None:
     print(f"  together about {hours:.1f} h (rates: SmolLM2-135M, r 8, on two CPU cores)")
 
 
-def _different(project: Project, *, single: bool) -> list[float]:
-    """Budgets of the recipes that select different rows: with a single subtask, all aggregations select the same."""
-    found = {}
+def _different(project: Project, *, single: bool) -> list[tuple[float, bool]]:
+    """Budgets of the recipes that select different rows, and whether the task decides which.
+
+    With a single subtask all aggregations select the same; random rows and those of some perplexity serve all tasks.
+    """
+    found: dict[Any, tuple[float, bool]] = {}
     for key, recipe in project.recipe_keys.items():
         if recipe.budget:
             same = (recipe.form, recipe.subtask, recipe.budget) if single and recipe.strategy == "less" else key
-            found[same] = float(recipe.budget.amount)
+            found[same] = (float(recipe.budget.amount), recipe.strategy not in ("random", "perplexity"))
     return list(found.values())
 
 
@@ -244,6 +260,41 @@ def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
     return found
 
 
+def overview(board: pl.DataFrame) -> str:
+    """Every variant's difference of the loss from random of its own budget, best on average first, as Markdown.
+
+    Args:
+        board: Table of `leaderboard.LEADERBOARD_SCHEMA` whose recipes with a budget end with it in per cent.
+    """
+    from less_assets.method.leaderboard import against_random, markdown_table
+
+    marks = {"better": "*", "worse": "†", "undecided": ""}
+    cells: dict[str, dict[str, str]] = {}
+    found: dict[str, list[float]] = {}
+    for row in against_random(board, "loss").iter_rows(named=True):
+        variant, _, budget = row["recipe"].rpartition(".")
+        if variant:
+            column = f"{row['task']} {budget} %"
+            cells.setdefault(variant, {})[column] = f"{row['value']:+.3f}{marks[row['verdict']]}"
+            found.setdefault(variant, []).append(row["value"])
+    lines = [
+        {"recipe": variant, "mean": f"{np.mean(found[variant]):+.3f}", **cells[variant]}
+        for variant in sorted(cells, key=lambda name: float(np.mean(found[name])))
+    ]
+    spreads = board.filter(pl.col("metric") == "loss", pl.col("strategy") == "random", pl.col("spread").is_not_null())
+    luck = {
+        f"{row['task']} {row['recipe'].rpartition('.')[2]} %": f"± {row['spread']:.3f}"
+        for row in spreads.iter_rows(named=True)
+    }
+    table = pl.DataFrame([*lines, {"recipe": "random, over its seeds", "mean": "", **luck}])
+    return (
+        "**Held-out loss minus random's of the same budget, same samples (nats per token, lower is better)**\n\n"
+        f"{markdown_table(table)}\n\n"
+        "\\*: better, †: worse than random, interval of the paired difference without 0; ±: standard deviation of "
+        "random over its seeds; mean: over the columns."
+    )
+
+
 def report(project: Project, store: ArtifactStore, results: Path) -> None:
     """Write the figures and, of finished tasks, the leaderboard."""
     from less_assets.assets.evaluation import BOARD
@@ -256,7 +307,7 @@ def report(project: Project, store: ArtifactStore, results: Path) -> None:
     finished = [task for task in project.task_names if line.status("task_results", task).state == "fresh"]
     if finished:
         board = merge([read_parquet(line.folder("task_results", task), BOARD) for task in finished])
-        results.with_suffix(".md").write_text(to_markdown(board) + "\n")
+        results.with_suffix(".md").write_text(f"{overview(board)}\n\n{to_markdown(board)}\n")
 
 
 def run(project: Project, home: Path, results: Path) -> None:
@@ -276,7 +327,7 @@ def run(project: Project, home: Path, results: Path) -> None:
         for task in project.task_names:
             runner.run(Request(tasks=(task,), until="task_results"))
             report(project, store, results)
-        runner.run(Request())
+        runner.run(Request(until="leaderboard"))  # and no reports: hundreds of selections, hours of attribution
     report(project, store, results)
 
 
@@ -298,8 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=None, help="longest row, target and question, in tokens")
     parser.add_argument("--fractions", type=float, nargs="+", default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of fine-tuning")
     parser.add_argument("--dimension", type=int, default=32768)
     parser.add_argument("--limit", type=int, default=None, help="questions of each subtask")
     parser.add_argument("--no-full", action="store_true", help="leave training on the whole pool out")

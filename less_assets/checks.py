@@ -86,15 +86,21 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
     ) -> dg.AssetCheckResult:
         line = Lineage(project, store)
         recipe, task = split(partition_of(context))
-        bases = [key for key, each in project.recipe_keys.items() if each.strategy == "none" and key != recipe]
+        model = project.recipe(recipe).model
+        bases = [
+            key
+            for key, each in project.recipe_keys.items()
+            if each.strategy == "none" and each.model == model and key != recipe
+        ]
         known = [key for key in bases if line.status("eval_results", f"{key}|{task}").state == "fresh"]
         ours = line.summary("eval_results", partition_of(context)).get("metrics") or {}
         if not known or not ours:
             return _warning(True, "There is no evaluation of the base model to compare with yet.", {})
         base = line.summary("eval_results", f"{known[0]}|{task}")["metrics"]
-        worse = [name for name, loss in ours.items() if name.endswith("/loss") and loss > base[name]]
-        said = ", ".join(f"{name} {ours[name]:.3f}, base {base[name]:.3f}" for name in worse)
-        return _warning(not worse, f"Worse than the base model: {said}" if worse else "Not worse than the base.", {})
+        losses = [name for name in ours if name.endswith("/loss")]
+        worse = [name for name in losses if not ours[name] <= base[name]]  # a diverged model's loss is NaN
+        said = ", ".join(f"{name} {ours[name]:.3f}, base {base[name]:.3f}" for name in worse or losses)
+        return _warning(not worse, f"{'Worse' if worse else 'Not worse'} than the base model: {said}", {})
 
     @dg.asset_check(
         asset="influence_scores",

@@ -138,7 +138,41 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
             {},
         )
 
-    return [evaluation_not_in_pool, targets_not_evaluated, not_only_very_short_rows, control_does_not_profit]
+    @dg.asset_check(
+        asset="task_results",
+        partitions_def=axes.of("task_results"),
+        description="No recipe leaves the model worse than the base model, beyond the paired difference's interval.",
+    )
+    def no_recipe_below_base(
+        context: dg.AssetCheckExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+    ) -> dg.AssetCheckResult:
+        board = read_parquet(Lineage(project, store).folder("task_results", partition_of(context)), BOARD)
+        compared = board.filter((pl.col("metric") == "loss") | pl.col("primary"), pl.col("vs_base").is_not_null())
+        if compared.is_empty():
+            return _warning(True, "There is no recipe to compare with the base model (strategy `none`).", {})
+        # A diverged model's loss is NaN, and so is its difference.
+        below = pl.when("higher_is_better").then(pl.col("vs_base_high") < 0).otherwise(pl.col("vs_base_low") > 0)
+        worse = compared.filter(below | pl.col("vs_base").is_nan())
+        said = ", ".join(
+            f"{row['recipe']} ({row['metric']} {row['vs_base']:+.3f} [{row['vs_base_low']:+.3f}, "
+            f"{row['vs_base_high']:+.3f}])"
+            for row in worse.iter_rows(named=True)
+        )
+        return _warning(
+            worse.is_empty(),
+            f"Worse than the base model on the same samples: {said}." if said else "No recipe is below the base model.",
+            {},
+        )
+
+    return [
+        evaluation_not_in_pool,
+        targets_not_evaluated,
+        not_only_very_short_rows,
+        control_does_not_profit,
+        no_recipe_below_base,
+    ]
 
 
 def evaluated_rows(task: Task) -> Any:

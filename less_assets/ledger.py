@@ -198,7 +198,8 @@ def _digest(file: str, segment: Segment) -> str:
 def _stamp(path: str) -> str:
     filesystem, stripped = fsspec.url_to_fs(path)
     info = filesystem.info(stripped)
-    changed = info.get("mtime") or info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("md5")
+    names = ("mtime", "ETag", "etag", "LastModified", "md5", "CRC")  # the last is an archive member's
+    changed = next((info[name] for name in names if info.get(name)), None)
     return f"{info.get('size')}-{changed}"
 
 

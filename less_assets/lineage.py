@@ -194,17 +194,14 @@ def files_digest(paths: list[str]) -> str:
     Raises:
         TargetFormatError: One does not exist.
     """
-    import fsspec
-
-    from less_assets.method.row_files import file_digest
+    from less_assets.method.row_files import file_digest, files_below
 
     digests = []
     for path in paths:
-        filesystem, stripped = fsspec.url_to_fs(path)
-        files = sorted(filesystem.find(stripped))
+        files = files_below(path)
         if not files:
             raise TargetFormatError("A task's file or folder does not exist.", where=path, fix="correct the path")
-        digests.append([file_digest(filesystem.unstrip_protocol(file)) for file in files])
+        digests.append([file_digest(file) for file in files])
     return digest(digests)
 
 

@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from less_assets.report.charts import (
+    BAND,
     BLUE,
     MAX_BYTES,
     ORANGE,
     agreement_scatter,
+    difference_chart,
     leaderboard_chart,
     markdown_image,
     score_histogram,
@@ -23,10 +25,24 @@ from less_assets.report.charts import (
 
 LEADERBOARD = pl.DataFrame(
     [
-        {"task": task, "recipe": recipe, "value": 1.0 + i / 10, "low": 0.95 + i / 10, "high": 1.05 + i / 10}
+        {
+            "task": task,
+            "recipe": recipe,
+            "strategy": {"base": "none"}.get(recipe, recipe.partition("-")[0]),
+            "value": 1.0 + i / 10,
+            "low": 0.95 + i / 10,
+            "high": 1.05 + i / 10,
+        }
         for task in ("bbh", "gsm8k", "mmlu", "tydiqa")
         for i, recipe in enumerate(["base", "random", "less", "less-paper", "full"])
     ]
+)
+DIFFERENCES = LEADERBOARD.select(
+    "task",
+    "recipe",
+    pl.col("value", "low", "high") - 1.2,
+    spread=pl.lit(0.05),
+    verdict=pl.col("recipe").replace_strict({"base": "worse", "full": "better"}, default="undecided"),
 )
 MANY = {f"a kind of task with a long name, number {i}": float(i + 1) for i in range(106)}
 SCORES = np.random.default_rng(0).normal(size=5000)
@@ -53,6 +69,15 @@ CHARTS = {
     "leaderboard with NaN": lambda: leaderboard_chart(LEADERBOARD.with_columns(value=pl.lit(float("nan")))),
     "leaderboard without intervals": lambda: leaderboard_chart(
         LEADERBOARD.head(5).with_columns(low=pl.lit(None, pl.Float64), high=pl.lit(None, pl.Float64))
+    ),
+    "differences": lambda: difference_chart(DIFFERENCES, title="From random"),
+    "differences without spread": lambda: difference_chart(
+        DIFFERENCES.filter(task="bbh").with_columns(spread=pl.lit(None, pl.Float64))
+    ),
+    "differences of 52 recipes": lambda: difference_chart(
+        pl.concat(
+            [DIFFERENCES.filter(task="bbh").with_columns(recipe=pl.format("{}-{}", "recipe", i)) for i in range(11)]
+        )
     ),
 }
 
@@ -86,6 +111,29 @@ def test_comparison_shows_both_shares_in_proportion():
     png = share_comparison({"a": 1, "b": 1}, {"a": 1, "b": 1})
     assert count_of(BLUE, png) == pytest.approx(count_of(ORANGE, png), rel=0.2)
     assert count_of(BLUE, png) > 1000
+
+
+def test_references_are_known_by_their_strategy_and_not_by_their_name():
+    renamed = LEADERBOARD.with_columns(recipe=pl.format("my-{}", "recipe"))
+    assert count_of(BLUE, leaderboard_chart(renamed)) == pytest.approx(
+        count_of(BLUE, leaderboard_chart(LEADERBOARD)), rel=0.1
+    )
+
+
+def test_the_colour_of_a_difference_is_its_verdict():
+    def drawn(verdict: str) -> bytes:
+        return difference_chart(DIFFERENCES.with_columns(verdict=pl.lit(verdict)))
+
+    assert count_of(BLUE, drawn("better")) > 500 > count_of(ORANGE, drawn("better"))
+    assert count_of(ORANGE, drawn("worse")) > 500 > count_of(BLUE, drawn("worse"))
+
+
+def test_the_band_is_as_wide_as_the_spread_of_random():
+    def band(spread: float) -> int:
+        one = DIFFERENCES.filter(task="bbh").with_columns(spread=pl.lit(spread))
+        return count_of(BAND, difference_chart(one))
+
+    assert band(0.1) > 1.8 * band(0.05) > 0
 
 
 def test_equal_input_gives_equal_bytes():

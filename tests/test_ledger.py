@@ -1,6 +1,7 @@
 """The ledger: files in order of first sight, physical rows, shards that change only from an edited row on."""
 
 import json
+import zipfile
 
 import pytest
 import yaml
@@ -103,6 +104,20 @@ def test_an_edited_row_changes_its_own_shard_only(pool):
     before = pool.digests()
     pool.write("plus.jsonl", [line(number, "edited" if number == 5 else "row") for number in range(10)])
     assert changed(before, pool.digests()) == ["plus-00001"]
+
+
+def test_rows_inside_an_archive_are_a_source_and_edits_are_seen(pool):
+    def pack(word: str) -> None:
+        with zipfile.ZipFile(pool.folder / "all.zip", "w") as archive:
+            archive.writestr("data/plus.jsonl", "".join(f"{line(number, word)}\n" for number in range(6)))
+
+    pool.sources = [{"name": "plus", "path": f"zip://data/plus.jsonl::{pool.folder}/all.zip"}]
+    pack("row")
+    before = pool.digests()
+    assert list(before) == ["plus-00000", "plus-00001"]
+    assert pool.digests() == before
+    pack("now")  # as long as before
+    assert changed(before, pool.digests()) == list(before)
 
 
 def test_an_inserted_row_changes_the_shards_from_there_on(pool):

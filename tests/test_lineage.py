@@ -1,6 +1,7 @@
 """Plans and their status without Dagster: what each artifact is made from, and what a reader refuses."""
 
 import json
+import zipfile
 
 import pytest
 import yaml
@@ -277,6 +278,9 @@ def test_files_are_hashed_by_content_and_not_by_name(tmp_path):
     (tmp_path / "a").write_text("same")
     (tmp_path / "b").write_text("same")
     assert files_digest([str(tmp_path / "a")]) == files_digest([str(tmp_path / "b")])
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "a", "folder/a")
+    assert files_digest([f"zip://folder::{tmp_path}/all.zip"]) == files_digest([str(tmp_path / "a")])
     (tmp_path / "b").write_text("other")
     assert files_digest([str(tmp_path / "a")]) != files_digest([str(tmp_path / "b")])
 

@@ -227,18 +227,25 @@ def merge_tasks(work: Work) -> Computed:
 
 
 def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The table as Markdown, and a chart of the held-out loss."""
-    from less_assets.method.leaderboard import to_markdown
+    """The table as Markdown, and charts of loss and score: their values, and their differences from random."""
+    from less_assets.method.leaderboard import against_random, to_markdown
     from less_assets.report import charts
 
     board = read_parquet(folder, BOARD)
     shown = dict(metadata.summary(folder, manifest))
     if board.height:
         shown["results"] = dg.MetadataValue.md(to_markdown(board))
-        losses = board.filter(pl.col("metric") == "loss")
+        losses, scores = board.filter(pl.col("metric") == "loss"), board.filter("primary")
         drawn = charts.leaderboard_chart(losses, value_title="held-out loss (lower is better)")
         shown["held_out_loss"] = metadata.picture(drawn, "held-out loss of each recipe")
-        if (scores := board.filter("primary")).height:
+        if scores.height:
             drawn = charts.leaderboard_chart(scores, value_title="score (higher is better)")
             shown["score"] = metadata.picture(drawn, "score of each recipe")
+        titles = {"loss": "loss − random's (left is better)", "score": "score − random's (right is better)"}
+        for what, title in titles.items():
+            if (compared := against_random(board, what)).height:  # type: ignore[arg-type]
+                drawn = charts.difference_chart(compared, value_title=title)
+                shown[f"{what}_against_random"] = metadata.picture(
+                    drawn, f"paired difference of the {what} from random"
+                )
     return shown

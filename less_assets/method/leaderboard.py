@@ -43,6 +43,7 @@ LEADERBOARD_SCHEMA = pl.Schema(
             for reference in REFERENCES
             for suffix in ("", "_low", "_high")
         },
+        "random_spread": pl.Float64,  # `spread` of the random recipe that this one is compared with
         "rows": pl.Float64,  # training rows, mean over seeds
         "tokens": pl.Float64,  # training tokens seen, mean over seeds
         "minutes": pl.Float64,  # of training, mean over seeds
@@ -131,6 +132,9 @@ def compare_recipes(
                         paired = _paired(metric["metric"], values[recipe], values[against], recipe, against, label)
                         columns = (f"vs_{reference}{end}" for end in ("", "_low", "_high"))
                         rows[-1] |= dict(zip(columns, _interval(paired, interval), strict=True))
+                        if reference == "random":
+                            own = values[against].filter(pl.col("metric") == metric["metric"])
+                            rows[-1]["random_spread"] = _spread(own, len(recipes[against]), metric["average"])
     return pl.DataFrame(rows, schema=LEADERBOARD_SCHEMA)
 
 
@@ -178,6 +182,35 @@ def recipes_by_tasks(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.
     )
 
 
+def against_random(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.DataFrame:
+    """Return what a chart of the paired differences from random shows; recipes that are not compared are left out.
+
+    Args:
+        board: Table of `LEADERBOARD_SCHEMA`.
+        what: The held-out loss or each task's own score.
+
+    Returns:
+        Columns task, recipe, value (the difference), low, high, spread (of random over its seeds; may be null), and
+        verdict: `better` or `worse` where the interval is without 0, else `undecided`.
+    """
+    sign = pl.when("higher_is_better").then(1.0).otherwise(-1.0)
+    chosen = board.filter(pl.col("metric") == "loss" if what == "loss" else pl.col("primary"))
+    return chosen.filter(pl.col("vs_random").is_not_null(), pl.col("vs_random").is_finite()).select(
+        "task",
+        "recipe",
+        pl.col("vs_random").alias("value"),
+        pl.col("vs_random_low").alias("low"),
+        pl.col("vs_random_high").alias("high"),
+        pl.col("random_spread").alias("spread"),
+        pl.when((pl.col("vs_random_low") <= 0) & (pl.col("vs_random_high") >= 0))
+        .then(pl.lit("undecided"))
+        .when(sign * pl.col("vs_random") > 0)
+        .then(pl.lit("better"))
+        .otherwise(pl.lit("worse"))
+        .alias("verdict"),
+    )
+
+
 def differences(board: pl.DataFrame, reference: Literal["base", "random", "full"]) -> pl.DataFrame:
     """Return recipes × tasks with the paired difference of loss and score from a reference, as text.
 
@@ -198,7 +231,7 @@ def differences(board: pl.DataFrame, reference: Literal["base", "random", "full"
 
 
 def to_markdown(board: pl.DataFrame) -> str:
-    """Render the leaderboard: loss, score, paired differences from random, and what each recipe cost.
+    """Render the leaderboard: loss, score, paired differences from random, base and full, and what each recipe cost.
 
     Args:
         board: Table of `LEADERBOARD_SCHEMA`.
@@ -206,7 +239,7 @@ def to_markdown(board: pl.DataFrame) -> str:
     parts = [
         ("Held-out loss (nats per token, lower is better)", recipes_by_tasks(board, "loss")),
         ("Score (higher is better)", recipes_by_tasks(board, "score")),
-        ("Difference from random, same samples", differences(board, "random")),
+        *((f"Difference from {name}, same samples", differences(board, name)) for name in ("random", "base", "full")),
         (COSTS_HEADING, costs(board)),
     ]
     shown = [f"**{heading}**\n\n{markdown_table(table)}" for heading, table in parts if table.height]
@@ -346,11 +379,14 @@ def _row(
     if own.is_empty():  # a figure of the harness's own, without samples
         return row | {name: metric[name] for name in _NUMBERS}
     row |= dict(zip(_NUMBERS, _interval(own, interval), strict=True))
-    if len(draws) > 1:
-        row["spread"] = float(
-            np.std([_average(own, f"seed:{i}", interval["average"]) for i in range(len(draws))], ddof=1)
-        )
-    return row
+    return row | {"spread": _spread(own, len(draws), interval["average"])}
+
+
+def _spread(values: pl.DataFrame, seeds: int, average: str) -> float | None:
+    """Return the standard deviation over seeds of the seeds' means; None for one seed."""
+    if seeds < 2:
+        return None
+    return float(np.std([_average(values, f"seed:{i}", average) for i in range(seeds)], ddof=1))
 
 
 def _average(values: pl.DataFrame, column: str, average: str) -> float:

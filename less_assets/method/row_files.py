@@ -65,7 +65,8 @@ def list_files(path: str) -> list[str]:
 
     Args:
         path: A file, a folder (its data files, not those of subfolders) or a glob pattern; local or any fsspec URL such
-            as `s3://…` or `hf://datasets/…`. Local paths stay relative if given so.
+            as `s3://…`, `hf://datasets/…` or `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative
+            if given so.
 
     Raises:
         PoolFormatError: If there is no such file, or none that matches.
@@ -74,17 +75,32 @@ def list_files(path: str) -> list[str]:
         filesystem, stripped = fsspec.url_to_fs(path)
         if filesystem.isfile(stripped):
             return [path]
-        pattern = f"{glob.escape(path.rstrip('/'))}/*" if filesystem.isdir(stripped) else path
+        is_folder = filesystem.isdir(stripped)
         if "://" in path:
-            found = [filesystem.unstrip_protocol(each) for each in filesystem.glob(fsspec.url_to_fs(pattern)[1])]
+            pattern = f"{glob.escape(stripped.rstrip('/'))}/*" if is_folder else stripped
+            found = [_url(filesystem, each, path) for each in filesystem.glob(pattern)]
         else:
-            found = glob.glob(pattern, recursive=True)
+            found = glob.glob(f"{glob.escape(path.rstrip('/'))}/*" if is_folder else path, recursive=True)
     found = [each for each in found if _suffix(each) in _KINDS]
     if not found:
         raise PoolFormatError(
             "No data file found.", where=path, fix="give a .jsonl, .csv, .tsv or .parquet file, a folder or a pattern"
         )
     return sorted(found)
+
+
+def files_below(path: str) -> list[str]:
+    """Return every file of a folder and its subfolders, or the file itself, as URLs, sorted; none if nothing is there.
+
+    Args:
+        path: Local path or fsspec URL, also into an archive.
+
+    Raises:
+        PoolFormatError: If it cannot be looked at.
+    """
+    with _reading(path):
+        filesystem, stripped = fsspec.url_to_fs(path)
+        return [_url(filesystem, each, path) for each in sorted(filesystem.find(stripped))]
 
 
 def count_rows(path: str) -> int:
@@ -210,8 +226,16 @@ def _row_digests(path: str) -> Iterator[bytes]:
 # ---- files ----
 
 
+def _url(filesystem: fsspec.AbstractFileSystem, stripped: str, path: str) -> str:
+    """URL of a file found at `path`; inside an archive it goes on with where the archive is, as `path` does."""
+    inner, chain, archive = path.partition("::")
+    if not chain:
+        return str(filesystem.unstrip_protocol(stripped))
+    return f"{inner.partition('://')[0]}://{stripped.lstrip('/')}::{archive}"
+
+
 def _suffix(path: str) -> str:
-    name = path.rsplit("/", 1)[-1].lower()
+    name = path.partition("::")[0].rsplit("/", 1)[-1].lower()
     for compression in _COMPRESSIONS:
         name = name.removesuffix(compression)
     return "." + name.rsplit(".", 1)[-1] if "." in name else ""
@@ -219,15 +243,18 @@ def _suffix(path: str) -> str:
 
 def _kind(path: str) -> str:
     kind = _KINDS.get(_suffix(path))
-    if kind is None or (kind == "parquet" and path.lower().endswith(_COMPRESSIONS)):
+    if kind is None or (kind == "parquet" and path.partition("::")[0].lower().endswith(_COMPRESSIONS)):
         raise PoolFormatError(
             "The kind of this file is not known by its name.", where=path, fix=f"name it {', '.join(_KINDS)}"
         )
     return kind
 
 
-def _open(path: str, compression: str | None = "infer") -> IO[bytes]:
-    return fsspec.open(path, "rb", compression=compression).open()
+@contextmanager
+def _open(path: str, compression: str | None = "infer") -> Iterator[IO[bytes]]:
+    # The file system must outlive the stream: an archive is closed with its file system.
+    with fsspec.open(path, "rb", compression=compression) as stream:
+        yield stream
 
 
 @contextmanager

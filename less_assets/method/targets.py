@@ -134,14 +134,14 @@ def read_targets(format: TargetFormat, path: str) -> list[TargetExample]:
     | format | path | subtasks |
     |---|---|---|
     | `bbh` | `bbh-three-shot.json` or its folder | keys of the object |
-    | `mmlu` | folder with `*_dev.csv` or with `dev/`; the first 5 rows of each count | subjects |
+    | `mmlu` | folder with `*_dev.csv`, `dev/` or `dev-*.parquet`; the first 5 rows of each count | subjects |
     | `tydiqa` | `tydiqa-one-shot.json` or its folder; the first example of each language counts | languages |
     | `gsm8k` | `cot-8-shot.json` or its folder | "gsm8k" |
     | `messages` | JSONL (or CSV, Parquet) in any pool format whose last turn is the assistant's | field `subtask` |
 
     Args:
         format: One of the above.
-        path: Local path or fsspec URL.
+        path: Local path or fsspec URL, such as `hf://datasets/cais/mmlu/all`, also into an archive.
 
     Raises:
         TargetFormatError: If the files are missing, not of that format, or hold no example. No example is ever dropped.
@@ -188,7 +188,9 @@ def read_evaluation(
     Args:
         format: As in `read_targets`.
         path: `bbh`: folder of `*.json`; `mmlu`: folder with `*_test.csv` or with `test/`; `tydiqa`: SQuAD-format file
-            or folder of them; `gsm8k`: `test.jsonl`; `messages`: as in `read_targets`.
+            or folder of them; `gsm8k`: `test.jsonl`; `messages`: as in `read_targets`. Or the Parquet files of the
+            Hub's data sets: `hf://datasets/` with `lukaemon/bbh`, `cais/mmlu/all`,
+            `google-research-datasets/tydiqa/secondary_task`, `openai/gsm8k/main`; a file or folder of that layout.
         limit_per_subtask: The first so many questions of each subtask; None: all.
         shots_path: The task's target examples (as for `read_targets`), used as few-shot examples; None: they lie where
             LESS's layout has them, beside or above `path`. Not used by `messages`.
@@ -257,15 +259,18 @@ def _find(path: str, *names: str) -> UPath:
     raise TargetFormatError("The file does not exist.", where=path, fix=f"give the path of {names[0]}")
 
 
-def _files(path: str, pattern: str, *folders: str) -> list[UPath]:
-    """Return the files that match in the first of path/folder that has any, sorted; or the path itself if a file."""
+def _files(path: str, patterns: Sequence[str], *folders: str) -> list[UPath]:
+    """Return the files of the first pattern that any has in the first of path/folder, sorted; or the path if a file."""
     if UPath(path).is_file():
         return [UPath(path)]
     for folder in folders:
-        found = sorted((UPath(path) / folder).glob(pattern)) if (UPath(path) / folder).is_dir() else []
-        if found:
-            return found
-    raise TargetFormatError(f"There are no {pattern} files.", where=path, fix="correct the path of the task's files")
+        for pattern in patterns:
+            found = sorted((UPath(path) / folder).glob(pattern)) if (UPath(path) / folder).is_dir() else []
+            if found:
+                return found
+    raise TargetFormatError(
+        f"There are no {' or '.join(patterns)} files.", where=path, fix="correct the path of the task's files"
+    )
 
 
 def _read_text(file: UPath) -> str:
@@ -325,22 +330,49 @@ def _bbh_targets(path: str) -> Iterator[TargetExample]:
 
 
 def _bbh_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[EvaluationExample]:
-    files = _files(path, "*.json", "test", "bbh", "")
+    files = _files(path, ("*/test-*.parquet", "*.json"), "test", "bbh", "")
     shots = _find(shots_path, "bbh-three-shot.json", "../bbh-three-shot.json")
     blocks = {subtask: (task_prompt, worked) for subtask, task_prompt, worked in _bbh_blocks(shots)}
     for file in files:
         if file.name == shots.name:
             continue
-        task_prompt, worked = _get(blocks, f"{shots} (for {file})", file.stem)
+        subtask = file.parent.name if file.suffix == ".parquet" else file.stem
+        task_prompt, worked = _get(blocks, f"{shots} (for {file})", subtask)
         demonstrations = "".join(f"{question}\nA:{answer}\n\n" for question, answer in worked) if few_shot else ""
-        for i, example in enumerate(_get(_read_json(file, dict), str(file), "examples")):
-            where = f"{file}, example {i + 1}"
+        for where, example in _bbh_questions(file):
             question, answer = _get(example, where, "input"), str(_get(example, where, "target"))
             prompt = f"{task_prompt}\n\n{demonstrations}Q: {question}"
-            yield _question(file.stem, _user(prompt), "A:", [answer], "bbh", f" So the answer is {answer}.")
+            yield _question(subtask, _user(prompt), "A:", [answer], "bbh", f" So the answer is {answer}.")
+
+
+def _bbh_questions(file: UPath) -> Iterator[tuple[str, Any]]:
+    if file.suffix == ".parquet":
+        yield from _records(str(file))
+    else:
+        for i, example in enumerate(_get(_read_json(file, dict), str(file), "examples")):
+            yield f"{file}, example {i + 1}", example
 
 
 # ---- MMLU ----
+
+
+def _mmlu_subjects(path: str, split: str, *folders: str) -> dict[str, list[list[str]]]:
+    """Return subject -> rows of six fields: question, four choices, letter of the right one."""
+    subjects: dict[str, list[list[str]]] = {}
+    for file in _files(path, (f"*_{split}.csv", f"{split}-*.parquet"), *folders):
+        if file.suffix == ".parquet":
+            for where, record in _records(str(file)):
+                choices, answer = _get(record, where, "choices"), _get(record, where, "answer")
+                if not isinstance(choices, list) or len(choices) != 4 or answer not in range(4):
+                    raise TargetFormatError(
+                        "A row must have four `choices` and the place of the right one, 0 to 3, as `answer`.",
+                        where=where,
+                    )
+                row = [str(each) for each in (_get(record, where, "question"), *choices, _CHOICES[answer])]
+                subjects.setdefault(str(_get(record, where, "subject")), []).append(row)
+        else:
+            subjects[file.name.removesuffix(f"_{split}.csv")] = _mmlu_rows(file)
+    return subjects
 
 
 def _mmlu_rows(file: UPath) -> list[list[str]]:
@@ -368,21 +400,16 @@ def _mmlu_question(row: Sequence[str]) -> str:
 
 
 def _mmlu_targets(path: str) -> Iterator[TargetExample]:
-    for file in _files(path, "*_dev.csv", "", "dev"):
-        subject = file.name.removesuffix("_dev.csv")
-        for row in _mmlu_rows(file)[:5]:
+    for subject, rows in _mmlu_subjects(path, "dev", "", "dev").items():
+        for row in rows[:5]:
             yield _target(subject, _user(_mmlu_prompt(subject, (), row)), "The answer is:", f" {row[5]}")
 
 
 def _mmlu_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[EvaluationExample]:
-    shots = {}
-    if few_shot:
-        dev_files = _files(shots_path, "*_dev.csv", "", "dev", "../dev")
-        shots = {file.name.removesuffix("_dev.csv"): _mmlu_rows(file)[:5] for file in dev_files}
-    for file in _files(path, "*_test.csv", "", "test"):
-        subject = file.name.removesuffix("_test.csv")
-        worked = _get(shots, f"{shots_path} (for {file})", subject) if few_shot else ()
-        for row in _mmlu_rows(file):
+    shots = _mmlu_subjects(shots_path, "dev", "", "dev", "../dev") if few_shot else {}
+    for subject, rows in _mmlu_subjects(path, "test", "", "test").items():
+        worked = _get(shots, f"{shots_path} (for {subject} of {path})", subject)[:5] if few_shot else ()
+        for row in rows:
             prompt = _mmlu_prompt(subject, worked, row)
             yield _question(
                 subject,
@@ -431,23 +458,33 @@ def _tydiqa_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[E
     if few_shot:
         names = "tydiqa-one-shot.json", "dev/tydiqa-one-shot.json", "../tydiqa-one-shot.json"
         shots = _tydiqa_shots(_find(shots_path, *names))
-    for file in _files(path, "*dev*.json", "dev", ""):
-        for article in _get(_read_json(file, dict), str(file), "data"):
-            for paragraph in _get(article, str(file), "paragraphs"):
-                for qa in _get(paragraph, str(file), "qas"):
-                    language = str(_get(qa, str(file), "id")).split("-")[0]
-                    where = f"{file}, {qa['id']}"
-                    instruction, passage_word, question_word, answer_word = _tydiqa_words(language, where)
-                    prompt = f"{instruction}\n\n"
-                    if few_shot:
-                        context, question, answer = _get(shots, f"{shots_path} (for {where})", language)
-                        prompt += f"{passage_word} {context}\n{question_word} {question}\n{answer_word} {answer}\n\n"
-                    context, question = _get(paragraph, where, "context"), _get(qa, where, "question")
-                    prompt += f"{passage_word} {context}\n{question_word} {question}\n"
-                    answers = list(dict.fromkeys(_get(each, where, "text") for each in _get(qa, where, "answers")))
-                    if not answers:
-                        raise TargetFormatError("A question has no answer.", where=where)
-                    yield _question(language, _user(prompt), answer_word, answers, "tydiqa", f" {answers[0]}")
+    for file in _files(path, ("*dev*.json", "validation-*.parquet"), "dev", "", "secondary_task"):
+        for where, context, qa, texts in _tydiqa_questions(file):
+            language = str(_get(qa, where, "id")).split("-")[0]
+            instruction, passage_word, question_word, answer_word = _tydiqa_words(language, where)
+            prompt = f"{instruction}\n\n"
+            if few_shot:
+                shown, asked, answer = _get(shots, f"{shots_path} (for {where})", language)
+                prompt += f"{passage_word} {shown}\n{question_word} {asked}\n{answer_word} {answer}\n\n"
+            prompt += f"{passage_word} {context}\n{question_word} {_get(qa, where, 'question')}\n"
+            answers = list(dict.fromkeys(texts))
+            if not answers:
+                raise TargetFormatError("A question has no answer.", where=where)
+            yield _question(language, _user(prompt), answer_word, answers, "tydiqa", f" {answers[0]}")
+
+
+def _tydiqa_questions(file: UPath) -> Iterator[tuple[str, str, Any, list[str]]]:
+    """Yield (where it stands, passage, question with its id, accepted answers)."""
+    if file.suffix == ".parquet":
+        for where, record in _records(str(file)):
+            yield where, _get(record, where, "context"), record, list(_get(record, where, "answers", "text"))
+        return
+    for article in _get(_read_json(file, dict), str(file), "data"):
+        for paragraph in _get(article, str(file), "paragraphs"):
+            for qa in _get(paragraph, str(file), "qas"):
+                where = f"{file}, {_get(qa, str(file), 'id')}"
+                texts = [_get(each, where, "text") for each in _get(qa, where, "answers")]
+                yield where, _get(paragraph, where, "context"), qa, texts
 
 
 # ---- GSM8K ----
@@ -466,14 +503,14 @@ def _gsm8k_targets(path: str) -> Iterator[TargetExample]:
 
 
 def _gsm8k_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[EvaluationExample]:
-    file = _find(path, "test.jsonl")
+    files = _files(path, ("test.jsonl", "test-*.parquet"), "", "main")
     prompt = "Answer the following question.\n\n"
     if few_shot:
         beside = shots_path if shots_path != path or UPath(path).is_dir() else str(UPath(path).parent)
         worked = _gsm8k_shots(_find(beside, "cot-8-shot.json"))
         demonstrations = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in worked)
         prompt = f"Answer the following questions.\n\n{demonstrations}"
-    for where, record in _records(str(file)):
+    for where, record in (found for file in files for found in _records(str(file))):
         worked_answer, mark, number = str(_get(record, where, "answer")).rpartition("####")
         if not mark:
             raise TargetFormatError("The answer has no `#### number` at its end.", where=where)

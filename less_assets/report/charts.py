@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 30_000
 BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#8c8c8c"
-INK, PAPER, GRID = "#1f1f1f", "#ffffff", "#e4e4e4"
+INK, PAPER, GRID, BAND = "#1f1f1f", "#ffffff", "#e4e4e4", "#d9d9d9"
 OTHER = "other"
 
 
@@ -258,44 +258,90 @@ def leaderboard_chart(
     *,
     title: str = "",
     value_title: str = "score",
-    references: Sequence[str] = ("base", "random", "full"),
+    references: Sequence[str] = ("none", "random", "full"),
 ) -> bytes:
     """Draw each recipe's value with its interval, one panel a task.
 
     Args:
-        table: Columns task, recipe, value, low, high (low and high may be null); recipes appear in the table's order.
+        table: Columns task, recipe, strategy, value, low, high (low and high may be null); recipes appear in the
+            table's order.
         title: Heading.
         value_title: Name of the value, for the axis; say there which direction is better.
-        references: Recipes to compare with: drawn in grey, as hollow points.
+        references: Strategies to compare with: drawn in grey, as hollow points.
     """
     import altair as alt
 
-    order = table["recipe"].unique(maintain_order=True).to_list()
     shown = table.select(
         "task",
         "recipe",
         "value",
         "low",
         "high",
-        pl.when(pl.col("recipe").is_in(list(references)))
+        pl.when(pl.col("strategy").is_in(list(references)))
         .then(pl.lit("reference"))
         .otherwise(pl.lit("recipe"))
         .alias("kind"),
     )
-    base = alt.Chart(shown, height=alt.Step(18), width=300 if shown["task"].n_unique() == 1 else 190).encode(
-        y=alt.Y("recipe:N", sort=order, title=None),
-        color=_color("kind:N", {"recipe": BLUE, "reference": GREY}, legend=False),
-    )
-    scale = alt.Scale(zero=False)
+    base = _recipes(shown).encode(color=_color("kind:N", {"recipe": BLUE, "reference": GREY}, legend=False))
+    scale = alt.Scale(zero=False, padding=6)
     intervals = base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=value_title, scale=scale), x2="high:Q")
     points = base.mark_point(size=55, strokeWidth=2, opacity=1).encode(
         x=alt.X("value:Q", title=value_title, scale=scale),
         fill=alt.Fill("kind:N", legend=None, scale=alt.Scale(domain=["recipe", "reference"], range=[BLUE, PAPER])),
     )
-    panels = (intervals + points).facet(
-        facet=alt.Facet("task:N", title=None, sort=table["task"].unique(maintain_order=True).to_list()), columns=3
+    return _png(_one_panel_a_task(intervals + points, table), title)
+
+
+VERDICTS = {"better": BLUE, "undecided": GREY, "worse": ORANGE}
+"""What an interval says about a difference, and its colour."""
+
+
+def difference_chart(table: pl.DataFrame, *, title: str = "", value_title: str = "difference from random") -> bytes:
+    """Draw each recipe's paired difference from random with its interval, one panel a task.
+
+    The band behind a point is one standard deviation of random's own seeds, and the heading says so: a difference
+    within it might have come from another draw.
+
+    Args:
+        table: Columns task, recipe, value, low, high, spread (may be null), verdict (a key of `VERDICTS`).
+        title: Heading.
+        value_title: Name of the difference, for the axis; say there which direction is better.
+    """
+    import altair as alt
+
+    present = {verdict: color for verdict, color in VERDICTS.items() if verdict in set(table["verdict"])}
+    shown = table.with_columns(zero=pl.lit(0.0), below=-pl.col("spread"), above=pl.col("spread"))
+    base = _recipes(shown)
+    told = "grey band: one standard deviation of random over its seeds"
+    title = " · ".join(part for part in (title, told if table["spread"].count() else "") if part)
+    band = base.transform_filter("datum.spread != null").mark_bar(height=14, color=BAND)
+    axis = alt.X("value:Q", title=value_title, scale=alt.Scale(padding=6), axis=alt.Axis(tickCount=4))
+    judged = base.encode(color=_color("verdict:N", present))
+    panel = (
+        band.encode(x=alt.X("below:Q", title=value_title), x2="above:Q")
+        + alt.Chart(shown).mark_rule(color=INK, strokeWidth=1).encode(x="zero:Q")  # through all rows
+        + judged.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q")
+        + judged.mark_point(size=55, strokeWidth=2, opacity=1, filled=True).encode(x=axis)
     )
-    return _png(panels.resolve_scale(x="independent"), title)
+    return _png(_one_panel_a_task(panel, table), title)
+
+
+def _recipes(table: pl.DataFrame) -> alt.Chart:
+    """A row for each recipe, in the table's order."""
+    import altair as alt
+
+    return alt.Chart(table, height=alt.Step(18), width=300 if table["task"].n_unique() == 1 else 190).encode(
+        y=alt.Y("recipe:N", sort=table["recipe"].unique(maintain_order=True).to_list(), title=None)
+    )
+
+
+def _one_panel_a_task(panel: Any, table: pl.DataFrame) -> alt.FacetChart:
+    """Panels side by side, in the table's order, each with an axis of its own; four tasks make a square."""
+    import altair as alt
+
+    tasks = table["task"].unique(maintain_order=True).to_list()
+    faceted = panel.facet(facet=alt.Facet("task:N", title=None, sort=tasks), columns=2 if len(tasks) == 4 else 3)
+    return faceted.resolve_scale(x="independent")
 
 
 def markdown_image(png: bytes, alt: str = "chart") -> str:

@@ -1,5 +1,7 @@
 """Every guardrail fires where it should and is silent where it should not, on one tiny project."""
 
+import re
+
 import dagster as dg
 import pytest
 from test_run import run
@@ -101,8 +103,18 @@ def test_a_control_that_profits_is_told(checked):
     )
 
 
+def test_the_leaderboard_is_a_table_and_pictures_in_the_ui(checked):
+    event = checked.instance.get_latest_materialization_event(dg.AssetKey("leaderboard"))
+    shown = event.asset_materialization.metadata
+    headings = re.findall(r"^\*\*([\w -]+?) ?[,(]", shown["results"].value, re.MULTILINE)
+    assert headings == ["Held-out loss", "Score", "Difference from random", "Difference from base", "Cost"]
+    for name in ("held_out_loss", "score", "loss_against_random", "score_against_random"):
+        assert "data:image/png;base64," in shown[name].value
+
+
 def test_a_model_below_the_base_is_told(checked):
     assert checked.said("eval_results", "not_worse_than_base", "max|sums")[0]
+    assert checked.said("task_results", "no_recipe_below_base", "sums") == (True, "No recipe is below the base model.")
     checked.tiny.settings["finetuning"] = {"epochs": 2, "learning_rate": 5.0, "batch_size": 4}
     checked.tiny.settings["recipes"] = checked.tiny.settings["recipes"][::3]
     checked.tiny.settings["tasks"] = checked.tiny.settings["tasks"][:1]
@@ -112,4 +124,7 @@ def test_a_model_below_the_base_is_told(checked):
     passed, words = checked.said("eval_results", "not_worse_than_base", "max|sums")
     assert not passed
     assert "Worse than the base model: sums/loss" in words
+    passed, words = checked.said("task_results", "no_recipe_below_base", "sums")
+    assert not passed
+    assert words.startswith("Worse than the base model on the same samples: max (loss +")
     assert checked.said("task_results", "control_does_not_profit", "sums") == (True, "The task is no control.")

@@ -67,7 +67,15 @@ def test_the_small_design_runs_and_its_figures_are_complete(benchmark, data, tin
     assert all(0 < each["loss"] < 10 and each["score"] in (0, 0.5, 1) for each in found)
     sources = {path.stem for path in (work / "small/pool").iterdir()}
     assert sources == {"cot", "dolly"}, "GSM8K's own training source is left out"
-    assert "| less-marginal-round_robin.10 |" in results.with_suffix(".md").read_text()
+    board = results.with_suffix(".md").read_text()
+    assert "| less-marginal-round_robin.10 |" in board
+    random = [each["loss"] for each in found if each["recipe"] == "random"]
+    for each in found[1:]:
+        if each["recipe"] != "random":
+            (line,) = (line for line in board.splitlines() if line.startswith(f"| {each['recipe']} |"))
+            difference = float(line.split("|")[3].strip(" *†"))
+            assert difference == pytest.approx(each["loss"] - sum(random) / len(random), abs=1e-3)
+    assert "| random, over its seeds |" in board
     assert "to make" in capsys.readouterr().out
 
     results.unlink()

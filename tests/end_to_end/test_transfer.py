@@ -52,10 +52,10 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
     settings["lora"]["target_modules"] = ["q_proj", "v_proj", "c_attn"]
     settings["finetuning"] = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 4}
     settings["recipes"] = [
-        {"name": "less", "strategy": "less", "fraction": 0.2},
-        {"name": "less-t", "strategy": "less", "fraction": 0.2, "model": str(byte_folder)},
         {"name": "base", "strategy": "none"},
         {"name": "base-t", "strategy": "none", "model": str(byte_folder)},
+        {"name": "less", "strategy": "less", "fraction": 0.2},
+        {"name": "less-t", "strategy": "less", "fraction": 0.2, "model": str(byte_folder)},
     ]
     with dg.DagsterInstance.ephemeral() as instance:
         run(tiny_project.path, instance)
@@ -77,6 +77,13 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
             assert values[recipe]["vs_base"] == pytest.approx(difference), "each is compared with its own base model"
             assert difference < 0
         assert board.filter(pl.col("vs_base").is_not_null()).height == 2
+        check = dg.AssetCheckKey(dg.AssetKey("eval_results"), "not_worse_than_base")
+        history = instance.event_log_storage.get_asset_check_execution_history(check, limit=10)
+        said = {each.partition: each.event.dagster_event.event_specific_data.description for each in history}
+        assert said["less-t|sums"].endswith(f"base {values['base-t']['value']:.3f}"), (
+            "the check knows the right base too"
+        )
+        assert said["less|sums"].endswith(f"base {values['base']['value']:.3f}")
 
         (byte_folder / "notes.txt").write_text("the folder has changed")
         line = Lineage(load_project(tiny_project.path), open_store(project))

@@ -9,6 +9,7 @@ from less_assets.method.evaluation import METRIC_SCHEMA, SAMPLE_SCHEMA, summariz
 from less_assets.method.leaderboard import (
     LEADERBOARD_SCHEMA,
     RecipeResult,
+    against_random,
     compare_recipes,
     costs,
     differences,
@@ -109,6 +110,21 @@ def test_paired_differences_are_far_tighter_than_the_values(board):
     assert cell(board, "less", "loss", "vs_base") == pytest.approx(-0.2, abs=0.01)
     assert cell(board, "less", "loss", "vs_full") == pytest.approx(0.3, abs=0.01)
     assert cell(board, "full", "exact_match", "vs_base") == 1.0
+
+
+def test_differences_from_random_are_judged_by_their_intervals(board):
+    judged = {row["recipe"]: row for row in against_random(board, "loss").rows(named=True)}
+    assert list(judged) == ["base", "less", "less-big", "full"], "random is not compared with itself"
+    assert {name: row["verdict"] for name, row in judged.items()} == {
+        "base": "worse",
+        "less": "better",
+        "less-big": "worse",  # than the random of its own, larger budget
+        "full": "better",
+    }
+    assert judged["less"]["spread"] == pytest.approx(cell(board, "random", "loss", "spread"))
+    assert judged["less-big"]["spread"] is None, "one seed has no spread"
+    scores = {row["recipe"]: row["verdict"] for row in against_random(board, "score").rows(named=True)}
+    assert scores == {"base": "worse", "less": "undecided", "less-big": "undecided", "full": "better"}
 
 
 def test_random_of_the_same_budget_is_the_reference_and_references_do_not_meet_themselves(board):

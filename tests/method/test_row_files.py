@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import tracemalloc
+import zipfile
 
 import fsspec
 import polars as pl
@@ -18,6 +19,7 @@ from less_assets.method import row_files
 from less_assets.method.row_files import (
     count_rows,
     file_digest,
+    files_below,
     list_files,
     range_digests,
     read_raw,
@@ -294,6 +296,24 @@ def test_remote_paths_work_as_local_ones():
     assert [count_rows(file) for file in files] == [2, 1]
     assert len(list(read_raw(files[0], 1))) == 1
     assert file_digest(files[0]) != file_digest(files[1])
+
+
+def test_files_inside_an_archive_work_as_local_ones(tmp_path):
+    content = {"data/b.jsonl": b'{"a": 1}\n{"a": 2}\n', "data/a.csv": b"a\n1\n", "data/more/c.txt": b"x"}
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name, content_of in content.items():
+            archive.writestr(name, content_of)
+    write(tmp_path / "b.jsonl", content["data/b.jsonl"])
+    inside = {name: f"zip://{name}::{tmp_path}/all.zip" for name in content}
+    jsonl, table = inside["data/b.jsonl"], inside["data/a.csv"]
+    assert list_files(f"zip://data::{tmp_path}/all.zip") == [table, jsonl]
+    assert list_files(f"zip://data/*.jsonl::{tmp_path}/all.zip") == list_files(jsonl) == [jsonl]
+    assert files_below(f"zip://data::{tmp_path}/all.zip") == [table, jsonl, inside["data/more/c.txt"]]
+    assert files_below(f"zip://other::{tmp_path}/all.zip") == []
+    assert [row.record for row in assert_every_range_agrees(jsonl)] == [{"a": 1}, {"a": 2}]
+    assert [row.record for row in assert_every_range_agrees(table)] == [{"a": "1"}]
+    assert file_digest(jsonl) == file_digest(str(tmp_path / "b.jsonl"))
+    assert range_digests(jsonl, [(0, 1)]) == range_digests(str(tmp_path / "b.jsonl"), [(0, 1)])
 
 
 def test_files_are_listed_in_a_stable_order_and_paths_stay_as_given(tmp_path, monkeypatch):

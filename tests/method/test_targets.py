@@ -1,8 +1,11 @@
 """Target and evaluation examples: the published prompts, written out by hand, and no example ever dropped."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -328,6 +331,86 @@ def test_held_out_messages_are_asked_as_they_stand(tmp_path):
     first, second = read_evaluation("messages", str(file))
     assert (first.messages, first.answers, first.completion, first.metric) == (user("a"), [" b"], " b", "exact_match")
     assert first.example_id == second.example_id
+
+
+# ---- other layouts of the same files ----
+
+
+def write_layout(folder: Path) -> None:
+    """LESS's `data/eval`, small: subjects in `dev/` and `test/`, TyDiQA's nine languages in one file."""
+    write_json(folder / "bbh/bbh-three-shot.json", BBH)
+    write_json(folder / "bbh/bbh/counting.json", {"examples": [{"input": "a a", "target": "2"}]})
+    write_text(folder / "mmlu/dev/anatomy_dev.csv", DEV)
+    write_text(folder / "mmlu/test/anatomy_test.csv", TEST)
+    write_json(folder / "tydiqa/dev/tydiqa-one-shot.json", ONE_SHOT)
+    questions = [
+        {"id": "korean-7-0", "question": "누구?", "answers": [{"text": "봅"}]},
+        {"id": "english-1-0", "question": "Who?", "answers": [{"text": "Bob"}, {"text": "Bobby"}]},
+    ]
+    articles = [{"paragraphs": [{"context": "Bob it is.", "qas": [each]}]} for each in questions]
+    write_json(folder / "tydiqa/dev/tydiqa-goldp-v1.1-dev.json", {"data": articles})
+    write_json(folder / "gsm8k/cot-8-shot.json", EIGHT_SHOT)
+    write_text(folder / "gsm8k/test.jsonl", json.dumps({"question": "1 + 1?", "answer": "Two.\n#### 2"}) + "\n")
+
+
+@pytest.mark.parametrize("format", ["bbh", "mmlu", "tydiqa", "gsm8k"])
+def test_the_layout_of_less_data_is_read_unpacked_and_inside_its_archive(tmp_path, format):
+    write_layout(tmp_path / "data/eval")
+    archive = shutil.make_archive(str(tmp_path / "less-data"), "zip", tmp_path, "data")
+    local, packed = str(tmp_path / "data/eval" / format), f"zip://data/eval/{format}::{archive}"
+    targets, questions = read_targets(format, local), read_evaluation(format, local)
+    assert targets
+    assert questions
+    assert read_targets(format, packed) == targets
+    assert read_evaluation(format, packed) == questions
+
+
+def test_tydiqas_one_file_of_all_languages_is_asked_in_each_language(tmp_path):
+    write_layout(tmp_path)
+    file = tmp_path / "tydiqa/dev/tydiqa-goldp-v1.1-dev.json"
+    korean, english = read_evaluation("tydiqa", str(file), shots_path=str(file.with_name("tydiqa-one-shot.json")))
+    assert (korean.subtask, korean.assistant_prefix, korean.answers) == ("korean", "답변:", ["봅"])
+    assert (english.subtask, english.assistant_prefix, english.answers) == ("english", "Answer:", ["Bob", "Bobby"])
+
+
+def test_the_hubs_parquet_files_ask_the_same_as_the_published_ones(tmp_path):
+    published, hub = tmp_path / "published", tmp_path / "hub"
+    write_layout(published)
+
+    def write_parquet(name: str, rows: list[dict]) -> None:
+        (hub / name).parent.mkdir(parents=True, exist_ok=True)
+        pl.DataFrame(rows).write_parquet(hub / name)
+
+    def subject_rows(text: str, answers: list[int]) -> list[dict]:
+        rows = csv.reader(text.splitlines())
+        return [
+            {"question": row[0], "subject": "anatomy", "choices": row[1:5], "answer": answer}
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+
+    write_parquet("mmlu/all/dev-00000-of-00001.parquet", subject_rows(DEV, [1, 3]))
+    write_parquet("mmlu/all/test-00000-of-00001.parquet", subject_rows(TEST, [2]))
+    write_parquet("bbh/counting/test-00000-of-00001.parquet", [{"input": "a a", "target": "2"}])
+    write_parquet("gsm8k/main/test-00000-of-00001.parquet", [{"question": "1 + 1?", "answer": "Two.\n#### 2"}])
+    asked = [("korean-7-0", "누구?", ["봅"]), ("english-1-0", "Who?", ["Bob", "Bobby"])]
+    write_parquet(
+        "tydiqa/secondary_task/validation-00000-of-00001.parquet",
+        [
+            {"id": name, "context": "Bob it is.", "question": question, "answers": {"text": texts}}
+            for name, question, texts in asked
+        ],
+    )
+    shots = {format: str(published / format) for format in ("bbh", "mmlu", "tydiqa", "gsm8k")}
+    for format, folder in {"bbh": "bbh", "tydiqa": "tydiqa", "gsm8k": "gsm8k", "mmlu": "mmlu/all"}.items():
+        expected = read_evaluation(format, str(published / format), shots_path=shots[format])
+        assert read_evaluation(format, str(hub / folder), shots_path=shots[format]) == expected
+    assert read_targets("mmlu", str(hub / "mmlu/all")) == read_targets("mmlu", str(published / "mmlu"))
+    assert read_evaluation("mmlu", str(hub / "mmlu/all")) == read_evaluation("mmlu", str(published / "mmlu"))
+
+    write_parquet("bad/test-0.parquet", [{"question": "q", "subject": "s", "choices": ["a", "b"], "answer": 1}])
+    with pytest.raises(TargetFormatError, match="four `choices`") as caught:
+        read_evaluation("mmlu", str(hub / "bad"), few_shot=False)
+    assert caught.value.where.endswith("test-0.parquet, row 1")
 
 
 # ---- the real files ----
