@@ -51,13 +51,9 @@ from plots import draw
 from less_assets.method.batching import collate, plan_batches
 from less_assets.method.chat import EncodedExample, encode_messages, encode_target
 from less_assets.method.directions import AdamMoments, Directions
+from less_assets.method.exact import per_example_gradients, score_exactly
 from less_assets.method.examples import read_rows
-from less_assets.method.features import (
-    Batching,
-    extract_features,
-    per_example_gradients,
-    score_exactly,
-)
+from less_assets.method.features import Batching, extract_features
 from less_assets.method.fidelity import Queue, ScoredSample, judge, spearman
 from less_assets.method.gradients import lora_parameters
 from less_assets.method.influence import score_block, target_directions
@@ -434,7 +430,7 @@ def fidelity(bench: Bench) -> dict[str, Any]:
     settings = {("less", form): ("float16", 8192) for form in FIDELITY_FORMS}
     for form in FIDELITY_FORMS:
         for label, size in (("16kib", 16 << 10), ("4kib", 4 << 10)):
-            settings[label, form] = choose_storage(size, form, bench.size)
+            settings[label, form] = choose_storage(size, (form,), bench.size)
     dimensions = sorted({k for _, k in settings.values()} | {131072})
     sketches = {(k, seed): Sketch("sparse", k, seed, bench.parameters) for k in dimensions for seed in SEEDS}
 

@@ -23,6 +23,7 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     ValidationInfo,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -144,6 +145,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Location = Annotated[Text, AfterValidator(_located)]
 ModelReference = Annotated[Text, AfterValidator(_located_model)]
 Size = Annotated[int, BeforeValidator(_size)]
+OptionalSize = Annotated[int | None, BeforeValidator(_size)]
 AutoCount = Annotated[int | None, BeforeValidator(_auto_as_none)]
 HarnessTask = Annotated[Any, PlainValidator(_harness)]
 
@@ -335,6 +337,16 @@ class Gradients(Section):
     storage: Literal["float16", "int8", "int4", "int1"] = setting(
         "int4", "Precision of stored features; more dimensions buy more than more bits. The paper has float16"
     )
+    bytes_per_row: OptionalSize = setting(
+        None,
+        "Instead of `dimension` and `storage`: choose the two that keep scores truest for so many bytes a row, form "
+        "and checkpoint (`16 KiB`): 1 bit a dimension, or 8 where `sgd` is among the forms; more dimensions than the "
+        "adapter has parameters buy nothing",
+        type="size",
+        unit="bytes",
+        ge=8,
+        le=2**23,
+    )
     seed: int = setting(0, "Seed of the projection, the same for everything that is compared", ge=0, le=MAX_SEED)
     token_budget: AutoCount = setting(
         None,
@@ -375,9 +387,22 @@ class Gradients(Section):
 
     def _broken_rules(self) -> Iterator[BrokenRule]:
         yield from _repeated(("forms",), self.forms)
+        for key in self.given("dimension", "storage") if self.bytes_per_row is not None else []:
+            yield BrokenRule((key,), "is what `bytes_per_row` chooses", "leave one of the two out")
         for key, fewest in (("certificate_rows", 8), ("real_step_rows", 3)):
             if 0 < getattr(self, key) < fewest:
                 yield BrokenRule((key,), f"fewer than {fewest} rows say nothing", f"write 0, or {fewest} or more")
+
+    @model_validator(mode="after")
+    def _choose_storage(self) -> "Gradients":
+        if self.bytes_per_row is not None:
+            from less_assets.method.quantization import choose_storage
+
+            storage, dimension = choose_storage(self.bytes_per_row, self.forms)
+            # Resolved once, here: whoever reads the two need not know where they come from.
+            object.__setattr__(self, "storage", storage)
+            object.__setattr__(self, "dimension", dimension)
+        return self
 
 
 class TargetExamples(Section):
@@ -785,6 +810,7 @@ class Project(Section):
     def gradient_settings(self) -> dict[str, Any]:
         """Settings of features, except the token budget, which is resolved and recorded with them, and of checks."""
         left_out = {"token_budget", "gradient_checkpointing", "directions_limit", "certificate_rows", "real_step_rows"}
+        left_out |= {"bytes_per_row"}  # what it chooses is there
         settings = self.gradients.model_dump(exclude=left_out)
         return settings | {"forms": sorted(self.gradients.forms), "sketch_version": SKETCH_VERSION}
 

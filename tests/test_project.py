@@ -110,6 +110,18 @@ WRONG = {
     "seeds for less": (MINIMAL + "    seeds: [1]\n", 14, "strategy less draws nothing", "leave it out"),
     "seed twice": (with_line("y: less", "y: random\n    seeds: [1, 1]"), 13, "1 is listed 2 times", "list it once"),
     "candidates without rescoring": (MINIMAL + "    candidates: 2\n", 14, "without `rescore: exact`", "leave it out"),
+    "bytes of a row and dimension": (
+        MINIMAL + "gradients: {bytes_per_row: 4 KiB, dimension: 8192}\n",
+        14,
+        "gradients.dimension: is what `bytes_per_row` chooses",
+        "leave one",
+    ),
+    "too few bytes of a row": (
+        MINIMAL + "gradients: {bytes_per_row: 7}\n",
+        14,
+        "gradients.bytes_per_row: must be",
+        "8",
+    ),
     "near-duplicates without gradients": (
         with_line("y: less", "y: bm25\n    near_duplicates: 0.9"),
         13,
@@ -561,6 +573,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "gradients.sketch": ("rademacher", {"gradients"}),
     "gradients.dimension": (64, {"gradients"}),
     "gradients.storage": ("int8", {"gradients"}),
+    "gradients.bytes_per_row": ("1 KiB", {"gradients"}),
     "gradients.seed": (1, {"gradients"}),
     "gradients.token_budget": (77, set()),
     "gradients.gradient_checkpointing": (True, set()),
@@ -681,6 +694,23 @@ def test_a_setting_changes_the_fingerprints_that_it_can_change_and_no_other(path
         after["compute"] = {"backend": "local"}
     first, second = views(before), views(after)
     assert {name for name in first if first[name] != second[name]} == expected
+
+
+@pytest.mark.parametrize(
+    ("forms", "bytes_per_row", "storage", "dimension"),
+    [
+        ("[marginal, adamw]", "16 KiB", "int1", 131_072),
+        ("[adamw, sgd]", "16 KiB", "int8", 16_384),
+        ("[adamw]", 8, "int1", 64),
+    ],
+)
+def test_bytes_of_a_row_choose_its_storage(forms: str, bytes_per_row: object, storage: str, dimension: int):
+    chosen = project(f"gradients: {{forms: {forms}, bytes_per_row: {bytes_per_row}}}\n")
+    written = project(f"gradients: {{forms: {forms}, storage: {storage}, dimension: {dimension}}}\n")
+    assert (chosen.gradients.storage, chosen.gradients.dimension) == (storage, dimension)
+    assert chosen.gradient_settings() == written.gradient_settings(), (
+        "features made under one are fresh under the other"
+    )
 
 
 def test_a_groups_settings_are_its_members():

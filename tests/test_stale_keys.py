@@ -73,6 +73,7 @@ STALE: dict[str, set[str]] = {
     "gradients.sketch": GRADIENTS,
     "gradients.dimension": GRADIENTS,
     "gradients.storage": GRADIENTS,
+    "gradients.bytes_per_row": GRADIENTS,
     "gradients.seed": GRADIENTS,
     "gradients.block_rows": GRADIENTS,
     "gradients.token_budget": NOTHING,

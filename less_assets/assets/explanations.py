@@ -212,7 +212,7 @@ def _targets_in_parts(
 
     Yields the rows' places, directions float32 (D, P), and for each of these rows the number of its direction.
     """
-    from less_assets.method.features import mean_target_directions
+    from less_assets.method.exact import mean_target_directions
     from less_assets.method.gradients import lora_slices
 
     encoded, labels = encode_targets(work, task, loaded.tokenizer)

@@ -97,7 +97,7 @@ def _make(
 
 def score_sample(work: Work) -> Computed:
     """Score a random sample of the pool exactly, and keep an even sample of the pool's own scores."""
-    from less_assets.method.features import exact_influence
+    from less_assets.method.exact import exact_influence
     from less_assets.method.influence import normalised_weights
 
     line, task = work.line, work.partition

@@ -1,6 +1,6 @@
 """Two-stage exactness: the sketch retrieves candidates around the cut, exact gradients decide.
 
-Belongs here: wiring only. Exact scores are `method/features.py`.
+Belongs here: wiring only. Exact scores are `method/exact.py`.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
 
 def rescore(work: Work) -> Computed:
     """Take the candidates' gradients again and score them without projection."""
-    from less_assets.method.features import exact_influence
+    from less_assets.method.exact import exact_influence
     from less_assets.method.influence import normalised_weights
     from less_assets.method.selection import select_by_score
 

@@ -25,7 +25,8 @@ from less_assets.method.batching import collate
 from less_assets.method.chat import EncodedExample
 from less_assets.method.directions import AdamMoments
 from less_assets.method.evaluation import held_out_loss
-from less_assets.method.features import Batching, mean_target_directions, score_exactly
+from less_assets.method.exact import mean_target_directions, score_exactly
+from less_assets.method.features import Batching
 from less_assets.method.gradients import lora_slices
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from less_assets.errors import LessAssetsError, UnsupportedModelError
+from less_assets.method.attention import FastAttention
 from less_assets.method.chat import IGNORED
 
 if TYPE_CHECKING:
@@ -267,6 +268,8 @@ class PerExampleBackward:
                 where=type(model.get_base_model()).__name__,
                 fix="Switch gradient checkpointing off and lower the token budget.",
             )
+        in_half = self.device.type == "cpu" and model.get_base_model().dtype == torch.bfloat16
+        self._attention = FastAttention() if in_half else nullcontext()
         self._takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
         # Leads the backward pass through every LoRA layer although no weight and no input requires a gradient.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
@@ -281,7 +284,12 @@ class PerExampleBackward:
         for part in self.slices:
             part.layer.forward = partial(self._forward_layer, part)  # type: ignore[method-assign]
         for module in self._checkpointed:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = partial(
+                checkpoint,
+                module.forward,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), self._attention),  # the second forward pass is like the first
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -323,7 +331,8 @@ class PerExampleBackward:
         row_of = places.positions // places.shape[1]
         weights = (1.0 / places.counts)[row_of].to(self.device)
         self._sink, self._rows, self._reported = sink, places.shape[0], set()
-        logits = self._logits_at(places.inputs, places.positions.to(self.device))
+        with self._attention:
+            logits = self._logits_at(places.inputs, places.positions.to(self.device))
         losses = nn.functional.cross_entropy(logits.float(), places.wanted, reduction="none")
         # The gradient of a sum is each example's own gradient: rows do not meet, not even through a NaN.
         torch.sum(losses * weights).backward()

@@ -10,6 +10,8 @@ and want 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 STORAGES = ("float16", "int8", "int4", "int1")
@@ -25,21 +27,21 @@ def bytes_per_row(storage: str, dimension: int) -> int:
     return -(-dimension * BITS[storage] // 8)
 
 
-def choose_storage(byte_budget: int, form: str, parameters: int | None = None) -> tuple[str, int]:
+def choose_storage(byte_budget: int, forms: Collection[str], parameters: int | None = None) -> tuple[str, int]:
     """Storage and dimension that keep scores truest for a number of bytes a row.
 
     Few bits and many dimensions beat the reverse (`benchmarks/results/features.json`): 1 bit for directions of Adam, 8
-    for `sgd`. Dimensions beyond the number of parameters would be empty: there the bits grow instead.
+    where `sgd` is among the forms. Dimensions beyond the number of parameters would be empty: there the bits grow.
 
     Args:
         byte_budget: Bytes of codes a row, at least 1.
-        form: Direction form.
+        forms: Direction forms that are stored alike.
         parameters: P, the length of the direction; None if not known.
 
     Returns:
         (storage, dimension) with `bytes_per_row(storage, dimension) <= byte_budget`.
     """
-    for storage in ("int8", "float16") if form == "sgd" else ("int1", "int4", "int8", "float16"):
+    for storage in ("int8", "float16") if "sgd" in forms else ("int1", "int4", "int8", "float16"):
         dimension = byte_budget * 8 // BITS[storage]
         if parameters is None or dimension <= parameters:
             return storage, dimension

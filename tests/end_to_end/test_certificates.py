@@ -92,7 +92,7 @@ def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project
     def broken(*_, **__):
         raise LessAssetsError("Out of memory, say.")
 
-    monkeypatch.setattr("less_assets.method.features.exact_influence", broken)
+    monkeypatch.setattr("less_assets.method.exact.exact_influence", broken)
     monkeypatch.setattr("less_assets.method.fidelity.step_effects", broken)
     tiny_project.settings["gradients"] |= {"dimension": 16, "real_step_rows": 4}
     line = run(tiny_project, instance)

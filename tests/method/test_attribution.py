@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, Lla
 from less_assets.method.attribution import attribute_tokens
 from less_assets.method.chat import IGNORED, EncodedExample
 from less_assets.method.directions import FORMS, AdamMoments, Directions
-from less_assets.method.features import Batching, mean_target_directions, per_example_gradients, score_exactly
+from less_assets.method.exact import mean_target_directions, per_example_gradients, score_exactly
+from less_assets.method.features import Batching
 from less_assets.method.gradients import lora_parameters
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}

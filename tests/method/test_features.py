@@ -13,16 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from less_assets.errors import LessAssetsError, TargetFormatError
 from less_assets.method.chat import EncodedExample
 from less_assets.method.directions import FORMS, AdamMoments
-from less_assets.method.features import (
-    Batching,
-    RowStatus,
-    exact_influence,
-    extract_features,
-    mean_target_directions,
-    per_example_gradients,
-    resolve_token_budget,
-    score_exactly,
-)
+from less_assets.method.exact import exact_influence, mean_target_directions, per_example_gradients, score_exactly
+from less_assets.method.features import Batching, RowStatus, extract_features, resolve_token_budget
 from less_assets.method.gradients import lora_parameters
 from less_assets.method.influence import score_block, target_directions
 from less_assets.method.sketch import Sketch

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from less_assets.errors import LessAssetsError
 from less_assets.method.chat import EncodedExample
 from less_assets.method.directions import AdamMoments
-from less_assets.method.features import Batching, per_example_gradients
+from less_assets.method.exact import per_example_gradients
+from less_assets.method.features import Batching
 from less_assets.method.fidelity import (
     CONFIDENCE,
     Queue,

@@ -15,13 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_assets.method.chat import EncodedExample
 from less_assets.method.directions import FORMS, AdamMoments
-from less_assets.method.features import (
-    Batching,
-    extract_features,
-    mean_target_directions,
-    per_example_gradients,
-    score_exactly,
-)
+from less_assets.method.exact import mean_target_directions, per_example_gradients, score_exactly
+from less_assets.method.features import Batching, extract_features
 from less_assets.method.gradients import lora_parameters
 from less_assets.method.sketch import Sketch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ from transformers import (
 )
 
 from less_assets.errors import LessAssetsError, UnsupportedModelError
+from less_assets.method import gradients
+from less_assets.method.attention import FastAttention
 from less_assets.method.chat import EncodedExample
-from less_assets.method.features import Batching, RowStatus, extract_features, per_example_gradients
+from less_assets.method.exact import per_example_gradients
+from less_assets.method.features import Batching, RowStatus, extract_features
 from less_assets.method.gradients import PerExampleBackward, lora_parameters, lora_slices
 from less_assets.method.sketch import Sketch
 
@@ -185,6 +189,24 @@ def test_bfloat16_gradients_point_the_same_way_as_float32():
     half = per_example_gradients(model.to(torch.bfloat16), examples)
     cosines = (exact * half).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(half, axis=1)
     assert cosines.min() > 0.99
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gpt2"])
+def test_attention_in_bfloat16_is_the_fast_one_and_its_gradients_are_as_good(architecture, monkeypatch):
+    config, targets = ARCHITECTURES[architecture]
+    model, examples = tiny_model(config, targets), rows(LENGTHS)
+    exact = per_example_gradients(model, examples)
+    made = []
+    monkeypatch.setattr(gradients, "FastAttention", lambda: made.append(FastAttention()) or made[-1])
+    model.to(torch.bfloat16)
+    found = per_example_gradients(model, examples)
+    again = per_example_gradients(model, examples, batching=Batching(gradient_checkpointing=True))
+    assert [fast.calls for fast in made] == [2, 4], "once for each layer; twice with gradient checkpointing"
+    monkeypatch.setattr(gradients, "FastAttention", nullcontext)
+    fused = per_example_gradients(model, examples)
+    assert np.array_equal(again, found)
+    # Rounding of the other layers outweighs that of attention, whose own precision test_attention.py looks at.
+    assert np.linalg.norm(found - exact) < 1.3 * np.linalg.norm(fused - exact)
 
 
 def test_a_nan_row_does_not_poison_its_batch():

@@ -1,0 +1,129 @@
+"""Causal attention in bfloat16 on processors, from plain matrix products.
+
+Belongs here: the autograd function, and the context in which models use it. Not here: attention on accelerators, in
+float32, with a mask or over long rows: torch's own kernels serve there.
+
+torch's fused kernel is made for long rows. On a processor, its many small bfloat16 products do not reach the bfloat16
+instructions, and for SmolLM2-135M at 250 tokens attention takes as long as all the other products of a layer together;
+batched products, which do reach them, take half of that. Scores are summed and normalised in float32, only factors of
+products are rounded to bfloat16, so nothing is lost in precision (`tests/method/test_attention.py`); the backward pass
+computes the scores again, so nothing is lost in memory either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+LONGEST = 400
+"""Tokens of a row up to which this was measured to be faster than the fused kernel, which skips half of the scores."""
+_CHUNK_SCORES = 1 << 17  # scores at a time: a few temporary arrays of them stay in a processor's cache
+
+
+class FastAttention(TorchFunctionMode):
+    """Context in which `scaled_dot_product_attention` takes plain products where these are faster.
+
+    Attributes:
+        calls: Calls that took them so far.
+    """
+
+    calls = 0
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is scaled_dot_product_attention and _is_served(*args, **(kwargs or {})):
+            self.calls += 1
+            query, key, value = args
+            return _Attention.apply(query, key, value, (kwargs or {}).get("scale") or query.shape[-1] ** -0.5)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_served(
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *other: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> bool:
+    return (
+        key is not None
+        and value is not None
+        and not other
+        and attn_mask is None
+        and not dropout_p
+        and is_causal
+        and query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.dim() == 4
+        and query.shape[2] == key.shape[2] <= LONGEST
+        and query.shape[3] == value.shape[3]
+        and query.shape[1] % key.shape[1] == 0
+    )
+
+
+@contextmanager
+def _bfloat16_factors() -> Iterator[None]:
+    """Products of float32 matrices round their factors to bfloat16 and sum in float32, where the processor can."""
+    setting: Any = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(s·Q·Kᵀ + causal mask)·V; query heads that share a key head are rows of one product."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        length = query.shape[2]
+        groups = key.shape[0] * key.shape[1]
+        q, k, v = (each.reshape(groups, -1, each.shape[3]) for each in (query, key, value))
+        out = torch.empty_like(q)
+        with _bfloat16_factors():
+            for part in _parts(groups, q.shape[1] * length):
+                out[part] = torch.bmm(_weights(q[part], k[part], scale).to(v.dtype), v[part])
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+        return out.view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> tuple:
+        q, k, v = ctx.saved_tensors
+        e = error.reshape(q.shape)
+        of_q, of_k, of_v = (torch.empty_like(each) for each in (q, k, v))
+        with _bfloat16_factors():
+            for part in _parts(len(q), q.shape[1] * k.shape[1]):
+                weights = _weights(q[part], k[part], ctx.scale)
+                of_v[part] = torch.bmm(weights.to(e.dtype).mT, e[part])
+                products = torch.bmm(e[part].float(), v[part].float().mT)
+                # dS = s·P∘(dP − Σ dP∘P), torch's backward pass of softmax.
+                scores = torch._softmax_backward_data(products, weights, -1, torch.float32).mul_(ctx.scale).to(e.dtype)
+                of_q[part] = torch.bmm(scores, k[part])
+                of_k[part] = torch.bmm(scores.mT, q[part])
+        return *(each.view(shape) for each, shape in zip((of_q, of_k, of_v), ctx.shapes, strict=True)), None
+
+
+def _parts(groups: int, scores: int) -> list[slice]:
+    step = max(1, _CHUNK_SCORES // scores)
+    return [slice(start, start + step) for start in range(0, groups, step)]
+
+
+def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention weights (n, heads·T, T) of queries (n, heads·T, d) and keys (n, T, d), float32."""
+    length = k.shape[1]
+    products = torch.bmm(q.float(), k.float().mT).view(len(q), -1, length, length)
+    mask = torch.full((length, length), float("-inf")).triu_(1)
+    return torch.add(mask, products, alpha=scale).softmax(-1).view(len(q), -1, length)
