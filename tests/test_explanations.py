@@ -120,7 +120,7 @@ def test_a_certificate_labels_the_selected_rows(line, subset, monkeypatch):
     labelled = report_contents(line, "less", "sums", silent)
     assert labelled.columns["certain"] == [True] * half + [False] * half
     assert labelled.head["counts"]["certain"] == half
-    assert "80%" in labelled.head["certificate"]
+    assert "80 %" in labelled.head["certificate"]
     assert labelled.details[-1]["chance"] == pytest.approx(0.6)
     assert labelled.cut.band == pytest.approx((0.0, 0.02))
     assert any("borderline" in note["text"] for note in labelled.head["notes"])
@@ -134,10 +134,27 @@ def test_the_certificate_of_the_run_is_on_the_page(line, subset):
     """The check of `influence_scores` left one; what it says of a selection is what the page shows."""
     judged = judge_selection(line, "less|sums", subset)
     head = report_contents(line, "less", "sums", silent).head
-    assert (head["certificate"] is None) == (judged is None)
-    if judged is not None:
-        assert head["counts"]["certain"] == judged.certain
-        assert "fidelity_certificate/sums" in line.plan("selection_report", "less|sums").inputs
+    assert head["counts"]["certain"] == judged.certain
+    assert head["certificate"].startswith("By the certificate")
+    assert "fidelity_certificate/sums" in line.plan("selection_report", "less|sums").inputs
+
+
+def test_a_row_names_the_recipes_that_selected_it_as_well(line, subset):
+    contents = report_contents(line, "few", "sums", silent)
+    others = [other["recipe"] for other in contents.head["overlap"]]
+    assert others == ["less", "random-seed0"]
+    random = read_parquet(line.folder("selected_subset", "random-seed0|sums"), SUBSET)["example_id"].to_list()
+    for name, detail in zip(contents.columns["id"], contents.details, strict=True):
+        chosen = {"less": name in subset["example_id"].to_list(), "random-seed0": name in random}
+        assert [others[place] for place in detail["also"]] == [other for other, has in chosen.items() if has]
+
+
+def test_the_most_negative_rows_show_the_targets_that_they_harm_most(line):
+    contents = report_contents(line, "few", "sums", silent)
+    for group, detail in zip(contents.columns["group"], contents.details, strict=True):
+        influence = [value for _, value in detail["targets"]]
+        assert influence == sorted(influence, reverse=group != "most_negative")
+    assert "most_negative" in contents.columns["group"]
 
 
 def test_the_histogram_counts_every_row_once_and_the_selected_above_the_cut(line, subset):

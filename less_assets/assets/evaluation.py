@@ -178,7 +178,7 @@ def describe_evaluation(folder: ArtifactFolder, manifest: Manifest) -> Mapping[s
     for name, value in dict(manifest.summary["metrics"]).items():  # type: ignore[arg-type]
         if value is not None:
             shown[f"metric {name}"] = value
-    return shown
+    return {**shown, **metadata.table_facts(folder, METRICS)}
 
 
 def compare(work: Work) -> Computed:
@@ -227,7 +227,7 @@ def merge_tasks(work: Work) -> Computed:
 
 
 def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The table as Markdown, and a chart of the held-out loss."""
+    """The table as Markdown, charts of the held-out loss and of the task's own metric, and the columns."""
     from less_assets.method.leaderboard import to_markdown
     from less_assets.report import charts
 
@@ -241,4 +241,4 @@ def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, A
         if (scores := board.filter("primary")).height:
             drawn = charts.leaderboard_chart(scores, value_title="score (higher is better)")
             shown["score"] = metadata.picture(drawn, "score of each recipe")
-    return shown
+    return {**shown, "dagster/column_schema": metadata.column_schema(board)}

@@ -296,12 +296,13 @@ def describe_subset(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, 
     from less_assets.report import charts
 
     table = read_parquet(folder, SUBSET)
-    shown: dict[str, Any] = {**metadata.summary(folder, manifest), "dagster/partition_row_count": table.height}
+    shown: dict[str, Any] = {"rows": table.height, **metadata.summary(folder, manifest)}
+    shown["dagster/partition_row_count"] = table.height
     if table.is_empty():
         return shown
     if table["score"].null_count() < table.height:
         shown["lowest_score"], shown["mean_score"] = float(table["score"].min()), float(table["score"].mean())  # type: ignore[arg-type]
-    top = table.head(metadata.TABLE_ROWS).select("rank", "score", "subtask", "source", "example_id", "messages")
+    top = table.head(metadata.TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
     shown["top_rows"] = metadata.example_table(top)
     shown["dagster/column_schema"] = metadata.column_schema(table)
     sources = dict(table["source"].value_counts().iter_rows())

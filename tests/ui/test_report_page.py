@@ -74,7 +74,7 @@ def open_page(browser, explained_project):
 
 
 def prompts(page) -> list[str]:
-    return page.locator(".body .line bdi").all_inner_texts()
+    return page.locator(".body .line .prompt").all_inner_texts()
 
 
 def test_it_says_what_was_selected(open_page):
@@ -103,7 +103,7 @@ def test_rows_are_sorted_and_filtered(open_page):
     page = open_page()
     page.click("#headings [data-column=score] button")
     assert page.locator("#headings [data-column=score]").get_attribute("aria-sort") == "descending"
-    scores = [float(text.replace("−", "-")) for text in page.locator(".body .line :nth-child(2)").all_inner_texts()]
+    scores = [float(text.replace("−", "-")) for text in page.locator(".body .line > :nth-child(2)").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
     page.select_option("#filters select[data-column=source]", "colors")
     first = page.locator("#count").inner_text()
