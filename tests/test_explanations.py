@@ -9,7 +9,7 @@ import pytest
 from tiny import HOSTILE
 from typer.testing import CliRunner
 
-from less_assets.assets.explanations import NEIGHBOURS, ROWS, TOKENS, rows_to_explain
+from less_assets.assets.explanations import NEIGHBOURS, ROWS, TOKENS, find_neighbours, rows_to_explain
 from less_assets.assets.ranking import EXACT
 from less_assets.assets.selection import SUBSET
 from less_assets.certificates import judge_selection
@@ -149,12 +149,15 @@ def test_a_row_names_the_recipes_that_selected_it_as_well(line, subset):
         assert [others[place] for place in detail["also"]] == [other for other, has in chosen.items() if has]
 
 
-def test_the_most_negative_rows_show_the_targets_that_they_harm_most(line):
-    contents = report_contents(line, "few", "sums", silent)
-    for group, detail in zip(contents.columns["group"], contents.details, strict=True):
-        influence = [value for _, value in detail["targets"]]
-        assert influence == sorted(influence, reverse=group != "most_negative")
-    assert "most_negative" in contents.columns["group"]
+def test_the_most_negative_rows_have_the_targets_that_they_harm_most(line):
+    recipe, rows = line.project.recipe("few"), table(line, ROWS, "few")
+    worst = find_neighbours(line, recipe, "sums", rows.with_columns(pl.lit("most_negative").alias("group")))
+    for best, most in zip(table(line, NEIGHBOURS, "few")["targets"], worst["targets"], strict=True):
+        helped = [each["cosine"] for each in best]
+        harmed = [each["cosine"] for each in most]
+        assert helped == sorted(helped, reverse=True)
+        assert harmed == sorted(harmed)
+        assert harmed[0] <= min(helped)
 
 
 def test_the_histogram_counts_every_row_once_and_the_selected_above_the_cut(line, subset):
@@ -254,6 +257,15 @@ def test_trace_leads_to_the_line_of_the_file_and_to_who_selected_it(line, subset
     assert found["settings"]["gradients"]["dimension"] == 256
     assert found["code"]["code_versions"]["train_gradients"]
     json.dumps(found, allow_nan=False)
+
+
+def test_a_row_is_found_by_its_line_in_a_source_file(line):
+    first = read_parquet(line.folder("instruction_pool", "plus-00000"), "examples.parquet").row(0, named=True)
+    for address in ("data/plus.jsonl:1", "plus.jsonl:1", "./data/plus.jsonl:1", "plus.jsonl:30"):
+        assert trace_row(line, address)["example_id"] == first["example_id"], "line 30 is a copy of line 1"
+    for address, words in (("plus.jsonl:29", "is not used"), ("plus.jsonl:31", "no row"), ("lus.jsonl:1", "no row")):
+        with pytest.raises(LessAssetsError, match=words):
+            trace_row(line, address)
 
 
 # ---- the commands ----
