@@ -72,6 +72,7 @@ def contents(pattern: str | None) -> ReportContents:
             "shard": f"{source}-00000",
             "row": place,
             "copies": 1,
+            "also": [],
             "subtasks": [score() for _ in range(SUBTASKS)],
             "checkpoints": [score() for _ in range(CHECKPOINTS)],
             "targets": [[rng.randrange(TARGETS), score()] for _ in range(3)],
@@ -105,7 +106,6 @@ def contents(pattern: str | None) -> ReportContents:
         "certain": [rng.random() < 0.8 for _ in range(count)],
         "duplicate": [rng.random() for _ in range(count)],
         "heat": [place < TOKEN_ROWS for place in range(count)],
-        "preview": [" ".join(turns[0][1].split())[:140] for _, turns in rows],
     }
     target = {
         "subtask": labels[0],

@@ -187,6 +187,7 @@ def _judge_fidelity(summary: dict[str, Any], recipes: list[Any]) -> dg.AssetChec
     sketched, exact, cut = recipes[0].scores
     figures["sample"] = metadata.picture(agreement_scatter(sketched, exact, cut=cut), "sketched and exact scores")
     worst = min(recipes, key=lambda each: each.overlap)
+    figures["expected_overlap"] = worst.overlap  # by itself, so that the UI plots it
     return _warning(
         worst.overlap >= OVERLAP_LIMIT,
         f"Exact scores would select about {worst.overlap:.0%} of the rows that {worst.recipe} selects; "
@@ -212,6 +213,7 @@ def _judge_steps(summary: dict[str, Any], steps: pl.DataFrame) -> dg.AssetCheckR
         f"({summary['rows']} rows, {summary['target_examples']} target examples, {summary['checkpoint']}).",
         {
             "agreement": metadata.table(pl.DataFrame(agreement)),
+            **({} if correlation is None else {"rank_correlation": correlation}),
             "learning_rate": summary["learning_rate"],
             "steps": metadata.picture(chart, "predicted and real influence"),
         },
@@ -220,5 +222,8 @@ def _judge_steps(summary: dict[str, Any], steps: pl.DataFrame) -> dg.AssetCheckR
 
 def _warning(passed: bool, description: str, shown: dict[str, Any]) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        passed=passed, severity=dg.AssetCheckSeverity.WARN, description=description, metadata=shown
+        passed=passed,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=description,
+        metadata=metadata.in_order(shown),
     )

@@ -201,7 +201,9 @@ def run(
 @app.command()
 def explain(
     task: Annotated[str, typer.Argument(help="The task whose target examples the row is compared with.")],
-    example_id: Annotated[str, typer.Argument(help="Id of a row of the pool, or its first characters.")] = "",
+    example_id: Annotated[
+        str, typer.Argument(help="Id of a row of the pool, its first characters, or FILE:LINE.")
+    ] = "",
     text: Annotated[
         str,
         typer.Option(
@@ -232,7 +234,7 @@ def explain(
 
 @app.command()
 def trace(
-    example_id: Annotated[str, typer.Argument(help="Id of a row of the pool, or its first characters.")],
+    example_id: Annotated[str, typer.Argument(help="Id of a row of the pool, its first characters, or FILE:LINE.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:

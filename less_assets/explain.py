@@ -316,10 +316,11 @@ def in_words(found: Mapping[str, Any]) -> str:
     parts.append("\n".join(["recipes", *(f"  {_recipe_words(each)}" for each in found["recipes"])]))
     if found["nearest_targets"]:
         lines = [f"target examples that it helps most (form {found['nearest_targets'][0]['form']})"]
+        width = max(len(each["subtask"]) for each in found["nearest_targets"])
         for each in found["nearest_targets"]:
             asked = _one_line(each["messages"][-1]["content"], TEXT_CHARACTERS // 2)
             answer = _one_line(each["completion"], TEXT_CHARACTERS // 2)
-            lines.append(f"  {each['influence']:+.4f}  {each['subtask']:<20}  {asked}  →  {answer}")
+            lines.append(f"  {each['influence']:+.4f}  {each['subtask']:<{width}}  {asked}  →  {answer}")
         parts.append("\n".join(lines))
     if tokens := found.get("tokens"):
         parts.append(_token_words(tokens))

@@ -22,7 +22,7 @@ from dagster._core.definitions.data_version import (
 from less_assets import metadata, rates
 from less_assets.costs import add_seconds, seconds_of, timed
 from less_assets.errors import CorruptArtifactError, MissingArtifactError
-from less_assets.lineage import Lineage
+from less_assets.lineage import Lineage, split
 from less_assets.partitions import ASSET_AXES
 from less_assets.progress import Progress
 from less_assets.project import Project
@@ -193,7 +193,7 @@ def materialize_one(
     partition = context.partition_key if context.has_partition_key else None
     asset = context.asset_key.to_user_string()
     manifest = make_artifact(line, asset, partition, compute, models, context.log.info, resumable=False)
-    shown = _shown(context, line, manifest, describe)
+    shown = _shown(context, line, manifest, partition, describe)
     return dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
 
 
@@ -228,7 +228,7 @@ def materialize_range(
     progress = Progress(asset, len(partitions), "partitions", context.log.info)
     make = backend.make if backend else make_here
     for partition, manifest in make(line, asset, partitions, compute, models, context.log.info):
-        run.log(partition, manifest, _shown(context, line, manifest, describe))
+        run.log(partition, manifest, _shown(context, line, manifest, partition, describe))
         progress(1)
 
 
@@ -295,7 +295,7 @@ def materialize_together(
                 _seal(work.folder, plan, computed)
     for partition, plan in plans.items():
         manifest = store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)
-        shown = _shown(context, line, manifest, describe)
+        shown = _shown(context, line, manifest, partition, describe)
         if len(plans) == 1:  # Dagster runs an asset's checks in the same run only if the asset returns something
             yield dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
         else:
@@ -389,16 +389,29 @@ def make_artifact(
     return materialize(line.store, plan, timed_compute, resumable=resumable)
 
 
-def _shown(context: dg.AssetExecutionContext, line: Lineage, manifest: Manifest, describe: Describe) -> dict[str, Any]:
+def _shown(
+    context: dg.AssetExecutionContext, line: Lineage, manifest: Manifest, partition: str | None, describe: Describe
+) -> dict[str, Any]:
     """What a person sees at a materialization."""
     folder = line.store.artifact(manifest.key, manifest.fingerprint)
     seconds = seconds_of(line.store, manifest.kind, manifest.fingerprint)
     dependencies = context.assets_def.get_asset_spec(context.asset_key).deps
     upstream = {dependency.asset_key.to_user_string() for dependency in dependencies}
     return {
-        "fingerprint": manifest.fingerprint,
+        **metadata.in_order(describe(folder, manifest)),
+        **metadata.provenance(manifest.kind, manifest.inputs, upstream, _column_names(line, manifest.kind, partition)),
         "path": dg.MetadataValue.path(str(folder.root)),
+        "fingerprint": manifest.fingerprint,
         **({} if seconds is None else {"seconds": seconds}),
-        **describe(folder, manifest),
-        **metadata.provenance(manifest.kind, manifest.inputs, upstream),
     }
+
+
+def _column_names(line: Lineage, asset: str, partition: str | None) -> Mapping[str, Sequence[str]]:
+    """The direction forms, subtask rules and checkpoints that an artifact's columns are named after."""
+    from less_assets.method.influence import SUBTASK_RULES
+
+    forms, rules = list(line.project.gradients.forms), list(SUBTASK_RULES)
+    if partition and asset in metadata.OF_A_RECIPE:
+        recipe = line.project.recipe(split(partition)[0])
+        forms, rules = [str(recipe.form)], [str(recipe.subtask)]
+    return {"form": forms, "rule": rules, "checkpoint": line.project.checkpoints}

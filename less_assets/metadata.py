@@ -3,7 +3,9 @@
 Belongs here: turning manifests and tables into Dagster metadata. Charts are drawn in `report/charts.py`.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import dagster as dg
@@ -11,6 +13,7 @@ import polars as pl
 
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.manifest import Manifest
+from less_assets.store.tables import scan_parquet
 
 TABLE_ROWS = 20
 PREVIEW_CHARACTERS = 160
@@ -22,10 +25,14 @@ COLUMN_MEANINGS = {
     "canonical": "whether this is the copy that counts",
     "completion": "the rest of the last turn, with loss",
     "copies": "rows of the pool with this id",
+    "cut": "whether the row was cut at the model's maximum length",
     "detail": "the reason in words",
+    "embedding": "mean hidden state of the base model",
     "exact": "unprojected influence per subtask, summed over checkpoints",
     "example_id": "hash of the messages, 32 hexadecimal digits",
+    "features": "sketched gradient",
     "high": "upper end of the 95 % interval",
+    "higher_is_better": "direction of the metric",
     "influence": "exact influence on the row's subtask",
     "loss": "mean cross-entropy over the loss tokens, nats",
     "loss_tokens": "tokens with loss",
@@ -33,26 +40,51 @@ COLUMN_MEANINGS = {
     "member": "the task that the example belongs to",
     "messages": "the conversation",
     "metric": "name of the metric",
+    "minutes": "minutes of training, mean over seeds",
+    "model": "the model that was fine-tuned",
     "momentum": "part of the influence that belongs to no token",
     "n": "samples",
     "norm": "exact norm of the gradient",
+    "primary": "whether this is the task's score",
     "rank": "1 is the best",
     "recipe": "name of the recipe",
     "row": "row in the shard, from 0",
+    "rows": "training rows, mean over seeds",
     "score": "influence by which the row was ranked",
+    "seeds": "number of seeds",
+    "selection_minutes": "minutes for the selection and all that it was made from",
+    "selection_tokens": "tokens through a model for the selection and all that it was made from",
     "shard": "shard of the pool",
     "share": "each loss token's share of the influence",
     "sketched_score": "score by which the row became a candidate",
     "source": "name of the pool source",
     "source_file": "file that the row stands in",
     "source_row": "line of the file, from 1",
+    "spread": "standard deviation over seeds",
     "status": "ok, or the reason why the row is not used",
+    "strategy": "how the recipe selects",
     "subtask": "subtask of the task",
     "task": "name of the task",
     "text": "each loss token's text",
+    "tokens": "training tokens seen, mean over seeds",
+    "turn": "each loss token's turn, from 0",
     "value": "value of the metric",
+    "vs_base": "paired difference from the base model",
+    "vs_base_high": "upper end of its 95 % interval",
+    "vs_base_low": "lower end of its 95 % interval",
+    "vs_full": "paired difference from the whole pool",
+    "vs_full_high": "upper end of its 95 % interval",
+    "vs_full_low": "lower end of its 95 % interval",
+    "vs_random": "paired difference from random selection",
+    "vs_random_high": "upper end of its 95 % interval",
+    "vs_random_low": "lower end of its 95 % interval",
 }
 """What columns mean, wherever they appear; docs/tables.md has all of them, table by table."""
+
+OF_A_RECIPE = frozenset({"exact_scores", "selected_subset", "token_attribution"})
+"""Assets that read the scores of one recipe, hence one form and subtask rule."""
+
+SCORE_COLUMN = re.compile(r"\w+\.(?:mean_cosine|cosine_of_mean)(?P<checkpoint>\..+)?")
 
 _ROW = {"example_id": ["example_id"], "source": ["source"]}
 COLUMN_SOURCES: dict[str, dict[str, dict[str, list[str]]]] = {
@@ -86,18 +118,72 @@ COLUMN_SOURCES: dict[str, dict[str, dict[str, list[str]]]] = {
     "task_results": {"eval_results": {name: [name] for name in ("metric", "subtask", "value", "low", "high", "n")}},
     "leaderboard": {"task_results": {name: [name] for name in ("task", "recipe", "metric", "value", "low", "high")}},
 }
-"""Asset -> upstream asset -> column -> the upstream columns that it is made from."""
+"""Asset -> upstream asset -> column -> the upstream columns that it is made from; names in braces stand for the
+project's, or the recipe's, direction forms, subtask rules and checkpoints."""
 
 
 def summary(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The figures of a manifest's summary, each under its own name."""
-    return {name: _value(value) for name, value in manifest.summary.items() if value is not None}
+    """The figures of a manifest's summary, each under its own name; what is empty is left out."""
+    return {name: _value(value) for name, value in manifest.summary.items() if value not in (None, {}, [], "")}
+
+
+def in_order(shown: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for the UI, which lists it as it comes: figures and words, then pictures, tables, and what is long."""
+    values = {name: _cell(value) if isinstance(value, float) else value for name, value in shown.items()}
+    return dict(sorted(values.items(), key=lambda entry: _place(*entry)))
+
+
+def _place(name: str, value: Any) -> int:
+    kinds = (dg.MarkdownMetadataValue, dg.TableMetadataValue, dg.JsonMetadataValue)
+    if name.startswith("dagster/"):
+        return len(kinds) + 1
+    return next((place for place, kind in enumerate(kinds, start=1) if isinstance(value, kind)), 0)
+
+
+def table_summary(file: str, *, partitioned: bool = True) -> Callable[[ArtifactFolder, Manifest], Mapping[str, Any]]:
+    """What describes an asset that is one table: its figures, its number of rows, and its columns.
+
+    Args:
+        file: The table's name in the artifact.
+        partitioned: Whether the asset has partitions; the UI names their rows otherwise.
+    """
+
+    def describe(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+        return {**summary(folder, manifest), **table_facts(folder, file, partitioned=partitioned)}
+
+    return describe
+
+
+def table_facts(folder: ArtifactFolder, file: str, *, partitioned: bool = True) -> Mapping[str, Any]:
+    """Number of rows and columns of a stored table, under the names that the UI knows; reads no row."""
+    frame = scan_parquet(folder, file)
+    rows = "dagster/partition_row_count" if partitioned else "dagster/row_count"
+    return {rows: frame.select(pl.len()).collect().item(), "dagster/column_schema": column_schema(frame)}
 
 
 def _value(value: Any) -> Any:
+    """Counts by name and lists of words as one line of text, which takes less room than JSON; the rest as it is."""
     if isinstance(value, Mapping | list):
-        return dg.MetadataValue.json(value)
+        parts = _parts(value)
+        return dg.MetadataValue.json(value) if parts is None else " · ".join(parts)
     return value
+
+
+def _parts(value: Any, prefix: str = "") -> list[str] | None:
+    """`name number` of nested counts, largest first, or the words of a list; None for what is neither."""
+    if isinstance(value, list):
+        return list(value) if all(isinstance(each, str) for each in value) else None
+    numbers = {name: each for name, each in value.items() if type(each) in (int, float)}
+    ordered = sorted(numbers.items(), key=lambda item: -item[1])
+    parts = [f"{prefix}{name} {_cell(number):,}" for name, number in ordered]
+    for name, each in value.items():
+        if name in numbers:
+            continue
+        below = _parts(each, f"{prefix}{name}/") if isinstance(each, Mapping) else None
+        if below is None:
+            return None
+        parts += below
+    return parts
 
 
 def table(frame: pl.DataFrame) -> dg.TableMetadataValue:
@@ -120,15 +206,16 @@ def example_table(frame: pl.DataFrame) -> dg.TableMetadataValue:
     """Examples with the start of their first user turn and of their last turn.
 
     Args:
-        frame: With a column `messages`; other columns are shown before it.
+        frame: With a column `messages`, in whose place they stand.
     """
-    others = [name for name in frame.columns if name not in ("messages", "detail", "status")]
-    shown = frame.select(
-        *others,
-        pl.Series("prompt", [_preview(messages, first=True) for messages in frame["messages"]], pl.String),
-        pl.Series("answer", [_preview(messages, first=False) for messages in frame["messages"]], pl.String),
-    )
-    return table(shown)
+    columns: list[pl.Series] = []
+    for column in frame:
+        if column.name == "messages":
+            columns.append(pl.Series("prompt", [_preview(messages, first=True) for messages in column], pl.String))
+            columns.append(pl.Series("answer", [_preview(messages, first=False) for messages in column], pl.String))
+        elif column.name not in ("detail", "status"):
+            columns.append(column)
+    return table(pl.DataFrame(columns))
 
 
 def _preview(messages: list[dict[str, str]], *, first: bool) -> str:
@@ -140,31 +227,52 @@ def _preview(messages: list[dict[str, str]], *, first: bool) -> str:
     return text if len(text) <= PREVIEW_CHARACTERS else text[: PREVIEW_CHARACTERS - 1] + "…"
 
 
-def column_schema(frame: pl.DataFrame) -> dg.TableSchema:
-    """Names and types of a table's columns."""
+def column_schema(frame: pl.DataFrame | pl.LazyFrame) -> dg.TableSchema:
+    """Names, types and meanings of a table's columns."""
     columns = [
-        dg.TableColumn(name, str(dtype), description=COLUMN_MEANINGS.get(name)) for name, dtype in frame.schema.items()
+        dg.TableColumn(name, str(dtype), description=_meaning(name)) for name, dtype in frame.collect_schema().items()
     ]
     return dg.TableSchema(columns=columns)
 
 
-def provenance(asset: str, inputs: Mapping[str, str], upstream: Collection[str]) -> Mapping[str, Any]:
+def _meaning(column: str) -> str | None:
+    if score := SCORE_COLUMN.fullmatch(column):
+        return "influence per subtask, " + ("at the checkpoint" if score["checkpoint"] else "summed over checkpoints")
+    if column.startswith("share."):
+        return "each loss token's share of the influence at the checkpoint"
+    return COLUMN_MEANINGS.get(column)
+
+
+def provenance(
+    asset: str, inputs: Mapping[str, str], upstream: Collection[str], names: Mapping[str, Sequence[str]]
+) -> Mapping[str, Any]:
     """What an artifact was made from: versions of what was read and, for tables, which column comes from which.
 
     Args:
         asset: Name of the asset.
         inputs: `asset` or `asset/partition` -> data version.
         upstream: Assets that this one depends on in this project.
+        names: What the names in braces of `COLUMN_SOURCES` stand for: form, rule, checkpoint -> one or several.
     """
     shown: dict[str, Any] = {"made_from": dg.MetadataValue.json(dict(inputs))} if inputs else {}
+    read = {name.split("/", 1)[0] for name in inputs} & set(upstream)
     columns: dict[str, list[dg.TableColumnDep]] = {}
     for source, own in COLUMN_SOURCES.get(asset, {}).items():
-        if source in upstream:
-            for name, parents in own.items():
-                columns.setdefault(name, []).extend(dg.TableColumnDep(dg.AssetKey(source), each) for each in parents)
+        for column, parents in own.items() if source in read else ():
+            for name, named_parents in _named(column, parents, names):
+                found = (dg.TableColumnDep(dg.AssetKey(source), each) for each in named_parents)
+                columns.setdefault(name, []).extend(found)
     if columns:
         shown["dagster/column_lineage"] = dg.TableColumnLineage(columns)
     return shown
+
+
+def _named(column: str, parents: Sequence[str], names: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, list[str]]]:
+    """A column and its parents with every choice of the names that stand in braces in any of them."""
+    used = [name for name in names if any(f"{{{name}}}" in text for text in (column, *parents))]
+    for chosen in product(*(names[name] for name in used)):
+        values = dict(zip(used, chosen, strict=True))
+        yield column.format(**values), [parent.format(**values) for parent in parents]
 
 
 def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:

@@ -4,6 +4,7 @@ Belongs here: looking rows up by id or address, for whoever explains them. Not h
 `trace.py`, `report/`), or computing anything that is stored (`assets/`).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from less_assets.store.features import FeatureReader, open_features
 from less_assets.store.tables import read_parquet
 
 SHORTEST_PREFIX = 6
+FILE_AND_LINE = re.compile(r"(?P<file>.+):(?P<line>[0-9]{1,18})")
 ROWS_AT_ONCE = 512
 """Rows whose whole features are in memory at a time."""
 
@@ -28,14 +30,16 @@ def find_row(line: Lineage, example_id: str) -> pl.DataFrame:
 
     Args:
         line: Reads the pool's index.
-        example_id: The id, or the beginning of one.
+        example_id: The id, the beginning of one, or where it stands: `file:line`.
 
     Returns:
         Rows of `pool_index`, at least one.
 
     Raises:
-        LessAssetsError: No usable row has such an id, or several have.
+        LessAssetsError: No usable row has such an id or stands there, or several do.
     """
+    if place := FILE_AND_LINE.fullmatch(example_id.strip()):
+        example_id = _id_at(line, place["file"], int(place["line"]))
     wanted = example_id.strip().lower()
     index = read_parquet(line.folder("pool_index"), INDEX)
     found = index.filter(pl.col("example_id").str.starts_with(wanted)).sort("canonical", descending=True)
@@ -52,6 +56,37 @@ def find_row(line: Lineage, example_id: str) -> pl.DataFrame:
             f"{len(names)} rows begin with {example_id!r}: {', '.join(names[:3])}", fix="give more of the id"
         )
     return found
+
+
+def _id_at(line: Lineage, file: str, number: int) -> str:
+    """Id of the row that stands in a line of a source file, whose path may be given from any folder on."""
+    name = file.removeprefix("./")
+    found: dict[str, tuple[str | None, str]] = {}
+    for shard in line.shards():
+        columns = ["source_file", "source_row", "example_id", "status"]
+        rows = read_parquet(line.folder("instruction_pool", shard), EXAMPLES, columns)
+        same = (pl.col("source_file") == name) | pl.col("source_file").str.ends_with(f"/{name}")
+        for path, _, example_id, status in rows.filter((pl.col("source_row") == number) & same).iter_rows():
+            found[path] = (example_id, status)
+    where = f"pool of {line.project.name}"
+    if not found:
+        raise LessAssetsError(
+            f"The pool has no row {file}:{number}.",
+            where=where,
+            fix="name the file as the project file does, or by its name alone; lines count from 1",
+        )
+    if len(found) > 1:
+        raise LessAssetsError(
+            f"Several files are called {file}: {', '.join(sorted(found))}", fix="give more of the path"
+        )
+    ((path, (example_id, status)),) = found.items()
+    if example_id is None or status != "ok":
+        raise LessAssetsError(
+            f"The row {path}:{number} is not used: {status}.",
+            where=where,
+            fix="the reasons stand at `instruction_pool`",
+        )
+    return example_id
 
 
 def messages_of(line: Lineage, rows: pl.DataFrame) -> dict[str, list[Any]]:

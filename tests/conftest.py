@@ -86,6 +86,7 @@ def explained_project(tmp_path_factory, tiny_model) -> Path:
     ]
     tiny.settings["pool"]["shard_size"] = 40
     tiny.settings["report"] = {"token_rows": 50, "context_rows": 4}
+    tiny.settings["gradients"]["certificate_rows"] = 12
     project = load_project(tiny.path)
     store = open_store(project)
     with dg.DagsterInstance.ephemeral() as instance:

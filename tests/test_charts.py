@@ -13,6 +13,7 @@ from less_assets.report.charts import (
     BLUE,
     MAX_BYTES,
     ORANGE,
+    SKY,
     agreement_scatter,
     difference_chart,
     leaderboard_chart,
@@ -49,6 +50,8 @@ SCORES = np.random.default_rng(0).normal(size=5000)
 
 CHARTS = {
     "histogram with cut": lambda: score_histogram(SCORES, 1.64, title="Scores"),
+    "histogram with two cuts": lambda: score_histogram(SCORES, 1.0, all_above=1.64),
+    "histogram with rows passed over": lambda: score_histogram(SCORES, 1.0, all_above=np.inf),
     "histogram without cut": lambda: score_histogram(SCORES),
     "histogram of equal scores": lambda: score_histogram(np.full(7, 0.5), 0.5),
     "histogram of nothing": lambda: score_histogram([], 0.5),
@@ -105,6 +108,13 @@ def test_chart_is_a_small_opaque_picture_with_a_light_background(name):
 
 def test_cut_further_right_marks_fewer_rows_as_selected():
     assert count_of(BLUE, score_histogram(SCORES, 1.0)) > 2 * count_of(BLUE, score_histogram(SCORES, 2.0)) > 0
+
+
+def test_histogram_sets_off_scores_between_the_cuts_of_subtasks():
+    one, two = score_histogram(SCORES, 1.0), score_histogram(SCORES, 1.0, all_above=2.0)
+    assert count_of(SKY, one) == 0
+    assert count_of(SKY, two) > count_of(BLUE, two) > 0
+    assert count_of(BLUE, score_histogram(SCORES, 1.0, all_above=np.inf)) == 0
 
 
 def test_comparison_shows_both_shares_in_proportion():

@@ -9,7 +9,7 @@ import pytest
 from tiny import HOSTILE
 from typer.testing import CliRunner
 
-from less_assets.assets.explanations import NEIGHBOURS, ROWS, TOKENS, rows_to_explain
+from less_assets.assets.explanations import NEIGHBOURS, ROWS, TOKENS, find_neighbours, rows_to_explain
 from less_assets.assets.ranking import EXACT
 from less_assets.assets.selection import SUBSET
 from less_assets.certificates import judge_selection
@@ -120,7 +120,7 @@ def test_a_certificate_labels_the_selected_rows(line, subset, monkeypatch):
     labelled = report_contents(line, "less", "sums", silent)
     assert labelled.columns["certain"] == [True] * half + [False] * half
     assert labelled.head["counts"]["certain"] == half
-    assert "80%" in labelled.head["certificate"]
+    assert "80 %" in labelled.head["certificate"]
     assert labelled.details[-1]["chance"] == pytest.approx(0.6)
     assert labelled.cut.band == pytest.approx((0.0, 0.02))
     assert any("borderline" in note["text"] for note in labelled.head["notes"])
@@ -134,10 +134,30 @@ def test_the_certificate_of_the_run_is_on_the_page(line, subset):
     """The check of `influence_scores` left one; what it says of a selection is what the page shows."""
     judged = judge_selection(line, "less|sums", subset)
     head = report_contents(line, "less", "sums", silent).head
-    assert (head["certificate"] is None) == (judged is None)
-    if judged is not None:
-        assert head["counts"]["certain"] == judged.certain
-        assert "fidelity_certificate/sums" in line.plan("selection_report", "less|sums").inputs
+    assert head["counts"]["certain"] == judged.certain
+    assert head["certificate"].startswith("By the certificate")
+    assert "fidelity_certificate/sums" in line.plan("selection_report", "less|sums").inputs
+
+
+def test_a_row_names_the_recipes_that_selected_it_as_well(line, subset):
+    contents = report_contents(line, "few", "sums", silent)
+    others = [other["recipe"] for other in contents.head["overlap"]]
+    assert others == ["less", "random-seed0"]
+    random = read_parquet(line.folder("selected_subset", "random-seed0|sums"), SUBSET)["example_id"].to_list()
+    for name, detail in zip(contents.columns["id"], contents.details, strict=True):
+        chosen = {"less": name in subset["example_id"].to_list(), "random-seed0": name in random}
+        assert [others[place] for place in detail["also"]] == [other for other, has in chosen.items() if has]
+
+
+def test_the_most_negative_rows_have_the_targets_that_they_harm_most(line):
+    recipe, rows = line.project.recipe("few"), table(line, ROWS, "few")
+    worst = find_neighbours(line, recipe, "sums", rows.with_columns(pl.lit("most_negative").alias("group")))
+    for best, most in zip(table(line, NEIGHBOURS, "few")["targets"], worst["targets"], strict=True):
+        helped = [each["cosine"] for each in best]
+        harmed = [each["cosine"] for each in most]
+        assert helped == sorted(helped, reverse=True)
+        assert harmed == sorted(harmed)
+        assert harmed[0] <= min(helped)
 
 
 def test_the_histogram_counts_every_row_once_and_the_selected_above_the_cut(line, subset):
@@ -237,6 +257,15 @@ def test_trace_leads_to_the_line_of_the_file_and_to_who_selected_it(line, subset
     assert found["settings"]["gradients"]["dimension"] == 256
     assert found["code"]["code_versions"]["train_gradients"]
     json.dumps(found, allow_nan=False)
+
+
+def test_a_row_is_found_by_its_line_in_a_source_file(line):
+    first = read_parquet(line.folder("instruction_pool", "plus-00000"), "examples.parquet").row(0, named=True)
+    for address in ("data/plus.jsonl:1", "plus.jsonl:1", "./data/plus.jsonl:1", "plus.jsonl:30"):
+        assert trace_row(line, address)["example_id"] == first["example_id"], "line 30 is a copy of line 1"
+    for address, words in (("plus.jsonl:29", "is not used"), ("plus.jsonl:31", "no row"), ("lus.jsonl:1", "no row")):
+        with pytest.raises(LessAssetsError, match=words):
+            trace_row(line, address)
 
 
 # ---- the commands ----

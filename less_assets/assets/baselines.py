@@ -48,7 +48,8 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> Iterator[dg.MaterializeResult]:
         """Hidden state and loss that the base model has for every example of a shard, from one forward pass."""
-        yield from materialize_range(context, project, store, models, embed_shard, metadata.summary)
+        describe = metadata.table_summary(EMBEDDINGS)
+        yield from materialize_range(context, project, store, models, embed_shard, describe)
 
     @dg.asset(
         group_name="selection",
@@ -64,7 +65,8 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.MaterializeResult:
         """Hidden state that the base model has for each of a task's target examples."""
-        return materialize_one(context, project, store, models, embed_targets, metadata.summary)
+        describe = metadata.table_summary(EMBEDDINGS)
+        return materialize_one(context, project, store, models, embed_targets, describe)
 
     targets = []
     if axes.of("target_embeddings") is not None:

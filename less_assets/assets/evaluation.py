@@ -178,7 +178,7 @@ def describe_evaluation(folder: ArtifactFolder, manifest: Manifest) -> Mapping[s
     for name, value in dict(manifest.summary["metrics"]).items():  # type: ignore[arg-type]
         if value is not None:
             shown[f"metric {name}"] = value
-    return shown
+    return {**shown, **metadata.table_facts(folder, METRICS)}
 
 
 def compare(work: Work) -> Computed:
@@ -227,7 +227,7 @@ def merge_tasks(work: Work) -> Computed:
 
 
 def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The table as Markdown, and charts of loss and score: their values, and their differences from random."""
+    """The table as Markdown, charts of loss and score (values, and differences from random), and the columns."""
     from less_assets.method.leaderboard import against_random, to_markdown
     from less_assets.report import charts
 
@@ -248,4 +248,4 @@ def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, A
                 shown[f"{what}_against_random"] = metadata.picture(
                     drawn, f"paired difference of the {what} from random"
                 )
-    return shown
+    return {**shown, "dagster/column_schema": metadata.column_schema(board)}

@@ -247,7 +247,7 @@ def comparison_form(line: Lineage, recipe: ResolvedRecipe) -> tuple[str, bool]:
 
 
 def find_neighbours(line: Lineage, recipe: ResolvedRecipe, task: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """For each row the target examples that it helps most, and the nearest rows of the pool."""
+    """For each row the target examples that it helps most (of the most negative: harms), and its nearest rows."""
     from less_assets.method.neighbours import NearestRows, best_places
 
     weights = checkpoint_weights(line)
@@ -256,7 +256,8 @@ def find_neighbours(line: Lineage, recipe: ResolvedRecipe, task: str, rows: pl.D
     offsets = _offsets(line)
     rows = rows.with_row_index("place")
     cosines = target_influence(line, str(recipe.form), task, rows, weights)
-    best = best_places(cosines, NEAREST)
+    negative = (rows["group"] == "most_negative").to_numpy()
+    best = best_places(np.where(negative[:, None], -cosines, cosines), NEAREST)
     features = np.concatenate(
         [found for _, found in features_of(line, heaviest, form, rows)] or [np.zeros((0, 1), np.float32)]
     )
@@ -342,10 +343,5 @@ def write_report(work: Work) -> Computed:
 
 def describe_report(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
     """Where the page is, and what it found worth a look."""
-    path = folder.path(REPORT)
-    link = path.as_uri()
-    return {
-        **metadata.summary(folder, manifest),
-        "report": dg.MetadataValue.url(link),
-        "report_path": dg.MetadataValue.path(str(path)),
-    }
+    # A path, which a click copies: browsers do not follow a link from the UI's web page to a file.
+    return {"report": dg.MetadataValue.path(str(folder.path(REPORT))), **metadata.summary(folder, manifest)}

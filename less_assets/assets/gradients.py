@@ -89,7 +89,9 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> Iterator[dg.MaterializeResult]:
         """Sketched plain gradients of a task's target examples at a checkpoint."""
-        yield from materialize_range(context, project, store, models, extract_target_gradients, metadata.summary)
+        yield from materialize_range(
+            context, project, store, models, extract_target_gradients, metadata.table_summary(TARGET_FEATURES)
+        )
 
     return [train_gradients, gradient_datastore, target_gradients]
 

@@ -48,7 +48,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.MaterializeResult:
         """Exact, unprojected influence of the candidates around the cut, at every checkpoint."""
-        return materialize_one(context, project, store, models, rescore, metadata.summary)
+        return materialize_one(context, project, store, models, rescore, metadata.table_summary(EXACT))
 
     return [exact_scores]
 

@@ -4,6 +4,7 @@ Belongs here: wiring only. Mathematics is `method/influence.py`; which scores a 
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -96,7 +97,8 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
 
         def describe(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
             trust = describe_trust(Lineage(project, store), context.partition_key, read_parquet(folder, SUBSET))
-            return {**describe_subset(folder, manifest), **trust}
+            takes_turns = project.recipe(split(context.partition_key)[0]).aggregate == "round_robin"
+            return {**describe_subset(folder, manifest, takes_turns=takes_turns), **trust}
 
         return materialize_one(context, project, store, models, select_subset, describe)
 
@@ -291,17 +293,24 @@ def describe_trust(line: Lineage, key: str, table: pl.DataFrame) -> Mapping[str,
     }
 
 
-def describe_subset(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The best rows, what the subset is made of against the pool, and where the cut lies among the scores."""
+def describe_subset(folder: ArtifactFolder, manifest: Manifest, *, takes_turns: bool) -> Mapping[str, Any]:
+    """The best rows, what the subset is made of against the pool, and where the cut lies among the scores.
+
+    Args:
+        folder: The subset's files.
+        manifest: Its manifest.
+        takes_turns: Whether each subtask has a cut of its own.
+    """
     from less_assets.report import charts
 
     table = read_parquet(folder, SUBSET)
-    shown: dict[str, Any] = {**metadata.summary(folder, manifest), "dagster/partition_row_count": table.height}
+    shown: dict[str, Any] = {"rows": table.height, **metadata.summary(folder, manifest)}
+    shown["dagster/partition_row_count"] = table.height
     if table.is_empty():
         return shown
     if table["score"].null_count() < table.height:
         shown["lowest_score"], shown["mean_score"] = float(table["score"].min()), float(table["score"].mean())  # type: ignore[arg-type]
-    top = table.head(metadata.TABLE_ROWS).select("rank", "score", "subtask", "source", "example_id", "messages")
+    top = table.head(metadata.TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
     shown["top_rows"] = metadata.example_table(top)
     shown["dagster/column_schema"] = metadata.column_schema(table)
     sources = dict(table["source"].value_counts().iter_rows())
@@ -315,5 +324,16 @@ def describe_subset(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, 
     if POOL_SCORES in manifest.files:
         scores = read_parquet(folder, POOL_SCORES)["score"].to_numpy()
         cut = float(table["score"].min())  # type: ignore[arg-type]
-        shown["scores"] = metadata.picture(charts.score_histogram(scores, cut), "scores of the pool and the cut")
+        drawn = charts.score_histogram(scores, cut, all_above=_all_above(manifest, takes_turns))
+        shown["scores"] = metadata.picture(drawn, "scores of the pool and the cut")
     return shown
+
+
+def _all_above(manifest: Manifest, takes_turns: bool) -> float | None:
+    """The best score that a row can have and not be selected; None: the cut."""
+    if PASSED_OVER in manifest.files:
+        return math.inf
+    if not takes_turns:
+        return None
+    cuts: Any = manifest.summary["cut_scores"]
+    return max((score for part in cuts.values() for score in part.values()), default=math.inf)

@@ -43,7 +43,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
     ) -> dg.MaterializeResult:
         """Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again."""
         check_sample(Lineage(project, store))
-        return materialize_one(context, project, store, models, draw_warmup_sample, metadata.summary)
+        return materialize_one(context, project, store, models, draw_warmup_sample, describe_sample)
 
     @dg.asset(
         group_name="warmup",
@@ -81,6 +81,17 @@ def draw_warmup_sample(work: Work) -> Computed:
     write_parquet(work.folder, SAMPLE, sample.select("example_id", "shard"))
     sources = dict(sorted(sample["source"].value_counts().iter_rows()))
     return Computed({"rows": sample.height, "sources": sources}, data_version=digest(sample["example_id"].to_list()))
+
+
+def describe_sample(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """Counts, the table's columns, and the share of each source."""
+    from less_assets.report import charts
+
+    shown = {**metadata.summary(folder, manifest), **metadata.table_facts(folder, SAMPLE, partitioned=False)}
+    sources: Any = manifest.summary.get("sources", {})
+    if len(sources) > 1:
+        shown["shares_by_source"] = metadata.picture(charts.share_bars(sources, kind="source"), "share of each source")
+    return shown
 
 
 def check_sample(line: Lineage) -> None:

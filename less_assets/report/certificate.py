@@ -12,6 +12,11 @@ from less_assets.certificates import judge_selection
 from less_assets.lineage import Lineage
 
 
+def percent(share: float) -> str:
+    """A share as the page writes it."""
+    return f"{100 * share:.0f} %"
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What a certificate says about one selection.
@@ -46,7 +51,7 @@ def certificate_of(line: Lineage, key: str, selected: pl.DataFrame) -> Certifica
     bands = [band for band in judged.bands if band is not None]
     whole = bool(judged.bands) and len(bands) == len(judged.bands)
     text = (
-        f"By the certificate of the scores, exact scores would select {judged.overlap:.0%} of these rows, too. "
+        f"By the certificate of the scores, exact scores would select {percent(judged.overlap)} of these rows, too. "
         "A certain row is one of which that holds with a chance of 95 % or more."
     )
     return Certificate(judged.table, max(bands) if whole else None, text)

@@ -20,17 +20,21 @@ if TYPE_CHECKING:
     import altair as alt
 
 MAX_BYTES = 30_000
-BLUE, ORANGE, GREY = "#0072b2", "#e69f00", "#8c8c8c"
+BLUE, SKY, ORANGE, GREY = "#0072b2", "#56b4e9", "#e69f00", "#8c8c8c"
 INK, PAPER, GRID, BAND = "#1f1f1f", "#ffffff", "#e4e4e4", "#d9d9d9"
 OTHER = "other"
 
 
-def score_histogram(scores: Any, cut: float | None = None, *, title: str = "", bins: int = 60) -> bytes:
+def score_histogram(
+    scores: Any, cut: float | None = None, *, all_above: float | None = None, title: str = "", bins: int = 60
+) -> bytes:
     """Draw the distribution of scores, with the part above the cut set off and the cut as a line.
 
     Args:
         scores: Scores (n,); values that are not finite are left out.
         cut: Score of the last selected row; None draws no line.
+        all_above: Score above which every row is selected, where this is not the cut: subtasks may have cuts of their
+            own, and a row may be passed over.
         title: Heading.
         bins: Number of bars.
     """
@@ -39,16 +43,21 @@ def score_histogram(scores: Any, cut: float | None = None, *, title: str = "", b
     values = np.asarray(scores, dtype=np.float64)
     values = values[np.isfinite(values)]
     counts, edges = np.histogram(values, bins=bins)
+    low = -np.inf if cut is None else cut
+    high = low if all_above is None else all_above
     selected = "selected" if cut is not None else "rows"
     table = pl.DataFrame(
         {
             "from": edges[:-1],
             "to": edges[1:],
             "rows": counts,
-            "part": ["not selected" if cut is not None and middle < cut else selected for middle in _middles(edges)],
+            "part": [
+                "not selected" if middle < low else "some selected" if middle < high else selected
+                for middle in _middles(edges)
+            ],
         }
     )
-    parts = {"not selected": GREY, "selected": BLUE, "rows": BLUE}
+    parts = {"not selected": GREY, "some selected": SKY, "selected": BLUE, "rows": BLUE}
     present = [part for part in parts if part in set(table["part"])]
     bars = (
         alt.Chart(table)
@@ -62,7 +71,8 @@ def score_histogram(scores: Any, cut: float | None = None, *, title: str = "", b
     )
     if cut is None:
         return _png(bars, title)
-    line = alt.Chart(pl.DataFrame({"cut": [cut], "text": [f"cut {cut:.4g}"]})).encode(x="cut:Q")
+    cuts = [cut] if high in (low, np.inf) else [cut, high]
+    line = alt.Chart(pl.DataFrame({"cut": cuts, "text": [f"cut {cut:.4g}", ""][: len(cuts)]})).encode(x="cut:Q")
     label = line.mark_text(align="left", dx=4, color=INK, fontSize=11).encode(text="text:N", y=alt.value(8))
     return _png(bars + line.mark_rule(color=INK, strokeWidth=2, strokeDash=[5, 3]) + label, title)
 

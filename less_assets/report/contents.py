@@ -27,11 +27,10 @@ from less_assets.method.composition import (
 )
 from less_assets.method.neighbours import NEAR_DUPLICATE
 from less_assets.project import ResolvedRecipe
-from less_assets.report.certificate import Certificate, certificate_of
+from less_assets.report.certificate import Certificate, certificate_of, percent
 from less_assets.store.tables import read_parquet
 from less_assets.stored_rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
 
-PREVIEW_CHARACTERS = 140
 NEIGHBOUR_CHARACTERS = 400
 """Characters shown of a neighbour's question and of its answer, where it is not in the page itself."""
 MANY_ROWS = 4000
@@ -117,13 +116,14 @@ def report_contents(
     else:
         facts = facts.with_columns(pl.lit(None, pl.Float32).alias("chance"), pl.lit(None, pl.Boolean).alias("certain"))
     explained = _Explained.of(line, recipe, task, facts, cuts.scores_of(facts)) if cuts else None
-    details = _details(line, facts, explained)
+    others = _other_selections(line, recipe_key, task)
+    details = _details(line, facts, explained, others)
     if explained is not None:
         facts = facts.with_columns(pl.Series("duplicate", explained.nearest_cosine(), pl.Float32))
     else:
         facts = facts.with_columns(pl.lit(None, pl.Float32).alias("duplicate"))
     selected = facts.filter(pl.col("group") == "selected")
-    overlap = _overlap(line, recipe_key, task, subset)
+    overlap = _overlap(line, subset, others)
     composition = _composition(selected, pool, scored)
     notes = _notes(selected, composition, facts, certificate, scored)
     targets = read_parquet(line.folder("target_examples", task), TARGETS)
@@ -171,7 +171,6 @@ def report_contents(
         "certain": facts["certain"].to_list(),
         "duplicate": [_short(cosine) for cosine in facts["duplicate"].to_list()],
         "heat": [detail.get("heat") is not None for detail in details],
-        "preview": [_preview(detail["messages"]) for detail in details],
     }
     summary = {
         "rows": selected.height,
@@ -400,7 +399,9 @@ def _turns(tokens: Mapping[str, Any]) -> list[list[Any]]:
     return [[turn, texts, [_short(share) for share in shares]] for turn, texts, shares in turns]
 
 
-def _details(line: Lineage, rows: pl.DataFrame, explained: _Explained | None) -> list[dict[str, Any]]:
+def _details(
+    line: Lineage, rows: pl.DataFrame, explained: _Explained | None, others: Mapping[str, set[str]]
+) -> list[dict[str, Any]]:
     messages = messages_of(line, rows)
     places = {example_id: place for place, example_id in enumerate(rows["example_id"])}
     details = []
@@ -412,6 +413,7 @@ def _details(line: Lineage, rows: pl.DataFrame, explained: _Explained | None) ->
             "shard": row["shard"],
             "row": row["row"],
             "copies": row["copies"],
+            "also": [number for number, ids in enumerate(others.values()) if row["example_id"] in ids],
             "chance": _short(row["chance"], 2),
         }
         details.append(detail | (explained.detail(place, row, places) if explained else {}))
@@ -420,11 +422,6 @@ def _details(line: Lineage, rows: pl.DataFrame, explained: _Explained | None) ->
 
 def _cut_text(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
-
-
-def _preview(messages: Sequence[Sequence[str]]) -> str:
-    asked = next((content for role, content in messages if role == "user"), messages[0][1])
-    return _cut_text(" ".join(asked.split()), PREVIEW_CHARACTERS)
 
 
 def _target(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,13 +464,20 @@ def _made_from(line: Lineage, key: str) -> dict[str, str]:
     return {**manifest.inputs, f"selected_subset/{key}": manifest.data_version}
 
 
-def _overlap(line: Lineage, recipe: str, task: str, subset: pl.DataFrame) -> list[dict[str, Any]]:
-    """How many rows other recipes for the task selected as well."""
+def _other_selections(line: Lineage, recipe: str, task: str) -> dict[str, set[str]]:
+    """Ids that each other recipe last selected for the task."""
+    return {
+        other: set(read_parquet(pointer.folder, SUBSET, ["example_id"])["example_id"])
+        for other, pointer in line.other_subsets(recipe, task).items()
+    }
+
+
+def _overlap(line: Lineage, subset: pl.DataFrame, others: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+    """How many rows other recipes for the task selected as well; in the order of `others`."""
     own = set(subset["example_id"])
     unique = max(1, int(line.summary("pool_index")["unique"]))
     found = []
-    for other, pointer in line.other_subsets(recipe, task).items():
-        ids = set(read_parquet(pointer.folder, SUBSET, ["example_id"])["example_id"])
+    for other, ids in others.items():
         expected = round(len(own) * len(ids) / unique, 1)
         found.append({"recipe": other, "rows": len(ids), "shared": len(own & ids), "expected": expected})
     return found
@@ -528,16 +532,16 @@ def _notes(
             share, of_pool = count / chosen, whole / everything
             fair = 1 / len(part["classes"])
             if part["name"] == "subtask" and share > max(0.5, 1.2 * fair) and fair < 1:
-                note(f"{name} took {share:.0%} of the selection.", subtask=name)
+                note(f"{name} took {percent(share)} of the selection.", subtask=name)
             elif part["name"] == "source" and len(part["classes"]) > 1 and share > 0.5 and share > 1.5 * of_pool:
-                note(f"{name} is {share:.0%} of the selection and {of_pool:.0%} of the pool.", source=name)
+                note(f"{name} is {percent(share)} of the selection and {percent(of_pool)} of the pool.", source=name)
             elif part["name"] == "source" and of_pool > 0.05 and share < of_pool / 10:
-                note(f"{name}, {of_pool:.0%} of the pool, is all but absent ({_rows(count)}).", source=name)
+                note(f"{name}, {percent(of_pool)} of the pool, is all but absent ({_rows(count)}).", source=name)
         if part["name"] == "length":
             short = [entry for entry in part["classes"] if entry[0] in LENGTHS[:1]]
             if short and short[0][1] / chosen > 0.25 and short[0][1] / chosen > 2 * short[0][2] / everything:
-                text = f"{short[0][1] / chosen:.0%} of the selected rows have at most 16 loss tokens"
-                note(f"{text}, {short[0][2] / everything:.0%} of the pool do.", length=LENGTHS[0])
+                text = f"{percent(short[0][1] / chosen)} of the selected rows have at most 16 loss tokens"
+                note(f"{text}, {percent(short[0][2] / everything)} of the pool do.", length=LENGTHS[0])
     if scored and (twins := int((selected["duplicate"] >= NEAR_DUPLICATE).sum())):
         note(
             f"{_rows(twins)} selected with a near-duplicate in the pool (cosine at least {NEAR_DUPLICATE:g}).",

@@ -44,11 +44,13 @@ const FILTERS = [
   ["duplicate", "Near-duplicate"],
 ];
 const FACET_COLUMN = { turns: "turn_class" };
-const ROW_HEIGHT = 46;
+const ROW_HEIGHT = 56;
+const PREVIEW_CHARACTERS = 180;
 
 let head, columns, count;
 let details = [];
 let words = []; // lower-case text of each row, to search in; filled package by package
+let previews = []; // beginning of each row's question, and of its last turn; filled alike
 const packages = [...document.querySelectorAll("script.package")];
 let perPackage = 0;
 const unpacking = new Map();
@@ -72,8 +74,14 @@ function keep(place, part) {
     details[row] = detail;
     const spoken = detail.messages.map((message) => message[1]).join("\n");
     words[row] = `${spoken}\n${columns.id[row]}\n${detail.file}`.toLowerCase();
+    const asked = detail.messages.find(([role]) => role === "user") ?? detail.messages[0];
+    previews[row] = [beginning(asked[1]), beginning(detail.messages.at(-1)[1])];
   });
 }
+
+/** Some text on one line, as much of it as a line can show. */
+const beginning = (text, from = 0) =>
+  text.slice(from, from + 2 * PREVIEW_CHARACTERS).trim().replace(/\s+/g, " ").slice(0, PREVIEW_CHARACTERS);
 
 /** Unpack everything while nothing else is going on, so that a search looks into whole conversations. */
 async function unpackAll() {
@@ -83,7 +91,7 @@ async function unpackAll() {
   }
   document.documentElement.dataset.unpacked = "yes";
   performance.mark("texts unpacked");
-  if (state.search) refresh();
+  if (state.search || state.sort === "preview") refresh();
   else describeCount();
 }
 
@@ -98,14 +106,16 @@ function matches(row) {
   if (columns.group[row] !== state.group) return false;
   for (const [column, value] of Object.entries(state.only)) if (valueOf(column, row) !== value) return false;
   if (!state.search) return true;
-  const text = words[row] ?? `${columns.preview[row]}\n${columns.id[row]}`.toLowerCase();
-  return state.search.split(/\s+/).every((word) => text.includes(word));
+  const text = words[row] ?? columns.id[row];
+  return sought().every((word) => text.includes(word));
 }
+
+const sought = () => (state.search ? state.search.split(/\s+/) : []);
 
 function refresh() {
   shown = [];
   for (let row = 0; row < count; row += 1) if (matches(row)) shown.push(row);
-  const values = columns[state.sort];
+  const values = state.sort === "preview" ? columns.id.map((_, row) => previews[row]?.[0] ?? null) : columns[state.sort];
   const direction = state.descending ? -1 : 1;
   shown.sort((a, b) => {
     const [one, two] = [values[a], values[b]];
@@ -139,7 +149,7 @@ function headings() {
   const scored = [
     ["rank", "Rank", "number"],
     ["score", "Score", "number"],
-    ["preview", "Prompt", ""],
+    ["preview", "Prompt and answer", "said"],
     ["subtask", "Subtask", "extra muted"],
     ["source", "Source", "extra muted"],
     ["tokens", "Tokens", "number extra muted"],
@@ -153,11 +163,10 @@ function lineOf(index) {
   const row = shown[index];
   const cells = headings().map(([column, , style]) => {
     const cell = make("div", { role: "gridcell", class: style });
-    const value = columns[column][row];
+    const value = columns[column]?.[row];
     if (column === "preview") {
-      cell.append(make("bdi", {}, value));
-      if (columns.certain[row] === false) cell.append(make("span", { class: "tag warn" }, "borderline"));
-      if (valueOf("duplicate", row) === "yes") cell.append(make("span", { class: "tag" }, "near-duplicate"));
+      if (previews[row]) cell.append(...said(row));
+      else detailOf(row).then(() => { if (shown[index] === row) cell.replaceChildren(...said(row)); });
     } else if (column === "score") cell.textContent = signed(value);
     else if (column === "duplicate") cell.textContent = value === null ? "–" : value.toFixed(2);
     else cell.textContent = value === null ? "–" : column === "rank" || column === "tokens" ? whole.format(value) : value;
@@ -172,6 +181,42 @@ function lineOf(index) {
   }, ...cells);
   line.style.transform = `translateY(${index * ROW_HEIGHT}px)`;
   return line;
+}
+
+/** How a row begins: its question with tags, and below it its answer or, in a search, what was found. */
+function said(row) {
+  const [asked, answered] = previews[row];
+  const first = make("span", { class: "first" }, make("bdi", { class: "prompt" }, ...marked(asked)));
+  if (columns.certain[row] === false) first.append(make("span", { class: "tag warn" }, "borderline"));
+  if (valueOf("duplicate", row) === "yes") first.append(make("span", { class: "tag" }, "near-duplicate"));
+  const found = foundElsewhere(row, `${asked}\n${answered}`);
+  return [first, make("span", { class: "second" }, make("bdi", {}, ...marked(found ?? answered)))];
+}
+
+/** The surroundings of a sought word that the beginnings do not show; null if they show them all. */
+function foundElsewhere(row, visible) {
+  const hidden = sought().find((word) => !visible.toLowerCase().includes(word));
+  if (hidden === undefined) return null;
+  for (const [, text] of details[row].messages) {
+    const place = text.toLowerCase().indexOf(hidden);
+    if (place >= 0) return `…${beginning(text, Math.max(0, place - 24))}`;
+  }
+  return null;
+}
+
+/** A text in which the sought words are marked. */
+function marked(text) {
+  const small = text.toLowerCase();
+  // Few letters change their number of characters in lower case; where one did, places would not fit.
+  const places = small.length === text.length ? sought().map((word) => [small.indexOf(word), word.length]) : [];
+  const parts = [];
+  let done = 0;
+  for (const [place, length] of places.filter(([place]) => place >= 0).sort((a, b) => a[0] - b[0])) {
+    if (place < done) continue;
+    parts.push(text.slice(done, place), make("mark", {}, text.slice(place, place + length)));
+    done = place + length;
+  }
+  return [...parts, text.slice(done)];
 }
 
 function drawLines(anew = false) {
@@ -205,7 +250,7 @@ function focusLine(index) {
   focused = Math.max(0, Math.min(shown.length - 1, index));
   const grid = byId("grid");
   const top = focused * ROW_HEIGHT;
-  const room = grid.clientHeight - ROW_HEIGHT; // the headings stay in sight
+  const room = grid.clientHeight - byId("headings").offsetHeight; // the headings stay in sight
   if (top < grid.scrollTop) grid.scrollTop = top;
   if (top + ROW_HEIGHT > grid.scrollTop + room) grid.scrollTop = top + ROW_HEIGHT - room;
   drawLines();
@@ -240,6 +285,7 @@ function drawControls() {
   for (const select of byId("filters").querySelectorAll("select")) select.value = state.only[select.dataset.column] ?? "";
   for (const button of document.querySelectorAll(".facet button"))
     button.setAttribute("aria-pressed", state.only[button.dataset.column] === button.dataset.value);
+  byId("copy").disabled = !shown.length;
   byId("clear").disabled = !state.search && !Object.keys(state.only).length;
 }
 
@@ -281,6 +327,7 @@ function buildControls() {
   });
   byId("tools").addEventListener("submit", (event) => event.preventDefault());
   byId("clear").addEventListener("click", () => clearAll());
+  byId("copy").addEventListener("click", copyIds);
   const body = byId("body");
   byId("grid").addEventListener("scroll", () => drawLines(), { passive: true });
   body.addEventListener("keydown", listKeys);
@@ -289,6 +336,17 @@ function buildControls() {
     if (line) { focusLine(Number(line.dataset.index)); open(shown[focused]); }
   });
   window.addEventListener("resize", () => drawLines());
+}
+
+/** Put the ids of the rows in the list on the clipboard, one a line. */
+async function copyIds() {
+  const ids = shown.map((row) => columns.id[row]);
+  try {
+    await navigator.clipboard.writeText(`${ids.join("\n")}\n`);
+    byId("count").textContent = `${whole.format(ids.length)} ${ids.length === 1 ? "id" : "ids"} copied, one a line`;
+  } catch {
+    byId("count").textContent = "The browser does not let this page copy.";
+  }
 }
 
 function clearAll(only = {}, group = state.group) {
@@ -404,9 +462,8 @@ async function open(row) {
 
 function detailParts(row, detail) {
   const parts = [conversation(detail), detail.targets ? nearestTargets(detail) : null];
-  if (detail.subtasks) parts.push(scoreSplit(row, detail), nearRows(detail));
-  parts.push(origin(row, detail));
-  if (!detail.targets) parts[parts.length - 1].classList.add("wide");
+  if (detail.subtasks) parts.push(make("div", { class: "column" }, scoreSplit(row, detail), origin(row, detail)), nearRows(detail));
+  else parts.push(origin(row, detail));
   return parts.filter(Boolean);
 }
 
@@ -470,18 +527,26 @@ function strongestTokens(turns) {
     ...best.map(([text, share]) => make("li", {}, make("code", {}, visible(text)), ` ${signed(share)}`)));
 }
 
+/** What the first of a row's targets are: the most negative rows begin with the worst, others with the best. */
+function effect(targets) {
+  const [first, last] = [targets[0][1], targets.at(-1)[1]];
+  if (first >= 0) return "helps most";
+  return first < last ? "harms most" : "harms least";
+}
+
 function nearestTargets(detail) {
-  const section = make("section", {}, make("div", { class: "head" }, make("h3", {}, "Target examples that it helps most")));
+  const section = make("section", {}, make("div", { class: "head" }, make("h3", {}, `Target examples that it ${effect(detail.targets)}`)));
   const tabs = make("div", { class: "tabs", role: "group", "aria-label": "Target examples" });
   const body = make("div");
   const choose = (chosen) => {
-    const target = head.targets[detail.targets[chosen][0]];
+    const [number, influence] = detail.targets[chosen];
+    const target = head.targets[number];
     [...tabs.children].forEach((tab, place) => tab.setAttribute("aria-pressed", place === chosen));
-    body.replaceChildren(make("p", { class: "hint" }, target.subtask),
+    body.replaceChildren(make("p", { class: "hint" }, `${target.subtask}, influence on this example ${signed(influence)}`),
       ...target.messages.map(([role, text]) => message(role, text)), message("assistant", target.prefix + target.completion));
   };
-  detail.targets.forEach(([, cosine], place) =>
-    tabs.append(make("button", { type: "button", on: { click: () => choose(place) } }, signed(cosine))));
+  detail.targets.forEach(([, influence], place) =>
+    tabs.append(make("button", { type: "button", on: { click: () => choose(place) } }, signed(influence))));
   section.append(tabs, body);
   choose(0);
   return section;
@@ -531,9 +596,10 @@ function nearRows(detail) {
       `cosine ${near.cosine.toFixed(3)}`, near.cosine >= head.near_duplicate ? make("span", { class: "tag warn" }, "near-duplicate") : null,
       make("span", { class: "tag" }, near.place === null ? "not on this page" : GROUPS[columns.group[near.place]][0].toLowerCase())));
     const text = make("div", { class: "text", dir: "auto" });
-    if (near.messages) text.textContent = near.messages.map(([role, said]) => `${role}: ${said}`).join("\n");
+    const show = (messages) => { text.textContent = messages.map(([role, said]) => `${role}: ${said}`).join("\n"); };
+    if (near.messages) show(near.messages);
     else if (near.place !== null) {
-      text.textContent = columns.preview[near.place];
+      detailOf(near.place).then(({ messages }) => show(messages));
       title.append(make("button", { type: "button", on: { click: () => open(near.place) } }, "Open"));
     }
     return make("li", {}, title, text, make("code", {}, near.id));
@@ -550,10 +616,11 @@ function origin(row, detail) {
     ["copies in the pool", whole.format(detail.copies)],
     ["loss tokens", columns.tokens[row] === null ? "–" : whole.format(columns.tokens[row])],
     ["turns, language", `${columns.turns[row]}, ${columns.language[row]}`],
+    ["selected by others", detail.also.map((place) => head.overlap[place].recipe).join(", ") || "none"],
     ["on the command line", `less-assets explain ${head.task} ${columns.id[row]}`],
     ["its whole lineage", `less-assets trace ${columns.id[row]}`],
   ];
-  return make("section", { class: "wide" }, make("h3", {}, "Where it comes from"),
+  return make("section", {}, make("h3", {}, "Where it comes from"),
     make("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, make("code", {}, value))])));
 }
 
@@ -589,6 +656,7 @@ async function start() {
   buildOverview();
   buildControls();
   buildDialog();
+  if (packages.length) await detailOf(0); // what the first lines say
   refresh();
   document.documentElement.dataset.ready = "yes";
   const wanted = columns.id.indexOf(location.hash.replace("#row=", ""));

@@ -74,7 +74,7 @@ def open_page(browser, explained_project):
 
 
 def prompts(page) -> list[str]:
-    return page.locator(".body .line bdi").all_inner_texts()
+    return page.locator(".body .line .prompt").all_inner_texts()
 
 
 def test_it_says_what_was_selected(open_page):
@@ -99,11 +99,63 @@ def test_search_looks_into_whole_conversations(open_page):
     assert page.locator("#count").inner_text() == "48 rows"
 
 
+def test_a_row_shows_its_answer_and_what_a_search_found(open_page):
+    page = open_page()
+    line = page.locator(".body .line").first
+    row = page.evaluate("details[shown[0]].messages.map(([, text]) => text)")
+    assert line.locator(".prompt").inner_text() == row[0]
+    assert line.locator(".second").inner_text() == row[-1]
+    page.fill("#search", "javascript:")
+    sync_api.expect(page.locator("#count")).to_contain_text("1 of")
+    assert page.locator(".body mark").all_inner_texts() == ["javascript:"]
+    page.evaluate("details[shown[0]].messages.splice(1, 0, ['user', `${'x '.repeat(400)}hidden words`])")
+    page.evaluate("words[shown[0]] += ' hidden words'")
+    page.fill("#search", "javascript: hidden")
+    sync_api.expect(page.locator(".body mark").last).to_have_text("hidden")
+    assert page.locator(".body .second").inner_text().startswith("…"), "the place where it stands"
+
+
+def test_ids_of_the_rows_in_the_list_are_copied(open_page):
+    page = open_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.select_option("#filters select[data-column=source]", "colors")
+    page.click("#copy")
+    sync_api.expect(page.locator("#count")).to_contain_text("copied")
+    copied = page.evaluate("navigator.clipboard.readText()").split()
+    assert copied == page.evaluate("shown.map(row => columns.id[row])")
+    assert 0 < len(copied) < 48
+
+
+def test_certain_and_borderline_rows_are_told_apart(open_page):
+    page = open_page("few")
+    certain = page.evaluate("columns.certain.filter(each => each !== null)")
+    assert f"certain rows; the others are borderline\n{sum(certain)}" in page.locator("#figures").inner_text()
+    assert "exact scores would select" in page.locator("#cut").inner_text()
+    page.locator(".body .line").first.click()
+    page.wait_for_selector("#detail-body section")
+    assert page.locator("#badges").inner_text().split()[-1] == ("certain" if certain[0] else "borderline")
+
+
+def test_the_lines_of_rows_that_are_not_unpacked_yet_fill_in_later(open_page):
+    page = open_page()
+    page.evaluate("""() => {
+      const late = shown[0];
+      window.kept = { preview: previews[late], detail: details[late] };
+      delete previews[late];
+      unpacking.set(Math.floor(late / perPackage), new Promise(done => setTimeout(() => {
+        previews[late] = window.kept.preview; done();
+      }, 200)));
+      refresh();
+    }""")
+    assert page.locator(".body .line").first.locator(".prompt").count() == 0
+    sync_api.expect(page.locator(".body .line").first.locator(".prompt")).to_have_count(1)
+
+
 def test_rows_are_sorted_and_filtered(open_page):
     page = open_page()
     page.click("#headings [data-column=score] button")
     assert page.locator("#headings [data-column=score]").get_attribute("aria-sort") == "descending"
-    scores = [float(text.replace("−", "-")) for text in page.locator(".body .line :nth-child(2)").all_inner_texts()]
+    scores = [float(text.replace("−", "-")) for text in page.locator(".body .line > :nth-child(2)").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
     page.select_option("#filters select[data-column=source]", "colors")
     first = page.locator("#count").inner_text()
