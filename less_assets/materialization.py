@@ -410,7 +410,8 @@ def _column_names(line: Lineage, asset: str, partition: str | None) -> Mapping[s
     """The direction forms, subtask rules and checkpoints that an artifact's columns are named after."""
     from less_assets.method.influence import SUBTASK_RULES
 
-    forms, rules = list(line.project.gradients.forms), list(SUBTASK_RULES)
+    forms: list[str] = list(line.project.gradients.forms)
+    rules = list(SUBTASK_RULES)
     if partition and asset in metadata.OF_A_RECIPE:
         recipe = line.project.recipe(split(partition)[0])
         forms, rules = [str(recipe.form)], [str(recipe.subtask)]

@@ -135,7 +135,7 @@ def in_order(shown: Mapping[str, Any]) -> dict[str, Any]:
 
 def _place(name: str, value: Any) -> int:
     kinds = (dg.MarkdownMetadataValue, dg.TableMetadataValue, dg.JsonMetadataValue)
-    if name.startswith("dagster/"):
+    if name.startswith("dagster/") or name.endswith("digest"):
         return len(kinds) + 1
     return next((place for place, kind in enumerate(kinds, start=1) if isinstance(value, kind)), 0)
 

@@ -84,6 +84,7 @@ def test_every_asset_that_is_a_table_says_what_its_columns_mean(line):
 def test_figures_come_first_and_what_is_long_last():
     frame = pl.DataFrame({"rank": [1]})
     shown = {
+        "examples_digest": "0f",
         "dagster/column_schema": metadata.column_schema(frame),
         "details": dg.MetadataValue.json({"a": [1, "b"]}),
         "best": metadata.table(frame),
@@ -92,7 +93,7 @@ def test_figures_come_first_and_what_is_long_last():
         "share": 0.123456789,
     }
     ordered = metadata.in_order(shown)
-    assert list(ordered) == ["rows", "share", "chart", "best", "details", "dagster/column_schema"]
+    assert list(ordered) == ["rows", "share", "chart", "best", "details", "examples_digest", "dagster/column_schema"]
     assert ordered["share"] == 0.12346
 
 

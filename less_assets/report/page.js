@@ -447,7 +447,7 @@ async function open(row) {
   if (columns.certain[row] !== null)
     badges.push(make("span", { class: columns.certain[row] ? "tag good" : "tag warn" }, columns.certain[row] ? "certain" : "borderline"));
   if (valueOf("duplicate", row) === "yes") badges.push(make("span", { class: "tag" }, "near-duplicate in the pool"));
-  byId("badges").replaceChildren(...badges);
+  byId("badges").replaceChildren(...badges.flatMap((badge) => [badge, " "]));
   const place = shown.indexOf(row);
   byId("previous").disabled = place <= 0;
   byId("next").disabled = place < 0 || place >= shown.length - 1;
