@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -282,7 +282,8 @@ class PerExampleBackward:
                 where=type(model.get_base_model()).__name__,
                 fix="Switch gradient checkpointing off and lower the token budget.",
             )
-        self._attention = FastAttention() if keeps_weights(next(model.parameters())) else nullcontext()
+        served = keeps_weights(next(model.parameters()))
+        self._attention: AbstractContextManager[Any] = FastAttention() if served else nullcontext()
         self._takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
         # Leads the backward pass through every LoRA layer although no weight and no input requires a gradient.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
