@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ _CHUNK_SCORES = 1 << 17  # scores at a time: a few temporary arrays of them stay
 
 def keeps_weights(tensor: Tensor) -> bool:
     """Whether attention over numbers like these is taken from plain products, whose weights are kept."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and _has_products()
+
+
+@cache
+def _has_products() -> bool:
+    """Whether oneDNN has products in bfloat16 for this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FastAttention(TorchFunctionMode):
