@@ -6,14 +6,15 @@ float32, with a mask or over long rows: torch's own kernels serve there.
 torch's fused kernel is made for long rows. On a processor, its many small bfloat16 products do not reach the bfloat16
 instructions, and for SmolLM2-135M at 250 tokens attention takes as long as all the other products of a layer together;
 batched products, which do reach them, take half of that. Scores are summed and normalised in float32, only factors of
-products are rounded to bfloat16, so nothing is lost in precision (`tests/method/test_attention.py`); the backward pass
-computes the scores again, so nothing is lost in memory either.
+products are rounded to bfloat16, so nothing is lost in precision (`tests/method/test_attention.py`). The weights are
+kept for the backward pass, which costs memory: heads × T numbers a token and layer, where rows are short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ from torch.overrides import TorchFunctionMode
 LONGEST = 400
 """Tokens of a row up to which this was measured to be faster than the fused kernel, which skips half of the scores."""
 _CHUNK_SCORES = 1 << 17  # scores at a time: a few temporary arrays of them stay in a processor's cache
+
+
+def keeps_weights(tensor: Tensor) -> bool:
+    """Whether attention over numbers like these is taken from plain products, whose weights are kept."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and _has_products()
+
+
+@cache
+def _has_products() -> bool:
+    """Whether oneDNN has products in bfloat16 for this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class FastAttention(TorchFunctionMode):
@@ -62,8 +74,7 @@ def _is_served(
         and attn_mask is None
         and not dropout_p
         and is_causal
-        and query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and keeps_weights(query)
         and query.dim() == 4
         and query.shape[2] == key.shape[2] <= LONGEST
         and query.shape[3] == value.shape[3]
@@ -91,39 +102,35 @@ class _Attention(torch.autograd.Function):
         length = query.shape[2]
         groups = key.shape[0] * key.shape[1]
         q, k, v = (each.reshape(groups, -1, each.shape[3]) for each in (query, key, value))
-        out = torch.empty_like(q)
+        out, weights = torch.empty_like(q), q.new_empty(groups, q.shape[1], length)
+        mask = torch.full((length, length), float("-inf")).triu_(1)
         with _bfloat16_factors():
-            for part in _parts(groups, q.shape[1] * length):
-                out[part] = torch.bmm(_weights(q[part], k[part], scale).to(v.dtype), v[part])
-        ctx.save_for_backward(q, k, v)
+            for part in _parts(weights):
+                products = torch.bmm(q[part].float(), k[part].float().mT).unflatten(1, (-1, length))
+                weights[part] = torch.add(mask, products, alpha=scale).softmax(-1).flatten(1, 2)
+                out[part] = torch.bmm(weights[part], v[part])
+        ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
         return out.view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, error: Tensor) -> tuple:
-        q, k, v = ctx.saved_tensors
+        q, k, v, weights = ctx.saved_tensors
         e = error.reshape(q.shape)
         of_q, of_k, of_v = (torch.empty_like(each) for each in (q, k, v))
         with _bfloat16_factors():
-            for part in _parts(len(q), q.shape[1] * k.shape[1]):
-                weights = _weights(q[part], k[part], ctx.scale)
-                of_v[part] = torch.bmm(weights.to(e.dtype).mT, e[part])
+            for part in _parts(weights):
+                of_v[part] = torch.bmm(weights[part].mT, e[part])
                 products = torch.bmm(e[part].float(), v[part].float().mT)
                 # dS = s·P∘(dP − Σ dP∘P), torch's backward pass of softmax.
-                scores = torch._softmax_backward_data(products, weights, -1, torch.float32).mul_(ctx.scale).to(e.dtype)
+                scores = torch._softmax_backward_data(products, weights[part].float(), -1, torch.float32)
+                scores = scores.mul_(ctx.scale).to(e.dtype)
                 of_q[part] = torch.bmm(scores, k[part])
                 of_k[part] = torch.bmm(scores.mT, q[part])
         return *(each.view(shape) for each, shape in zip((of_q, of_k, of_v), ctx.shapes, strict=True)), None
 
 
-def _parts(groups: int, scores: int) -> list[slice]:
-    step = max(1, _CHUNK_SCORES // scores)
-    return [slice(start, start + step) for start in range(0, groups, step)]
-
-
-def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Attention weights (n, heads·T, T) of queries (n, heads·T, d) and keys (n, T, d), float32."""
-    length = k.shape[1]
-    products = torch.bmm(q.float(), k.float().mT).view(len(q), -1, length, length)
-    mask = torch.full((length, length), float("-inf")).triu_(1)
-    return torch.add(mask, products, alpha=scale).softmax(-1).view(len(q), -1, length)
+def _parts(weights: Tensor) -> list[slice]:
+    """Ranges of weights (n, heads·T, T) of few enough elements."""
+    step = max(1, _CHUNK_SCORES // (weights.shape[1] * weights.shape[2]))
+    return [slice(start, start + step) for start in range(0, len(weights), step)]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from less_assets.errors import LessAssetsError
+from less_assets.method.attention import LONGEST, keeps_weights
 from less_assets.method.batching import collate, plan_batches
 from less_assets.method.chat import IGNORED, EncodedExample
 from less_assets.method.directions import AdamMoments, Directions
@@ -150,6 +151,7 @@ def resolve_token_budget(
     With L layers, hidden size H, feed-forward size I, vocabulary V, s bytes a number, a batch of T padded tokens holds
 
         T · L·s·(10·H + 4·I)      activations; T·s·(L·H + 10·H + 4·I) with gradient checkpointing
+        + T · L·s·A·min(T', 400)  weights of A attention heads over rows of T' tokens, if kept (`attention`)
         + T · 20·V                logits and their gradients in float32, if every token carries loss
         + rows · F · k · 4        sketches of F forms; T/32 rows are reckoned with
 
@@ -179,6 +181,8 @@ def resolve_token_budget(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
     layer = number * (10 * hidden + 4 * feed_forward)
+    if keeps_weights(weight):
+        layer += number * config.num_attention_heads * min(longest, LONGEST)
     activations = layers * number * hidden + layer if gradient_checkpointing else layers * layer
     per_token = activations + 20 * config.vocab_size + len(forms) * dimension * 4 // 32
     free = _free_memory(device) if free_bytes is None else free_bytes

@@ -12,9 +12,10 @@ only the positions that carry loss, which pays for the rest.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from less_assets.errors import LessAssetsError, UnsupportedModelError
-from less_assets.method.attention import FastAttention
+from less_assets.method.attention import FastAttention, keeps_weights
 from less_assets.method.chat import IGNORED
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class LoraSlice:
     """
 
     name: str
-    layer: lora.Linear
+    layer: Any
     a: Tensor
     b: Tensor
     scaling: float
@@ -82,18 +83,20 @@ def lora_slices(model: PeftModel) -> list[LoraSlice]:
     """The LoRA layers of a model in parameter order, after checking that their gradients can be exact.
 
     Args:
-        model: A PEFT model with one active LoRA adapter on `nn.Linear` or `Conv1D` layers.
+        model: A PEFT model with one active LoRA adapter on `nn.Linear` or `Conv1D` layers, or on 4-bit ones of
+            bitsandbytes.
 
     Raises:
         UnsupportedModelError: Naming the first module for which per-example gradients would not be exact: DoRA and
             other variants, `modules_to_save`, trainable tokens, `target_parameters` (fused experts), LoRA on
-            embeddings or convolutions, LoRA biases, quantized layers, tied adapters, merged, disabled or several active
+            embeddings or convolutions, LoRA biases, layers quantized otherwise than in 4 bits (8-bit ones of
+            bitsandbytes round a row by what else is in its batch), tied adapters, merged, disabled or several active
             adapters, and any other trainable parameter.
     """
-    layers: list[tuple[str, lora.Linear, str]] = []
+    layers: list[tuple[str, lora.LoraLayer, str]] = []
     for name, module in model.named_modules(remove_duplicate=False):
         _refuse_other_tuners(name, module)
-        if isinstance(module, lora.Linear):
+        if isinstance(module, lora.LoraLayer):
             layers.append((name, module, _active_adapter(name, module)))
     if not layers:
         raise UnsupportedModelError("The model has no LoRA layer.", fix="Load a LoRA adapter with PEFT first.")
@@ -144,11 +147,22 @@ def _refuse_other_tuners(name: str, module: nn.Module) -> None:
         raise _unsupported("The adapter uses trainable_token_indices", name)
     if isinstance(module, lora.ParamWrapper):
         raise _unsupported("The adapter uses target_parameters (fused expert weights)", name)
-    if isinstance(module, lora.LoraLayer) and type(module) is not lora.Linear:
+    if isinstance(module, lora.LoraLayer) and not _is_linear(module):
         raise _unsupported(f"LoRA is applied to a layer of type {type(module).__name__}", name)
 
 
-def _active_adapter(name: str, layer: lora.Linear) -> str:
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a layer is y = W·x + s·B·A·x: over plain weights, or over weights that bitsandbytes keeps in 4 bits."""
+    if type(module) is lora.Linear:
+        return True
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return False
+    from peft.tuners.lora.bnb import Linear4bit
+
+    return type(module) is Linear4bit
+
+
+def _active_adapter(name: str, layer: lora.LoraLayer) -> str:
     """The one adapter of a layer, or the reason why the layer is refused."""
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     base = layer.get_base_layer()
@@ -268,8 +282,8 @@ class PerExampleBackward:
                 where=type(model.get_base_model()).__name__,
                 fix="Switch gradient checkpointing off and lower the token budget.",
             )
-        in_half = self.device.type == "cpu" and model.get_base_model().dtype == torch.bfloat16
-        self._attention = FastAttention() if in_half else nullcontext()
+        served = keeps_weights(next(model.parameters()))
+        self._attention: AbstractContextManager[Any] = FastAttention() if served else nullcontext()
         self._takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
         # Leads the backward pass through every LoRA layer although no weight and no input requires a gradient.
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)

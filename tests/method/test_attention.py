@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from less_assets.method.attention import LONGEST, FastAttention
+from less_assets.method.attention import LONGEST, FastAttention, keeps_weights
+
+pytestmark = pytest.mark.skipif(
+    not keeps_weights(torch.zeros(1, dtype=torch.bfloat16)), reason="this processor has no fast bfloat16 products"
+)
 
 
 def tensors(rows=3, length=33, heads=6, shared=2, size=16, dtype=torch.bfloat16):

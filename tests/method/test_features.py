@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_assets.errors import LessAssetsError, TargetFormatError
+from less_assets.method.attention import keeps_weights
 from less_assets.method.chat import EncodedExample
 from less_assets.method.directions import FORMS, AdamMoments
 from less_assets.method.exact import exact_influence, mean_target_directions, per_example_gradients, score_exactly
@@ -198,6 +200,14 @@ def test_the_token_budget_follows_free_memory(model):
     assert budget(model, free_bytes=10 << 20, forms=["adamw", "sgd"]) < small
     assert budget(model, free_bytes=10 << 20, gradient_checkpointing=True) > small
     assert budget(model, free_bytes=1 << 40) == 4096
+
+
+def test_attention_weights_that_are_kept_count(model):
+    half = deepcopy(model).to(torch.bfloat16)
+    if not keeps_weights(next(half.parameters())):
+        pytest.skip("this processor has no fast bfloat16 products")
+    short, long = (budget(half, free_bytes=10 << 20, longest=longest) for longest in (10, 400))
+    assert long < short
 
 
 def test_the_longest_row_always_fits_or_the_reason_is_told(model):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -22,7 +23,7 @@ from transformers import (
 
 from less_assets.errors import LessAssetsError, UnsupportedModelError
 from less_assets.method import gradients
-from less_assets.method.attention import FastAttention
+from less_assets.method.attention import FastAttention, keeps_weights
 from less_assets.method.chat import EncodedExample
 from less_assets.method.exact import per_example_gradients
 from less_assets.method.features import Batching, RowStatus, extract_features
@@ -182,6 +183,17 @@ def test_logits_at_loss_positions_are_the_models_own(architecture):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "llama with head"])
+def test_the_head_sees_loss_positions_only(architecture):
+    model = tiny_model(*ARCHITECTURES[architecture])
+    examples, seen = rows(LENGTHS), []
+    model.get_base_model().get_output_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel())
+    )
+    per_example_gradients(model, examples)
+    assert seen == [sum(int((example.labels[1:] != -100).sum()) for example in examples)]
+
+
 def test_bfloat16_gradients_point_the_same_way_as_float32():
     model = tiny_model(seed=4)
     examples = rows(LENGTHS)
@@ -193,6 +205,8 @@ def test_bfloat16_gradients_point_the_same_way_as_float32():
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gpt2"])
 def test_attention_in_bfloat16_is_the_fast_one_and_its_gradients_are_as_good(architecture, monkeypatch):
+    if not keeps_weights(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("this processor has no fast bfloat16 products")
     config, targets = ARCHITECTURES[architecture]
     model, examples = tiny_model(config, targets), rows(LENGTHS)
     exact = per_example_gradients(model, examples)
@@ -206,7 +220,7 @@ def test_attention_in_bfloat16_is_the_fast_one_and_its_gradients_are_as_good(arc
     fused = per_example_gradients(model, examples)
     assert np.array_equal(again, found)
     # Rounding of the other layers outweighs that of attention, whose own precision test_attention.py looks at.
-    assert np.linalg.norm(found - exact) < 1.3 * np.linalg.norm(fused - exact)
+    assert np.linalg.norm(found - exact) < 2 * np.linalg.norm(fused - exact)
 
 
 def test_a_nan_row_does_not_poison_its_batch():
@@ -260,6 +274,43 @@ def test_fused_expert_weights_are_refused_by_name():
     config = MixtralConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, num_local_experts=2)
     model = tiny_model(config, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj"], lora_dropout=0.0)
     assert "target_parameters" in refused(model)
+
+
+def test_quantized_layers_are_refused_by_name():
+    model = tiny_model(targets=["q_proj"])
+    attention = model.get_base_model().model.layers[1].self_attn
+    config = LoraConfig(r=2)
+    attention.q_proj = GPTQLoraLinear(attention.q_proj.base_layer, "default", config, r=2)
+    message = refused(model)
+    assert "GPTQLoraLinear" in message
+    assert "layers.1.self_attn.q_proj" in message
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradients_over_4_bit_weights_equal_autograd_and_8_bits_are_refused(bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="125 MB that only quantization needs")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).requires_grad_(False)
+    for layer in base.model.layers:
+        for name in ATTENTION:
+            plain = getattr(layer.self_attn, name)
+            make = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
+            quantized = make(plain.in_features, plain.out_features, bias=False)
+            quantized.load_state_dict(plain.state_dict())
+            setattr(layer.self_attn, name, quantized.to("cpu"))
+    setattr(base, f"is_loaded_in_{bits}bit", True)
+    model = get_peft_model(
+        base, LoraConfig(r=3, target_modules=ATTENTION, init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    if bits == 8:
+        assert "Linear8bitLt" in refused(model)
+        return
+    assert type(model.get_base_model().model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    examples = rows(LENGTHS)
+    expected, _ = autograd_gradients(model, examples)
+    for budget in (1, 70, 10_000):
+        found = per_example_gradients(model, examples, batching=Batching(token_budget=budget))
+        assert relative_error(found, expected).max() < 1e-5
 
 
 def test_several_active_adapters_are_refused():
