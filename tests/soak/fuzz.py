@@ -438,11 +438,16 @@ def check_zarr(case: tuple[float, list[Any], bool]) -> None:
             reader.norms(form)
             for _, block in reader.blocks(form):
                 assert block.dtype == np.float32
-        assert not sealed or data == files[name], f"an edit of {name} went unnoticed"
+        assert not sealed or _same(name, data, files[name]), f"an edit of {name} went unnoticed"
     except (CorruptArtifactError, MissingArtifactError, StaleArtifactError) as error:
         _names(error, str(folder.root))
     finally:
         file.write_bytes(files[name])
+
+
+def _same(name: str, data: bytes, good: bytes) -> bool:
+    """Equal bytes; of the manifest, which holds its own digest, equal content: a blank between two values is nothing."""
+    return data == good or (name == "manifest.json" and json.loads(data) == json.loads(good))
 
 
 def properties() -> dict[str, Property]:
