@@ -446,7 +446,7 @@ def check_zarr(case: tuple[float, list[Any], bool]) -> None:
 
 
 def _same(name: str, data: bytes, good: bytes) -> bool:
-    """Equal bytes; of the manifest, which holds its own digest, equal content: a blank between two values is nothing."""
+    """Equal bytes; of the manifest, which holds its own digest, equal content: a blank more is no damage."""
     return data == good or (name == "manifest.json" and json.loads(data) == json.loads(good))
 
 
