@@ -20,7 +20,8 @@ class LessAssetsError(Exception):
             lines.append(f"  where: {where}")
         if fix:
             lines.append(f"  to do: {fix}")
-        super().__init__("\n".join(lines))
+        # Damaged files are quoted, and may hold what no terminal can show: half a surrogate pair.
+        super().__init__("\n".join(lines).encode("utf-8", "backslashreplace").decode())
 
     def __reduce__(self) -> tuple:
         """Rebuild from the message parts, so that the error survives a process boundary."""
