@@ -89,9 +89,9 @@ def lora_slices(model: PeftModel) -> list[LoraSlice]:
     Raises:
         UnsupportedModelError: Naming the first module for which per-example gradients would not be exact: DoRA and
             other variants, `modules_to_save`, trainable tokens, `target_parameters` (fused experts), LoRA on
-            embeddings or convolutions, LoRA biases, layers quantized otherwise than in 4 bits (8-bit ones of
-            bitsandbytes round a row by what else is in its batch), tied adapters, merged, disabled or several active
-            adapters, and any other trainable parameter.
+            embeddings or convolutions, LoRA biases, quantized layers (8-bit ones of bitsandbytes round a row by what
+            else is in its batch; its 4-bit ones are fine on accelerators), tied adapters, merged, disabled or several
+            active adapters, and any other trainable parameter.
     """
     layers: list[tuple[str, lora.LoraLayer, str]] = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -159,7 +159,12 @@ def _is_linear(module: nn.Module) -> bool:
         return False
     from peft.tuners.lora.bnb import Linear4bit
 
-    return type(module) is Linear4bit
+    if type(module) is not Linear4bit:
+        return False
+    # On processors with bfloat16 instructions, bitsandbytes repacks weights when a model in eval mode first runs
+    # without gradients; from then on, nothing is propagated back through them, silently.
+    base: Any = module.get_base_layer()
+    return base.weight.device.type != "cpu" or getattr(base, "support_avx512bf16_for_cpu", True) is False
 
 
 def _active_adapter(name: str, layer: lora.LoraLayer) -> str:

@@ -286,31 +286,36 @@ def test_quantized_layers_are_refused_by_name():
     assert "layers.1.self_attn.q_proj" in message
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_gradients_over_4_bit_weights_equal_autograd_and_8_bits_are_refused(bits):
+def quantized_model(bits: int, repacks: bool):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="125 MB that only quantization needs")
+    make = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)).requires_grad_(False)
+    sizes = {"hidden_size": 64, "head_dim": 16}
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | sizes)).requires_grad_(False)
     for layer in base.model.layers:
         for name in ATTENTION:
             plain = getattr(layer.self_attn, name)
-            make = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
             quantized = make(plain.in_features, plain.out_features, bias=False)
             quantized.load_state_dict(plain.state_dict())
+            quantized.support_avx512bf16_for_cpu = repacks
             setattr(layer.self_attn, name, quantized.to("cpu"))
     setattr(base, f"is_loaded_in_{bits}bit", True)
-    model = get_peft_model(
-        base, LoraConfig(r=3, target_modules=ATTENTION, init_lora_weights=False, task_type="CAUSAL_LM")
-    )
-    if bits == 8:
-        assert "Linear8bitLt" in refused(model)
-        return
+    settings = LoraConfig(r=3, target_modules=ATTENTION, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(base, settings)
+
+
+def test_gradients_over_4_bit_weights_equal_autograd():
+    model, examples = quantized_model(4, repacks=False), rows(LENGTHS)
     assert type(model.get_base_model().model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-    examples = rows(LENGTHS)
     expected, _ = autograd_gradients(model, examples)
     for budget in (1, 70, 10_000):
         found = per_example_gradients(model, examples, batching=Batching(token_budget=budget))
         assert relative_error(found, expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "name"), [(8, "Linear8bitLt"), (4, "Linear4bit")])
+def test_8_bit_weights_and_4_bit_ones_that_get_repacked_are_refused_by_name(bits, name):
+    assert name in refused(quantized_model(bits, repacks=True))
 
 
 def test_several_active_adapters_are_refused():
