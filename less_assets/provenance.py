@@ -19,7 +19,7 @@ Versions = Mapping[str, str]
 def digest(value: Any) -> str:
     """128-bit hash of a JSON value, as 32 hex characters; independent of the order of keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
