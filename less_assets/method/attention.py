@@ -85,7 +85,8 @@ def _is_served(
 @contextmanager
 def _bfloat16_factors() -> Iterator[None]:
     """Products of float32 matrices round their factors to bfloat16 and sum in float32, where the processor can."""
-    setting: Any = torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.mkldnn
+    setting = backend.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

@@ -301,7 +301,7 @@ class PerExampleBackward:
         self._was_training = self.model.training
         self.model.eval()
         for part in self.slices:
-            part.layer.forward = partial(self._forward_layer, part)  # type: ignore[method-assign]
+            part.layer.forward = partial(self._forward_layer, part)
         for module in self._checkpointed:
             module.forward = partial(
                 checkpoint,
