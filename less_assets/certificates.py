@@ -70,6 +70,23 @@ def read_certificate(line: Lineage, task: str) -> ArtifactFolder | None:
     return folder
 
 
+def lacks_certificate(line: Lineage, task: str) -> bool:
+    """Whether a certificate, or a comparison with real steps, that the project asks for was never made.
+
+    The checks that make them run after the scores are in force: a run that was killed in between leaves none.
+    """
+    gradients, plans = line.project.gradients, []
+    if gradients.certificate_rows and certified_recipes(line.project):
+        plans.append(certificate_plan(line, task))
+    if gradients.real_step_rows:
+        plans.append(steps_plan(line, task))
+    try:
+        found = [(line.store.current(plan.pointer), dict(plan.inputs)) for plan in plans]
+    except CorruptArtifactError:
+        return False
+    return any(manifest is None or manifest.inputs != inputs for manifest, inputs in found)
+
+
 def judge_selection(line: Lineage, key: str, selected: pl.DataFrame) -> "Judgement | None":
     """The chance of each selected row to be selected by exact scores, too, and whether it is certain or borderline.
 

@@ -14,6 +14,7 @@ from dagster._core.definitions.partitions.context import partition_loading_conte
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.events import DagsterEventType
 
+from less_assets.certificates import lacks_certificate
 from less_assets.killed_runs import PROCESS_TAG, process_name, report_killed_runs
 from less_assets.ledger import Ledger
 from less_assets.lineage import Lineage, Status
@@ -98,6 +99,8 @@ class GraphRunner:
             line = Lineage(self._project, self._store, verify_files=request.verify)
             due = [partition for partition in partitions if not self._is_current(line, asset, partition)]
             outcome.fresh += len(partitions) - len(due)
+            if asset == "influence_scores":
+                self._certify(line, [partition for partition in partitions if partition not in due], process)
             if not due:
                 continue
             outcome.materialized[asset] = due
@@ -239,6 +242,13 @@ class GraphRunner:
                     instance=self._instance,
                     raise_on_error=True,
                 )
+
+    def _certify(self, line: Lineage, tasks: Sequence[Partition], process: str) -> None:
+        """Run the checks of scores that are in force, but whose run was killed, or left its checks out."""
+        unchecked = [task for task in tasks if lacks_certificate(line, str(task))]
+        if unchecked:
+            self._log(f"influence_scores: checks of {', '.join(map(str, unchecked))}, which no run has finished")
+            self._check("influence_scores", unchecked, process)
 
     def _tell_who_is_waited_for(self, asset: str) -> None:
         """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
