@@ -579,7 +579,7 @@ def main() -> None:
         print(f"{name}:", flush=True)
         results |= SECTIONS[name](bench)
         results["sections"] = sorted({*results["sections"], name})
-        results |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "parameters": bench.size}
+        results |= {f"{name}_threads": torch.get_num_threads(), "torch": torch.__version__, "parameters": bench.size}
         if not asked.rows:
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
