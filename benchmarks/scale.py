@@ -377,7 +377,7 @@ class Coded:
 
 
 def overhead(notes: Notes, small: bool, rounds: int) -> None:
-    """The demo through Dagster and as plain calls, in turns; the dequantised model lies in both caches before."""
+    """The demo through Dagster and as plain calls, in turns; the dequantised model is there before."""
     sides = {"through_dagster_s": seconds_through_dagster, "plain_calls_s": seconds_of_plain_calls}
     cache = tempfile.mkdtemp(prefix="less-assets-cache-")
     for number in range(rounds):
@@ -386,9 +386,9 @@ def overhead(notes: Notes, small: bool, rounds: int) -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     path = demo_project(folder, small)
                     _fill_cache(load_project(path), Path(cache))
-                    for place in ("artifacts/cache", "cache"):
-                        (Path(folder) / place).parent.mkdir(exist_ok=True)
-                        os.symlink(cache, Path(folder) / place)
+                    for place in ("artifacts/cache", "cache"):  # unfinished trainings are nobody else's
+                        (Path(folder) / place).mkdir(parents=True)
+                        os.symlink(Path(cache) / "gguf", Path(folder) / place / "gguf")
                     notes.add(name, in_a_process(side, folder, path))
     through, plain = (median(notes.raw(name)) for name in sides)
     notes.report("orchestration_overhead", through / plain - 1)

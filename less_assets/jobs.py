@@ -5,7 +5,7 @@ how results are printed (`cli.py`).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
@@ -28,6 +28,8 @@ RANGE_END_TAG = "dagster/asset_partition_range_end"
 Partition = str | None
 EXPLANATIONS = ("token_attribution", "selection_report")
 """Assets that nothing is made from: a run comes to them last, so that no training waits for them."""
+MODEL_AND_ANSWERS = ("finetuned_model", "eval_results")
+"""Assets of one recipe and task that one run makes, so that answers come as soon as a model is trained."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,41 @@ class GraphRunner:
 
     def _run(self, request: Request, process: str) -> Outcome:
         outcome = Outcome()
-        for asset, partitions in self.needed(request).items():
+        needed = self.needed(request)
+        made: dict[str, set[Partition]] = {asset: set() for asset in needed}
+        for asset, partitions in needed.items():
             line = Lineage(self._project, self._store, verify_files=request.verify)
             due = [partition for partition in partitions if not self._is_current(line, asset, partition)]
-            outcome.fresh += len(partitions) - len(due)
             if asset == "influence_scores":
                 self._certify(line, [partition for partition in partitions if partition not in due], process)
-            if not due:
-                continue
-            outcome.materialized[asset] = due
-            self._log(f"{asset}: {_count(due, partitions)}")
+            if due:
+                together = [asset, *self._never_made_from(asset, due[:1], needed)]
+                self._log(f"{', '.join(together)}: {_count(due, partitions)}")
             for chunk in self.runs(asset, due):
-                self._execute(asset, chunk, process)
+                together = [asset, *self._never_made_from(asset, chunk, needed)]
+                self._execute(together, chunk, process)
+                for each in together:
+                    made[each].update(chunk)
+            if made[asset]:
+                outcome.materialized[asset] = [partition for partition in partitions if partition in made[asset]]
+            outcome.fresh += len(partitions) - len(made[asset])
         return outcome
+
+    def _never_made_from(
+        self, asset: str, partitions: Sequence[Partition], needed: Mapping[str, Sequence[Partition]]
+    ) -> list[str]:
+        """Assets that the same run can go on with: needed, of the same partition, and never made before.
+
+        What was made before has to wait: whether it is stale, only the content of what it is made from can tell.
+        """
+        if asset not in MODEL_AND_ANSWERS or len(partitions) > 1:
+            return []
+        found = []
+        for name in MODEL_AND_ANSWERS[MODEL_AND_ANSWERS.index(asset) + 1 :]:
+            if partitions[0] not in needed.get(name, ()) or self._recorded_version(name, partitions[0]) is not None:
+                break
+            found.append(name)
+        return found
 
     def status(self, request: Request) -> Iterator[tuple[str, Partition, Status]]:
         """Status of every artifact that a request needs, in order; computes nothing."""
@@ -208,8 +232,10 @@ class GraphRunner:
                 runs.append([partition])
         return runs
 
-    def _execute(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
-        self._tell_who_is_waited_for(asset)
+    def _execute(self, assets: Sequence[str], partitions: Sequence[Partition], process: str) -> None:
+        """Run assets of the same partitions; of several partitions, one asset."""
+        for asset in assets:
+            self._tell_who_is_waited_for(asset)
         tags = {"less-assets/command": "run", PROCESS_TAG: process}
         partition_key = None
         if len(partitions) > 1:
@@ -218,7 +244,7 @@ class GraphRunner:
             partition_key = partitions[0]
         with _interrupts():
             self._job.execute_in_process(
-                asset_selection=[dg.AssetKey(asset)],
+                asset_selection=[dg.AssetKey(asset) for asset in assets],
                 run_config={"loggers": {"console": {"config": {}}}},
                 partition_key=partition_key,
                 tags=tags,
@@ -226,7 +252,7 @@ class GraphRunner:
                 raise_on_error=True,
             )
         if len(partitions) > 1:
-            self._check(asset, partitions, process)
+            self._check(assets[0], partitions, process)
 
     def _check(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
         """Run an asset's checks on each partition of a range run: Dagster skips them where several share a run."""

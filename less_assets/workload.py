@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from less_assets.certificates import CERTIFICATE, REAL_STEPS, certified_rules
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.ledger import Shard, data_path
 from less_assets.lineage import Lineage, split
@@ -29,7 +30,7 @@ TASK_FREE = ("random", "full", "none", "perplexity")
 """Strategies whose subset is the same for every task: equal models are trained once."""
 TOKEN_ASSETS = (
     *("warmup_checkpoints", "train_gradients", "target_gradients", "exact_scores", "finetuned_model"),
-    *("pool_embeddings", "target_embeddings"),
+    *("pool_embeddings", "target_embeddings", "token_attribution"),
 )
 """Assets whose work is counted in tokens."""
 _NOT_THERE = (MissingArtifactError, StaleArtifactError, CorruptArtifactError)
@@ -311,8 +312,43 @@ def _influence_scores(work: Workload, due: Sequence[Partition]) -> Amount:
     passes = rows * forms * len(work.project.checkpoints)
     subtasks = sum(work._targets[str(task)][2] for task in due)
     columns = 2 * forms * (len(work.project.checkpoints) + 1)  # two subtask rules; each checkpoint, and their sum
-    # Tasks that are due together share one pass over the datastore.
-    return Amount(units={"influence_scores": passes}, bytes=rows * (4.0 * columns * subtasks + 24 * len(due)))
+    checks, tokens = _checks_of_scores(work, due)
+    return Amount(
+        # Tasks that are due together share one pass over the datastore.
+        units={"influence_scores": passes, **checks},
+        tokens=tokens,
+        loads=(len(work.project.checkpoints) + 1) * len(due) if tokens else 0,
+        bytes=rows * (4.0 * columns * subtasks + 24 * len(due)),
+    )
+
+
+def _checks_of_scores(work: Workload, tasks: Sequence[Partition]) -> tuple[dict[str, float], float]:
+    """Tokens of the certificates of some tasks, and of the real steps; and both together."""
+    from less_assets.assets.fidelity import STEP_TARGETS
+
+    settings, checkpoints = work.project.gradients, len(work.project.checkpoints)
+    rules = len(certified_rules(work.project))
+    found = {CERTIFICATE: 0.0, REAL_STEPS: 0.0}
+    for task in tasks:
+        examples, tokens, _ = work._targets[str(task)]
+        if settings.certificate_rows and rules:
+            sample = min(settings.certificate_rows, work.pool_rows) * work.row_tokens
+            found[CERTIFICATE] += checkpoints * rules * (sample + 2 * tokens)
+        if settings.real_step_rows:
+            steps = min(settings.real_step_rows, work.pool_rows)
+            looked_at = tokens / max(1, -(-examples // STEP_TARGETS))
+            found[REAL_STEPS] += steps * (looked_at + work.row_tokens)
+    return {name: tokens for name, tokens in found.items() if tokens}, sum(found.values())
+
+
+def _token_attribution(work: Workload, due: Sequence[Partition]) -> Amount:
+    report, checkpoints = work.project.report, len(work.project.checkpoints)
+    tokens = 0.0
+    for key in due:
+        selected = min(work.selected_rows(*split(key)), report.token_rows)
+        rows = min(work.pool_rows, selected + 2 * report.context_rows)
+        tokens += checkpoints * (rows * work.row_tokens + work._targets[split(key)[1]][1])
+    return Amount(units={"token_attribution": tokens}, tokens=tokens, loads=checkpoints * len(due))
 
 
 def _exact_scores(work: Workload, due: Sequence[Partition]) -> Amount:
@@ -382,4 +418,5 @@ _AMOUNTS: dict[str, Callable[[Workload, Sequence[Partition]], Amount]] = {
     "selected_subset": _selected_subset,
     "finetuned_model": _finetuned_model,
     "eval_results": _eval_results,
+    "token_attribution": _token_attribution,
 }

@@ -88,6 +88,33 @@ def _tokens_of(line: Lineage, asset: str, partitions: list[str]) -> int:
     return sum(summary.get("tokens", 0) for summary in manifests.values())
 
 
+def test_checks_and_explanations_are_part_of_the_time(planned):
+    """They pass rows through the model as well: left out, a plan was too low by a third."""
+    planned.tiny.settings["gradients"] |= {"certificate_rows": 8, "real_step_rows": 3}
+    expected = by_asset(planned.estimate())
+    planned.run()
+    found, last = planned.rates(), rates._MEMORY
+    for name, asset in {
+        "fidelity_certificate": "influence_scores",
+        "real_steps": "influence_scores",
+        "token_attribution": "token_attribution",
+    }.items():
+        assert found.get(name).source == "measured"
+        measured = found.get(name).units / (1 + last) * 2  # of two equal tasks, the first one weighs a little less
+        assert expected[asset].amount.units[name] == pytest.approx(measured, rel=0.1), name
+    planned.tiny.settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0, "dimension": 128}
+    assert set(by_asset(planned.estimate())["influence_scores"].amount.units) == {"influence_scores"}
+
+
+def test_where_a_speed_is_not_known_that_of_gradients_serves_as_often_as_a_token_takes_it():
+    known = Rates("", {"train_gradients": Rate(2.0, 100)})
+    assert known.get("fidelity_certificate").per_unit == pytest.approx(0.02)
+    assert known.get("token_attribution").per_unit == pytest.approx(0.05)
+    assert known.get("real_steps").per_unit == pytest.approx(0.008)
+    assert Rates("", {**known._rates, "token_attribution": Rate(1.0, 100)}).get("token_attribution").per_unit == 0.01
+    assert Rates("", {}).get("token_attribution") is None
+
+
 def test_equal_trainings_are_counted_once(planned):
     amount = by_asset(planned.estimate())["finetuned_model"].amount
     assert amount.artifacts == 8
@@ -200,3 +227,17 @@ def test_the_table_adds_up(planned, monkeypatch, tmp_path):
     assert "speeds of a short trial: base_model, eval_results/sky" in shown
     content = json.loads((planned.tiny.folder / "artifacts/rates.json").read_text())
     assert {rate["source"] for speeds in content["setups"].values() for rate in speeds.values()} == {"calibrated"}
+
+
+def test_one_run_makes_a_model_and_its_answers_and_changed_answers_get_runs_of_their_own(planned):
+    """Answers come as soon as a model is trained, not after the last training; what exists is not made again."""
+    planned.run()
+    runs = [run.asset_selection for run in reversed(planned.instance.get_runs())]
+    assert runs.count({dg.AssetKey("finetuned_model"), dg.AssetKey("eval_results")}) == 8
+    assert {dg.AssetKey("finetuned_model")} not in runs
+    assert {dg.AssetKey("eval_results")} not in runs
+    planned.tiny.settings["tasks"][0]["evaluation"]["max_new_tokens"] = 3
+    planned.run()
+    later = [run.asset_selection for run in planned.instance.get_runs(limit=len(planned.instance.get_runs()) - len(runs))]
+    assert later.count({dg.AssetKey("eval_results")}) == 4
+    assert not any(dg.AssetKey("finetuned_model") in run for run in later)

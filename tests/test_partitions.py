@@ -258,11 +258,11 @@ def test_dagster_accepts_every_mapping(graph):
     graph.validate_partitions()
 
 
-def test_range_runs_are_for_the_assets_that_share_a_loaded_model_or_a_read_file(graph):
+def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less_than_a_run(graph):
     single = [asset for asset in ASSET_AXES if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
-    range_runs = ["instruction_pool", "warmup_checkpoints", "train_gradients", "target_gradients"]
-    range_runs += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
-    assert single == range_runs
+    sharing = ["instruction_pool", "warmup_checkpoints", "train_gradients", "target_gradients"]
+    sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
+    assert set(single) == {*sharing, "gradient_datastore", "recipe_settings"}
     for asset in single:
         assert graph.get(dg.AssetKey(asset)).backfill_policy == dg.BackfillPolicy.single_run()
 

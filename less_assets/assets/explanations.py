@@ -109,7 +109,8 @@ def attribute_rows(work: Work) -> Computed:
     write_parquet(work.folder, ROWS, rows)
     write_parquet(work.folder, NEIGHBOURS, find_neighbours(work.line, recipe, task, rows))
     limit = work.project.report.token_rows
-    tokens = attribute(work, recipe, task, rows.filter((pl.col("group") != "selected") | (pl.col("rank") <= limit)))
+    explained = rows.filter((pl.col("group") != "selected") | (pl.col("rank") <= limit))
+    tokens, read = attribute(work, recipe, task, explained)
     write_parquet(work.folder, TOKENS, tokens)
     groups = dict(rows["group"].value_counts().sort("group").iter_rows())
     summary = {
@@ -118,7 +119,7 @@ def attribute_rows(work: Work) -> Computed:
         "rows_with_tokens": tokens.height,
         "loss_tokens": int(tokens["share"].list.len().sum()),
     }
-    return Computed(summary)
+    return Computed(summary, units=read)
 
 
 def rows_to_explain(work: Work, recipe: ResolvedRecipe, task: str) -> pl.DataFrame:
@@ -140,8 +141,11 @@ def rows_to_explain(work: Work, recipe: ResolvedRecipe, task: str) -> pl.DataFra
     return pl.concat([selected, below, most_negative_rows(sketched, known, count)])
 
 
-def attribute(work: Work, recipe: ResolvedRecipe, task: str, rows: pl.DataFrame) -> pl.DataFrame:
-    """Token shares of rows, each against its own subtask, at every checkpoint and summed over them."""
+def attribute(work: Work, recipe: ResolvedRecipe, task: str, rows: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Token shares of rows, each against its own subtask, at every checkpoint and summed over them.
+
+    The number that comes with them: tokens of these rows and of the target examples, at every checkpoint.
+    """
     from less_assets.method.chat import encode_messages, loss_token_texts
 
     line, model, tokenizer = work.line, work.project.model, work.models.tokenizer()
@@ -173,12 +177,14 @@ def attribute(work: Work, recipe: ResolvedRecipe, task: str, rows: pl.DataFrame)
                 momentum[place] += weights[checkpoint] * shared
                 influence[place] += weights[checkpoint] * whole
         columns.append(pl.Series(f"share.{checkpoint}", [own.tolist() for own in at_checkpoint], pl.List(pl.Float32)))
-    return table.with_columns(
+    read = sum(len(example.input_ids) for example in [*examples, *encode_targets(work, task, tokenizer)[0]])
+    shown = table.with_columns(
         pl.Series("share", [own.tolist() for own in shares], pl.List(pl.Float32)),
         pl.Series("momentum", momentum, pl.Float32),
         pl.Series("influence", influence, pl.Float32),
         *columns,
     )
+    return shown, read * len(checkpoints)
 
 
 def _shares(

@@ -5,7 +5,7 @@ Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from less_assets.certificates import (
 )
 from less_assets.errors import LessAssetsError
 from less_assets.lineage import Lineage
-from less_assets.materialization import Compute, Computed, Work, materialize
+from less_assets.materialization import Compute, Computed, Work, materialize, measured
 from less_assets.project import Project, ResolvedRecipe
 from less_assets.provenance import ArtifactPlan
 from less_assets.resources import ModelLoader
@@ -89,9 +89,13 @@ def _make(
     log: Callable[[str], object],
 ) -> ArtifactFolder:
     line, task = Lineage(project, store), str(plan.partition)
-    manifest = materialize(
-        store, plan, lambda folder: compute(Work(line, task, folder, models, log, f"{plan.asset} {task}"))
-    )
+
+    def timed_compute(folder: ArtifactFolder) -> Computed:
+        with measured(line, plan.asset, task, models) as done:
+            done.append(compute(Work(line, task, folder, models, log, f"{plan.asset} {task}")))
+        return done[0]
+
+    manifest = materialize(store, plan, timed_compute)
     return store.artifact(manifest.key, manifest.fingerprint)
 
 
@@ -112,11 +116,13 @@ def score_sample(work: Work) -> Computed:
     exact: dict[str, Any] = dict.fromkeys(columns, np.float32(0))
     errors: dict[str, list[float]] = {column: [] for column in columns}
     targets = line.summary("target_examples", task)["examples"]
+    tokens = 0
     progress = work.progress(len(checkpoints) * len(rules) * (len(examples) + 2 * targets), "rows")
     for checkpoint in checkpoints:
         loaded = work.models.checkpoint(line, checkpoint)
         encoded, subtasks = encode_targets(work, task, loaded.tokenizer)
         longest = max(len(example.input_ids) for example in [*examples, *encoded])
+        tokens += len(rules) * (_tokens(examples) + 2 * _tokens(encoded))
         for rule in rules:
             _, scores = exact_influence(
                 loaded.model,
@@ -161,7 +167,7 @@ def score_sample(work: Work) -> Computed:
         "cosine_error": {column: float(np.sqrt(np.mean(squares))) for column, squares in errors.items()},
         "theory": work.project.gradients.dimension**-0.5,
     }
-    return Computed(summary)
+    return Computed(summary, units=tokens)
 
 
 def draw_sample(line: Lineage, task: str, rows: int) -> pl.DataFrame:
@@ -290,8 +296,13 @@ def measure_steps(work: Work) -> Computed:
             "rows": table.height,
             "target_examples": len(targets),
             "agreement": agreement,
-        }
+        },
+        units=len(examples) * _tokens(targets) + _tokens(examples),
     )
+
+
+def _tokens(examples: Iterable[Any]) -> int:
+    return sum(len(example.input_ids) for example in examples)
 
 
 def _number(value: float) -> float | None:

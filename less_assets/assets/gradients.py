@@ -18,7 +18,7 @@ from less_assets.assets.pool import EXAMPLES
 from less_assets.assets.targets import TARGETS
 from less_assets.errors import StaleArtifactError, TargetFormatError
 from less_assets.lineage import split
-from less_assets.materialization import Backend, Computed, Work, materialize_one, materialize_range
+from less_assets.materialization import Backend, Computed, Work, materialize_range
 from less_assets.partitions import Axes
 from less_assets.project import Project
 from less_assets.resources import LoadedCheckpoint, ModelLoader
@@ -63,15 +63,17 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         group_name="gradients",
         partitions_def=axes.of("gradient_datastore"),
         deps=["train_gradients", "pool_index"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
     )
     def gradient_datastore(
         context: dg.AssetExecutionContext,
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
+    ) -> Iterator[dg.MaterializeResult]:
         """The gate before scoring: every shard of the pool has features at this checkpoint, all of one making."""
-        return materialize_one(context, project, store, models, close_datastore, metadata.summary)
+        yield from materialize_range(context, project, store, models, close_datastore, metadata.summary)
 
     @dg.asset(
         group_name="gradients",

@@ -25,7 +25,7 @@ from less_assets.assets.ranking import (
 )
 from less_assets.certificates import judge_selection
 from less_assets.lineage import Lineage, split
-from less_assets.materialization import Computed, Work, materialize_one, materialize_together
+from less_assets.materialization import Computed, Work, materialize_one, materialize_range, materialize_together
 from less_assets.partitions import Axes
 from less_assets.project import Project, ResolvedRecipe
 from less_assets.provenance import digest
@@ -65,15 +65,20 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         """Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint."""
         yield from materialize_together(context, project, store, models, score_pool, describe_scores)
 
-    @dg.asset(group_name="selection", partitions_def=axes.of("recipe_settings"))
+    @dg.asset(
+        group_name="selection",
+        partitions_def=axes.of("recipe_settings"),
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
     def recipe_settings(
         context: dg.AssetExecutionContext,
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
+    ) -> Iterator[dg.MaterializeResult]:
         """The recipe with every default filled in; changes downstream only if it really changed."""
-        return materialize_one(context, project, store, models, resolve_recipe, metadata.summary)
+        yield from materialize_range(context, project, store, models, resolve_recipe, metadata.summary)
 
     scores = [axes.by_task("influence_scores", readers)] if readers else []
     optional = ("exact_scores", "embedding_scores", "text_scores")

@@ -420,5 +420,5 @@ def _small_palette(png: bytes) -> bytes:
     from PIL import Image
 
     packed = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(64).save(packed, format="PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(64).save(packed, format="PNG")
     return packed.getvalue()
