@@ -36,7 +36,7 @@ _LIKE = {
 }
 """Whose speed serves where a name's own is not known."""
 _TIMES = {"token_attribution": 2.5, "real_steps": 0.4}
-"""How often as long a token takes as one of those whose speed serves (the demo): three passes; mostly forward passes."""
+"""How much longer a token takes than one whose speed serves (the demo): three passes; mostly forward passes."""
 _MEMORY = 0.9
 """Weight of all earlier measurements against a new one of the same size: a machine may have become faster."""
 

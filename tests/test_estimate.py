@@ -238,6 +238,6 @@ def test_one_run_makes_a_model_and_its_answers_and_changed_answers_get_runs_of_t
     assert {dg.AssetKey("eval_results")} not in runs
     planned.tiny.settings["tasks"][0]["evaluation"]["max_new_tokens"] = 3
     planned.run()
-    later = [run.asset_selection for run in planned.instance.get_runs(limit=len(planned.instance.get_runs()) - len(runs))]
+    later = [run.asset_selection for run in planned.instance.get_runs()][: -len(runs)]
     assert later.count({dg.AssetKey("eval_results")}) == 4
     assert not any(dg.AssetKey("finetuned_model") in run for run in later)
