@@ -13,8 +13,9 @@ How to read it
     scoring_peak_gib           highest resident memory of scoring and selecting, over both shapes
     scoring_over_matmul        their wall time over bare float32 products of decoded blocks, the worse shape
     orchestration_overhead     `less-assets run --until leaderboard` on the demo over the same work as plain function
-                               calls, minus 1. Neither side makes certificates or reports; provenance, storage, charts,
-                               intervals and the other checks are part of the overhead.
+                               calls, minus 1. Both sides draw the charts, compare the recipes and look for evaluation
+                               rows in the pool; neither makes certificates or reports. Runs, events, provenance,
+                               storage, tables of metadata and the other checks are the overhead.
     load_seconds               a fresh process loads definitions.py of a project with 60 shards × 4 checkpoints × 8
                                tasks × 12 recipes. The materializations are records that this benchmark reports to the
                                instance itself: nothing of that size was computed.
@@ -205,10 +206,18 @@ def demo_project(folder: str, small: bool) -> str:
     return str(path)
 
 
+PLAIN_IMPORTS = (
+    *("guardrails", "report.charts", "assets.evaluation", "assets.warmup"),
+    *("method.chat", "method.evaluation", "method.examples", "method.features", "method.gradients", "method.influence"),
+    *("method.leaderboard", "method.models", "method.quantization", "method.row_files", "method.selection"),
+    *("method.sketch", "method.targets", "method.training", "method.warmup"),
+)
+
+
 def seconds_through_dagster(folder: str, path: str) -> float:
     """The project up to its leaderboard through Dagster, on an instance on the disk; what only explains is left out."""
-    for name in ("evaluation", "features", "influence", "models", "quantization", "selection", "sketch", "warmup"):
-        importlib.import_module(f"less_assets.method.{name}")  # the plain calls' clock starts after these, too
+    for name in PLAIN_IMPORTS:  # the plain calls' clock starts after these, too
+        importlib.import_module(f"less_assets.{name}")
     started = time.perf_counter()
     run(Path(path), Path(folder) / "home", Request(until="leaderboard"))
     return time.perf_counter() - started
@@ -220,6 +229,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
 
     from less_assets.assets.evaluation import evaluation_examples, evaluation_settings
     from less_assets.assets.warmup import lora_settings
+    from less_assets.guardrails import evaluated_rows
     from less_assets.method.chat import encode_messages, encode_target
     from less_assets.method.evaluation import evaluate_examples
     from less_assets.method.examples import read_rows
@@ -232,6 +242,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
         score_table,
         target_directions,
     )
+    from less_assets.method.leaderboard import RecipeResult, against_random, compare_recipes, merge, to_markdown
     from less_assets.method.models import load_adapter, load_base
     from less_assets.method.quantization import encode
     from less_assets.method.row_files import list_files
@@ -240,6 +251,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
     from less_assets.method.targets import read_targets
     from less_assets.method.training import TrainingSettings, train_adapter
     from less_assets.method.warmup import load_checkpoint, load_moments, warm_up
+    from less_assets.report import charts
 
     project = load_project(path)
     cache = Path(folder) / "cache"
@@ -266,12 +278,21 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
         kept = table.select("example_id", "source", "messages", "status", pl.lit(source.name).alias("shard"))
         shards.append(kept.with_columns(number.alias("row"), pl.lit(True).alias("canonical")))
     pool = pl.concat(shards)
+    usable = pool.select("example_id", "messages").rows()
+    for task in project.tasks:
+        evaluated = evaluated_rows(task)
+        evaluated.look_up(usable)
+        evaluated.found()
+    counts = [dict(pool["source"].value_counts().iter_rows())]
     sample = select_at_random(lambda: [pool], Budget("fraction", project.warmup.fraction), project.warmup.seed).table
     training = TrainingSettings(**project.warmup.training_values())
     chosen = pool.join(sample.select("example_id"), on="example_id", how="semi").unique(
         "example_id", maintain_order=True
     )
-    warm_up(model, tokenizer, encoded(chosen), training, Path(folder) / "warmup", lora=lora)
+    for checkpoint in warm_up(model, tokenizer, encoded(chosen), training, Path(folder) / "warmup", lora=lora):
+        charts.training_curve(list(range(len(checkpoint.losses))), list(checkpoint.losses))
+    for shares in (*counts, dict(chosen["source"].value_counts().iter_rows())):
+        charts.share_bars(shares, kind="source")
     targets = {
         task.name: [
             encode_target(example, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
@@ -325,10 +346,17 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
         found = score_shard(sources, directions, normalised_weights(weights), gradients.forms)
         for task in targets:
             scores[task].append(score_table(shard.drop("messages"), found[task]))
+    for task in targets:
+        for form in gradients.forms:
+            charts.score_histogram(
+                pl.concat(part[f"{form}.mean_cosine"].drop_nulls().arr.max() for part in scores[task])
+            )
     finetuning = TrainingSettings(**project.finetuning.training_values())
     trained: dict[Any, Any] = {}
-    for recipe in project.recipe_keys.values():
-        for task in project.tasks:
+    boards = []
+    for task in project.tasks:
+        results = []
+        for recipe in project.recipe_keys.values():
             key: Any = recipe.key
             rows = pool.unique("example_id", maintain_order=True)
             if recipe.strategy == "less":
@@ -339,22 +367,48 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
                 budget = Budget(recipe.budget.unit, recipe.budget.amount)
                 ids = select_by_score([candidates], budget, str(recipe.aggregate)).table
                 rows = rows.join(ids.select("example_id"), on="example_id", how="semi")
+                best = pl.concat(part[column].drop_nulls().arr.max() for part in scores[task.name])
+                charts.score_histogram(best, float(ids["score"].min()))
+                charts.share_bars(dict(ids["subtask"].drop_nulls().value_counts().iter_rows()))
             elif recipe.strategy == "random":
                 budget = Budget(recipe.budget.unit, recipe.budget.amount)
                 ids = select_at_random(lambda: [pool], budget, recipe.seed).table
                 rows = rows.join(ids.select("example_id"), on="example_id", how="semi")
+            if recipe.strategy != "none":
+                charts.share_comparison(dict(rows["source"].value_counts().iter_rows()), counts[0])
             if recipe.strategy != "none" and key not in trained:
                 place = Path(folder) / "models" / str(len(trained))
                 examples = [row for row in encoded(rows) if row.loss_tokens]
-                trained[key] = train_adapter(
-                    base()[0], tokenizer, examples, finetuning, place, lora=lora, keep="latest"
-                ).folder
+                done = train_adapter(base()[0], tokenizer, examples, finetuning, place, lora=lora, keep="latest")
+                trained[key] = done.folder
+                charts.training_curve([step.step for step in done.curve], [step.loss for step in done.curve])
             judged = base()[0]
             if recipe.strategy != "none":
                 judged = load_adapter(judged, trained[key])
-            evaluate_examples(
+            answers = evaluate_examples(
                 judged, tokenizer, evaluation_examples(task), evaluation_settings(project, task), name=task.name
             )
+            member = pl.lit(task.name).alias("task")
+            samples, metrics = answers.samples.with_columns(member), answers.metrics.with_columns(member)
+            results.append(
+                RecipeResult(
+                    recipe.name,
+                    recipe.strategy,
+                    samples,
+                    metrics,
+                    seed=recipe.seed,
+                    model=settings.base,
+                    budget=f"{recipe.budget.unit} {recipe.budget.amount}" if recipe.budget else None,
+                )
+            )
+        boards.append(compare_recipes(task.name, results))
+    for board in (*boards, merge(boards)):
+        to_markdown(board)
+        charts.leaderboard_chart(board.filter(pl.col("metric") == "loss"), value_title="held-out loss")
+        charts.leaderboard_chart(board.filter("primary"), value_title="score")
+        for what in ("loss", "score"):
+            if (compared := against_random(board, what)).height:
+                charts.difference_chart(compared, value_title=f"{what} − random's")
     return time.perf_counter() - started
 
 
