@@ -44,7 +44,7 @@ import yaml
 from tiny_project import write_model, write_project, write_rows
 
 from less_assets.build import build_definitions
-from less_assets.jobs import GraphRunner, Outcome, Request, register_shards
+from less_assets.jobs import GraphRunner, Outcome, Request, open_instance, register_shards
 from less_assets.lineage import Lineage
 from less_assets.partitions import ASSET_AXES
 from less_assets.project import Project, load_project
@@ -112,7 +112,7 @@ def run(path: Path, home: Path, request: Request) -> Outcome:
     project = load_project(path)
     store = open_store(project)
     home.mkdir(parents=True, exist_ok=True)
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    with open_instance(home) as instance:
         register_shards(project, store, instance)
         runner = GraphRunner(build_definitions(project), project, store, instance, lambda line: None)
         return runner.run(request)

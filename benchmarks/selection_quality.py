@@ -35,7 +35,7 @@ import numpy as np
 import polars as pl
 import yaml
 
-from less_assets.jobs import GraphRunner, Request, register_shards
+from less_assets.jobs import GraphRunner, Request, open_instance, register_shards
 from less_assets.lineage import Lineage
 from less_assets.project import Project, load_project
 from less_assets.project_check import check_data
@@ -312,8 +312,6 @@ def report(project: Project, store: ArtifactStore, results: Path) -> None:
 
 def run(project: Project, home: Path, results: Path) -> None:
     """Bring the project up to date task after task, writing the figures after each."""
-    import dagster as dg
-
     from less_assets.build import build_definitions
 
     home.mkdir(parents=True, exist_ok=True)
@@ -321,7 +319,7 @@ def run(project: Project, home: Path, results: Path) -> None:
         (home / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
     os.environ["DAGSTER_HOME"] = str(home)
     store = open_store(project)
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    with open_instance(home) as instance:
         register_shards(project, store, instance)
         runner = GraphRunner(build_definitions(project), project, store, instance, print)
         for task in project.task_names:

@@ -325,10 +325,8 @@ def _print(found: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple["Project", "ArtifactStore", "dg.DagsterInstance", "GraphRunner"]]:
     """The project, its store, the Dagster instance, and what runs the graph on them."""
-    import dagster as dg
-
     from less_assets.build import build_definitions
-    from less_assets.jobs import GraphRunner
+    from less_assets.jobs import GraphRunner, open_instance
     from less_assets.project import load_project
     from less_assets.resources import open_store
     from less_assets.store.artifacts import exclusive_lock
@@ -339,7 +337,7 @@ def _opened(path: Path) -> Iterator[tuple["Project", "ArtifactStore", "dg.Dagste
     home = dagster_home()
     with ExitStack() as opened:
         with exclusive_lock(home / "creating.lock"):  # two first commands at once would both create Dagster's tables
-            instance = opened.enter_context(dg.DagsterInstance.from_config(str(home)))
+            instance = opened.enter_context(open_instance(home))
             instance.get_runs(limit=1)
             instance.get_asset_keys(limit=1)
         yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, _say)

@@ -7,12 +7,16 @@ how results are printed (`cli.py`).
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.events import DagsterEventType
+from dagster._core.instance.config import dagster_instance_config
+from dagster._core.instance.ref import InstanceRef
+from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 
 from less_assets.certificates import lacks_certificate
 from less_assets.killed_runs import PROCESS_TAG, process_name, report_killed_runs
@@ -295,6 +299,21 @@ def _interrupts() -> Iterator[None]:
         yield
     except DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None
+
+
+def open_instance(home: Path) -> dg.DagsterInstance:
+    """Dagster's records in a folder, for runs in this process: what they print goes to its terminal, as it is.
+
+    By default Dagster diverts it into files and starts four processes a run that copy it back. Where `dagster.yaml` has
+    `compute_logs`, these are kept.
+
+    Args:
+        home: DAGSTER_HOME.
+    """
+    configured, _ = dagster_instance_config(str(home))
+    straight = {"module": NoOpComputeLogManager.__module__, "class": NoOpComputeLogManager.__name__}
+    overrides = {} if configured.get("compute_logs") else {"compute_logs": straight}
+    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=overrides))
 
 
 def register_shards(project: Project, store: ArtifactStore, instance: dg.DagsterInstance) -> Ledger:

@@ -244,6 +244,7 @@ def test_a_run_interrupted_in_a_step_says_how_to_go_on_and_closes_its_records(co
         raise AssertionError("the signal was lost")
 
     monkeypatch.setattr(pool, "index_pool", interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
     result = command("run", "--until", "pool_index")
     assert result.exit_code == 130
     assert "interrupted; what is finished is kept, the same command goes on from there" in result.output
@@ -251,7 +252,7 @@ def test_a_run_interrupted_in_a_step_says_how_to_go_on_and_closes_its_records(co
     with dg.DagsterInstance.from_config(os.environ["DAGSTER_HOME"]) as instance:
         assert instance.get_runs(dg.RunsFilter(statuses=NOT_FINISHED_STATUSES)) == []
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "it is no business of whoever called"
+    assert signal.getsignal(signal.SIGTERM) == handler, "it is no business of whoever called"
 
 
 def test_the_installed_command_works_from_another_folder(command, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from less_assets.build import build_definitions
-from less_assets.jobs import EXPLANATIONS, GraphRunner, Request, register_shards
+from less_assets.jobs import EXPLANATIONS, GraphRunner, Request, open_instance, register_shards
 from less_assets.partitions import ASSET_AXES, SHARDS
 from less_assets.project import OPTIONAL_ASSETS, Project, load_project
 from less_assets.resources import open_store
@@ -175,3 +175,25 @@ def test_status_tells_what_is_missing_and_what_waits_without_computing(small):
     assert found["leaderboard", None] == "blocked"
     assert set(found.values()) == {"missing", "blocked"}
     assert not (small.folder / "artifacts/model").exists()
+
+
+@dg.job
+def talk():
+    @dg.op
+    def say():
+        print("said by a step", flush=True)
+
+    say()
+
+
+def test_what_a_step_prints_goes_straight_to_the_terminal_unless_dagster_is_told_to_keep_it(tmp_path, capfd):
+    with open_instance(tmp_path) as instance:
+        talk.execute_in_process(instance=instance)
+    assert "said by a step" in capfd.readouterr().out  # Dagster's copying processes would come too late, if at all
+    kept = tmp_path / "kept"
+    compute_logs = {"module": "dagster._core.storage.local_compute_log_manager", "class": "LocalComputeLogManager"}
+    compute_logs["config"] = {"base_dir": str(kept)}
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump({"compute_logs": compute_logs}))
+    with open_instance(tmp_path) as instance:
+        talk.execute_in_process(instance=instance)
+    assert any("said by a step" in file.read_text() for file in kept.rglob("*.out"))
