@@ -109,8 +109,8 @@ class GraphRunner:
             if asset == "influence_scores":
                 self._certify(line, [partition for partition in partitions if partition not in due], process)
             if due:
-                together = [asset, *self._never_made_from(asset, due[:1], needed)]
-                self._log(f"{', '.join(together)}: {_count(due, partitions)}")
+                first = [asset, *self._never_made_from(asset, due[:1], needed)]
+                self._log(f"{', '.join(first)}: {_count(due, partitions)}")
             for chunk in self.runs(asset, due):
                 together = [asset, *self._never_made_from(asset, chunk, needed)]
                 self._execute(together, chunk, process)

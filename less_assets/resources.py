@@ -212,8 +212,8 @@ def scratch_folder(cache: Path) -> Path:
 def spared_from_collection() -> Iterator[None]:
     """Let Python's collector skip what is there already, and free what the block leaves behind.
 
-    Dagster and the libraries are a million objects, and looking through them again and again costs training and
-    gradients of small models up to an eighth of their time: https://docs.python.org/3/library/gc.html#gc.freeze.
+    Dagster and the libraries are a million objects, and looking through them again and again slows training and
+    gradients of small models: https://docs.python.org/3/library/gc.html#gc.freeze.
     """
     gc.freeze()
     try:
