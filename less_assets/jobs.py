@@ -241,21 +241,21 @@ class GraphRunner:
         for asset in assets:
             self._tell_who_is_waited_for(asset)
         tags = {"less-assets/command": "run", PROCESS_TAG: process}
-        partition_key = None
-        if len(partitions) > 1:
+        keys = {dg.AssetKey(asset) for asset in assets}
+        together = len(partitions) > 1
+        if together:
             tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
-        else:
-            partition_key = partitions[0]
+        # Checks of several partitions have runs of their own.
+        job = self._job.get_subset(asset_selection=keys, asset_check_selection=set() if together else None)
         with _interrupts():
-            self._job.execute_in_process(
-                asset_selection=[dg.AssetKey(asset) for asset in assets],
+            job.execute_in_process(
                 run_config={"loggers": {"console": {"config": {}}}},
-                partition_key=partition_key,
+                partition_key=None if together else partitions[0],
                 tags=tags,
                 instance=self._instance,
                 raise_on_error=True,
             )
-        if len(partitions) > 1:
+        if together:
             self._check(assets[0], partitions, process)
 
     def _check(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
