@@ -189,7 +189,8 @@ def talk():
 def test_what_a_step_prints_goes_straight_to_the_terminal_unless_dagster_is_told_to_keep_it(tmp_path, capfd):
     with open_instance(tmp_path) as instance:
         talk.execute_in_process(instance=instance)
-    assert "said by a step" in capfd.readouterr().out  # Dagster's copying processes would come too late, if at all
+    assert "said by a step" in capfd.readouterr().out
+    assert not list(tmp_path.rglob("*.out")), "Dagster has diverted it into files, and copied it back"
     kept = tmp_path / "kept"
     compute_logs = {"module": "dagster._core.storage.local_compute_log_manager", "class": "LocalComputeLogManager"}
     compute_logs["config"] = {"base_dir": str(kept)}
