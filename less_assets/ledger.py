@@ -18,12 +18,15 @@ from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import read_bytes, write_atomically
 
 LEDGER_FILE = "pool/ledger.json"
+_Scanned = dict[tuple[str, int, int], tuple[str, tuple[int, int] | None]]
+"""Path, first row and number of rows of a range → its digest, and where it begins."""
 
 
 @dataclass(frozen=True)
 class Segment:
     """A range of physical rows of one file: `rows` rows from the 0-based `first_row`; `digest` hashes their content.
 
+    `begins` is where the first of them begins (bytes, lines), so that no shard reads those before it; None: not known.
     `path` is relative to the project file where the file is near it, so that a moved project keeps its artifacts;
     `data_path` gives the file.
     """
@@ -32,6 +35,7 @@ class Segment:
     first_row: int
     rows: int
     digest: str
+    begins: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Ledger:
         stamps = {file.path: file.stamp for files in self._files.values() for file in files}
         for segment in self.shard(key).segments:
             file = data_path(project, segment.path)
-            if _stamp(file) != stamps.get(segment.path) and _digest(file, segment) != segment.digest:
+            if _stamp(file) != stamps.get(segment.path) and _scan(file, segment) != (segment.digest, segment.begins):
                 raise PoolFormatError(
                     "the file has changed since the pool was scanned",
                     where=f"{file}, rows {segment.first_row + 1} to {segment.first_row + segment.rows}",
@@ -121,7 +125,7 @@ class Ledger:
             content = json.loads(read_bytes(path))
             files = {name: [_File(**file) for file in entries] for name, entries in content["files"].items()}
             shards = [
-                Shard(entry["key"], entry["source"], tuple(Segment(**segment) for segment in entry["segments"]))
+                Shard(entry["key"], entry["source"], tuple(_segment(**segment) for segment in entry["segments"]))
                 for entry in content["shards"]
             ]
         except FileNotFoundError:
@@ -150,14 +154,14 @@ class Ledger:
                 project, source, [file.path for file in before._files.get(source.name, [])], known
             )
             unchanged -= {file.path for file in files[source.name] if (file.path, file.stamp) not in known}
-        digests = {
-            (segment.path, segment.first_row, segment.rows): segment.digest
+        scanned: _Scanned = {
+            (segment.path, segment.first_row, segment.rows): (segment.digest, segment.begins)
             for shard in before.shards
             for segment in shard.segments
-            if segment.path in unchanged
+            if segment.path in unchanged and segment.begins is not None
         }
         shards = [
-            shard for source in project.pool.sources for shard in _cut(project, source, files[source.name], digests)
+            shard for source in project.pool.sources for shard in _cut(project, source, files[source.name], scanned)
         ]
         ledger = cls(files, shards)
         content: dict[str, Any] = {
@@ -189,10 +193,14 @@ def _look(project: Project, source: Source, known_order: list[str], known: dict[
     return files
 
 
-def _digest(file: str, segment: Segment) -> str:
-    from less_assets.method.row_files import range_digests
+def _segment(begins: list[int] | None = None, **stored: Any) -> Segment:
+    return Segment(**stored, begins=None if begins is None else (begins[0], begins[1]))
 
-    return range_digests(file, [(segment.first_row, segment.rows)])[0]
+
+def _scan(file: str, segment: Segment) -> tuple[str, tuple[int, int]]:
+    from less_assets.method.row_files import scan_ranges
+
+    return scan_ranges(file, [(segment.first_row, segment.rows)])[0]
 
 
 def _stamp(path: str) -> str:
@@ -203,7 +211,7 @@ def _stamp(path: str) -> str:
     return f"{info.get('size')}-{changed}"
 
 
-def _cut(project: Project, source: Source, files: list[_File], digests: dict[tuple[str, int, int], str]) -> list[Shard]:
+def _cut(project: Project, source: Source, files: list[_File], scanned: _Scanned) -> list[Shard]:
     """Cut the rows of all files, one after another, into shards of `pool.shard_size` rows."""
     shard_size = project.pool.shard_size
     left = sum(file.rows for file in files) if source.limit is None else source.limit
@@ -218,24 +226,22 @@ def _cut(project: Project, source: Source, files: list[_File], digests: dict[tup
             take = min(room, file.rows - position, left)
             pieces[-1].append((file.path, position, take))
             position, room, left = position + take, room - take, left - take
-    _add_digests(project, [piece for shard in pieces for piece in shard], digests)
+    _scan_missing(project, [piece for shard in pieces for piece in shard], scanned)
     return [
-        Shard(f"{source.name}-{index:05d}", source.name, tuple(Segment(*piece, digests[piece]) for piece in shard))
+        Shard(f"{source.name}-{index:05d}", source.name, tuple(Segment(*piece, *scanned[piece]) for piece in shard))
         for index, shard in enumerate(pieces)
         if shard
     ]
 
 
-def _add_digests(
-    project: Project, pieces: list[tuple[str, int, int]], digests: dict[tuple[str, int, int], str]
-) -> None:
-    """Hash the row ranges whose digest is not known, reading each file once."""
-    from less_assets.method.row_files import range_digests
+def _scan_missing(project: Project, pieces: list[tuple[str, int, int]], scanned: _Scanned) -> None:
+    """Hash the row ranges that are not known and find where they begin, reading each file once."""
+    from less_assets.method.row_files import scan_ranges
 
     missing: dict[str, list[tuple[int, int]]] = {}
     for path, first_row, rows in pieces:
-        if (path, first_row, rows) not in digests:
+        if (path, first_row, rows) not in scanned:
             missing.setdefault(path, []).append((first_row, rows))
     for path, ranges in missing.items():
-        for (first_row, rows), found in zip(ranges, range_digests(data_path(project, path), ranges), strict=True):
-            digests[path, first_row, rows] = found
+        for (first_row, rows), found in zip(ranges, scan_ranges(data_path(project, path), ranges), strict=True):
+            scanned[path, first_row, rows] = found

@@ -219,7 +219,8 @@ class Source(Section):
     name: Name = setting(..., "Name of the source; part of shard keys and of every selected row", type="name")
     path: Location = setting(
         ...,
-        "File, folder, pattern (`data/*.jsonl`) or fsspec URL (`hf://datasets/…`): JSON lines, CSV or Parquet",
+        "File, folder, pattern (`data/*.jsonl`) or fsspec URL (`hf://datasets/…`): JSON lines or CSV, also compressed "
+        "(`.gz`, `.bz2`, `.xz`, `.zst`), or Parquet",
         type="path or URL",
     )
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = setting(

@@ -70,6 +70,33 @@ def test_rows_are_cut_into_shards_of_the_stated_size(pool):
     assert [shard.segments[0].first_row for shard in shards] == [0, 4, 8]
 
 
+def test_the_ledger_knows_where_shards_begin_so_that_none_reads_those_before_it(pool):
+    lines = [len(line(number).encode()) + 1 for number in range(10)]
+    pool.scan()
+    begins = [shard.segments[0].begins for shard in Ledger.load(pool.store).shards]
+    assert begins == [(sum(lines[:number]), number) for number in (0, 4, 8)]
+
+
+def test_rows_that_moved_are_not_read_where_they_were(pool):
+    found = pool.scan()
+    pool.write("plus.jsonl", [line(0, "longer"), *(line(number) for number in range(1, 10))])
+    with pytest.raises(PoolFormatError, match="changed since the pool was scanned"):
+        found.refuse_changed(pool.project, "plus-00001")
+
+
+def test_a_ledger_of_before_places_were_kept_gets_them_by_the_next_scan(pool):
+    before = pool.digests()
+    path = pool.store.root / LEDGER_FILE
+    content = json.loads(path.read_text())
+    for shard in content["shards"]:
+        for segment in shard["segments"]:
+            del segment["begins"]
+    path.write_text(json.dumps(content))
+    assert Ledger.load(pool.store).shards[1].segments[0].begins is None
+    assert pool.digests() == before
+    assert Ledger.load(pool.store).shards[1].segments[0].begins is not None
+
+
 def test_blank_and_broken_lines_are_rows_so_that_nothing_shifts(pool):
     pool.write("plus.jsonl", [line(0), "", "{broken", line(3, "\u2028"), line(4)])
     assert [shard.rows for shard in pool.scan().shards] == [4, 1]
@@ -140,7 +167,7 @@ def test_unchanged_files_are_not_read_again(pool, monkeypatch):
         raise AssertionError(f"{path} was read again")
 
     monkeypatch.setattr(row_files, "count_rows", read)
-    monkeypatch.setattr(row_files, "range_digests", read)
+    monkeypatch.setattr(row_files, "scan_ranges", read)
     assert len(pool.scan().shards) == 3
     (pool.folder / "plus.jsonl").write_text(line(1) + "\n")
     with pytest.raises(AssertionError, match="was read again"):

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 
 import polars as pl
 
-from less_assets.method.row_files import RawRow, read_raw
+from less_assets.method.row_files import Place, RawRow, read_raw
 
 RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
@@ -193,6 +193,7 @@ def read_rows(
     first_row: int = 0,
     max_rows: int | None = None,
     batch_rows: int = 1024,
+    begins: Place | None = None,
 ) -> Iterator[pl.DataFrame]:
     """Read the rows of a file (or a range of them) as tables; every physical row gives one table row.
 
@@ -206,6 +207,7 @@ def read_rows(
         first_row: 0-based index of the first row to read.
         max_rows: At most so many rows; None: to the end.
         batch_rows: Rows per table at most; fewer where rows are large.
+        begins: Where `first_row` begins, if that is known; see `row_files.scan_ranges`.
 
     Yields:
         Tables with `POOL_SCHEMA`.
@@ -215,7 +217,7 @@ def read_rows(
     """
     batch: list[PoolRow] = []
     size = 0
-    for raw in read_raw(path, first_row, max_rows):
+    for raw in read_raw(path, first_row, max_rows, begins):
         row = _pool_row(raw, source, path, format)
         batch.append(row)
         size += sum(len(message["content"]) for message in row.messages or ())

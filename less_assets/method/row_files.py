@@ -9,14 +9,15 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -58,6 +59,30 @@ class RawRow:
     record: dict[str, Any] | None
     status: str = "ok"
     detail: str | None = None
+
+
+class Place(NamedTuple):
+    """Where a row of a text file begins; 0 and 0 for Parquet files, whose rows are found by their footer.
+
+    Attributes:
+        offset: Bytes before it, of the content after decompression.
+        line: Lines before it.
+    """
+
+    offset: int = 0
+    line: int = 0
+
+
+class RowRange(NamedTuple):
+    """What is known of a range of rows.
+
+    Attributes:
+        digest: blake2b-128 of its rows' content, in hex.
+        begins: Where its first row begins: `read_raw` goes there without reading what comes before.
+    """
+
+    digest: str
+    begins: Place
 
 
 def list_files(path: str) -> list[str]:
@@ -124,7 +149,9 @@ def count_rows(path: str) -> int:
             return sum(1 for _ in itertools.islice(_CsvRecords(stream, kind), 1, None))
 
 
-def read_raw(path: str, first_row: int = 0, max_rows: int | None = None) -> Iterator[RawRow]:
+def read_raw(
+    path: str, first_row: int = 0, max_rows: int | None = None, begins: Place | None = None
+) -> Iterator[RawRow]:
     r"""Yield the rows `first_row`, … of a file, in order, holding a few rows in memory at a time.
 
     Lines end at `\n` only: U+2028 and its kin inside strings are data. In CSV files the first record is the header, and
@@ -135,6 +162,7 @@ def read_raw(path: str, first_row: int = 0, max_rows: int | None = None) -> Iter
             the text formats also compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
         first_row: Rows to leave out at the start (0-based index of the first row to yield).
         max_rows: At most so many rows; None: all.
+        begins: Where `first_row` begins, as `scan_ranges` found it; None: the rows before it are read and left out.
 
     Raises:
         PoolFormatError: If the file as a whole cannot be read.
@@ -148,9 +176,9 @@ def read_raw(path: str, first_row: int = 0, max_rows: int | None = None) -> Iter
             with _open(path) as stream:
                 if kind == "jsonl":
                     _refuse_json_array(path, stream)
-                    rows = _jsonl_rows(stream, first_row)
+                    rows = _jsonl_rows(stream, first_row, begins)
                 else:
-                    rows = _csv_rows(stream, kind, first_row)
+                    rows = _csv_rows(stream, kind, first_row, begins)
                 yield from itertools.islice(rows, max_rows)
 
 
@@ -170,8 +198,8 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def range_digests(path: str, ranges: Sequence[tuple[int, int]]) -> list[str]:
-    r"""Return a digest of the content of each range of rows, in one pass over the file.
+def scan_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[RowRange]:
+    r"""Return a digest of the content of each range of rows, and where it begins, in one pass over the file.
 
     Equal content gives equal digests wherever the rows stand, so the first range whose digest changed holds the first
     edited row. JSON lines are hashed as bytes without their `\n`, CSV records as bytes together with the header,
@@ -182,45 +210,42 @@ def range_digests(path: str, ranges: Sequence[tuple[int, int]]) -> list[str]:
         ranges: (first row, number of rows) of each range: ascending, not overlapping, 0-based.
 
     Returns:
-        One blake2b-128 in hex per range; a range beyond the end of the file hashes the rows that exist.
+        One entry per range; a range beyond the end of the file hashes the rows that exist.
 
     Raises:
         PoolFormatError: If the file as a whole cannot be read.
         ValueError: If the ranges are not ascending.
     """
-    digests, position = [], 0
+    found, position = [], 0
     if any(after[0] < before[0] + before[1] for before, after in itertools.pairwise(ranges)):
         raise ValueError(f"ranges must ascend without overlap: {list(ranges)}")
-    with _reading(path):
-        rows = _row_digests(path)
+    with _reading(path), _row_digests(path) as (rows, next_place):
         for first_row, count in ranges:
-            digest = hashlib.blake2b(digest_size=16)
-            for each in itertools.islice(rows, first_row - position, first_row - position + count):
+            for _ in itertools.islice(rows, first_row - position):
+                pass
+            begins, digest = next_place(), hashlib.blake2b(digest_size=16)
+            for each in itertools.islice(rows, count):
                 digest.update(each)
             position = first_row + count
-            digests.append(digest.hexdigest())
-    return digests
+            found.append(RowRange(digest.hexdigest(), begins))
+    return found
 
 
-def _row_digests(path: str) -> Iterator[bytes]:
+@contextmanager
+def _row_digests(path: str) -> Iterator[tuple[Iterator[bytes], Callable[[], Place]]]:
+    """The digest of each row, and a function that tells where the next one begins."""
     kind = _kind(path)
-    if kind == "parquet":
-        with _open(path, compression=None) as stream:
-            file = _parquet_file(stream)
-            for batch in _batches(file, range(file.num_row_groups)):
-                for record, _ in _records(batch):
-                    text = json.dumps(record, sort_keys=True, default=repr, ensure_ascii=True)
-                    yield hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return
-    with _open(path) as stream:
-        if kind == "jsonl":
-            for line in _Lines(stream):
-                yield line.digest
+    with _open(path, compression=None if kind == "parquet" else "infer") as stream:
+        if kind == "parquet":
+            yield _parquet_digests(stream), Place
+        elif kind == "jsonl":
+            lines = _Lines(stream)
+            yield (line.digest for line in lines), lambda: lines.place
         else:
             records = _CsvRecords(stream, kind)
             header = next(records, None)
-            for row in records:  # the header is part of what each of them says
-                yield (header.digest if header else b"") + row.digest
+            before = header.digest if header else b""  # the header is part of what each of them says
+            yield (before + row.digest for row in records), lambda: records.place
 
 
 # ---- files ----
@@ -251,10 +276,10 @@ def _kind(path: str) -> str:
 
 
 @contextmanager
-def _open(path: str, compression: str | None = "infer") -> Iterator[IO[bytes]]:
+def _open(path: str, compression: str | None = "infer") -> Iterator[io.BufferedIOBase]:
     # The file system must outlive the stream: an archive is closed with its file system.
     with fsspec.open(path, "rb", compression=compression) as stream:
-        yield stream
+        yield stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
 
 
 @contextmanager
@@ -272,7 +297,7 @@ def _reading(path: str) -> Iterator[None]:
         raise PoolFormatError(f"This kind of path cannot be opened: {error}", where=path) from error
 
 
-def _refuse_json_array(path: str, stream: IO[bytes]) -> None:
+def _refuse_json_array(path: str, stream: io.BufferedIOBase) -> None:
     if _suffix(path) == ".json":
         start = stream.read(64).removeprefix(_BYTE_ORDER_MARK).lstrip()
         stream.seek(0)
@@ -298,8 +323,23 @@ class _Line:
 class _Lines:
     r"""Lines of a stream that end at `\n` only; of an oversized line only the start is kept."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._first = stream, True
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream, self._offset, self._line = stream, 0, 0
+
+    @property
+    def place(self) -> Place:
+        """Where the next line begins."""
+        return Place(self._offset, self._line)
+
+    def skip_to(self, place: Place) -> None:
+        """Go on with the line that begins there; streams that cannot seek are read up to it."""
+        if self._stream.seekable():
+            self._stream.seek(place.offset)
+        else:
+            left = place.offset - self._offset
+            while left and (block := self._stream.read(min(left, _BLOCK_BYTES))):
+                left -= len(block)
+        self._offset, self._line = place
 
     def __iter__(self) -> Iterator[_Line]:
         return self
@@ -310,17 +350,20 @@ class _Lines:
         if not piece:
             raise StopIteration
         digest, size, quotes = hashlib.blake2b(digest_size=16), 0, 0
+        is_first = not self._offset
         while piece:
+            self._offset += len(piece)
             digest.update(piece.removesuffix(b"\n"))
             size += len(piece.removesuffix(b"\n").removesuffix(b"\r"))
             quotes += piece.count(b'"')
             piece = b"" if piece.endswith(b"\n") else self._stream.readline(MAX_ROW_BYTES + 2)
-        if self._first:
-            kept, self._first = kept.removeprefix(_BYTE_ORDER_MARK), False
+        self._line += 1
+        if is_first:
+            kept = kept.removeprefix(_BYTE_ORDER_MARK)
         return _Line(kept, size, quotes, digest.digest())
 
 
-def _count_lines(stream: IO[bytes]) -> int:
+def _count_lines(stream: io.BufferedIOBase) -> int:
     lines, last = 0, b"\n"
     while block := stream.read(_BLOCK_BYTES):
         lines += block.count(b"\n")
@@ -332,14 +375,25 @@ def _too_large(size: int) -> str:
     return f"{size:,} bytes, more than {MAX_ROW_BYTES:,}"
 
 
-def _jsonl_rows(stream: IO[bytes], first_row: int) -> Iterator[RawRow]:
-    for index, line in itertools.islice(enumerate(_Lines(stream), start=1), first_row, None):
+def _jsonl_rows(stream: io.BufferedIOBase, first_row: int, begins: Place | None) -> Iterator[RawRow]:
+    lines = _Lines(stream)
+    _skip(lines, first_row, begins)
+    for index, line in enumerate(lines, start=first_row + 1):
         if line.size > MAX_ROW_BYTES:
             yield RawRow(index, None, "too_large", _too_large(line.size))
         elif not line.content.strip():
             yield RawRow(index, None, "blank")
         else:
             yield _parse_json_line(index, line.content)
+
+
+def _skip(rows: _Lines | _CsvRecords, count: int, place: Place | None) -> None:
+    """Leave out so many rows: go to where they end, if that is known."""
+    if place is not None:
+        rows.skip_to(place)
+    else:
+        for _ in itertools.islice(rows, count):
+            pass
 
 
 def _parse_json_line(number: int, line: bytes) -> RawRow:
@@ -371,20 +425,28 @@ class _CsvRecord:
 class _CsvRecords:
     """Records of a CSV stream with what they are made of; an oversized record costs no memory and shifts nothing."""
 
-    def __init__(self, stream: IO[bytes], kind: str) -> None:
+    def __init__(self, stream: io.BufferedIOBase, kind: str) -> None:
         # An unterminated quote ends as an error after so many characters instead of swallowing the rest of the file.
         csv.field_size_limit(MAX_ROW_BYTES)
         self._lines = _Lines(stream)
         self._reader = csv.reader(self._feed(), delimiter="\t" if kind == "tsv" else ",")
-        self._line = 0
         self._begin_record()
 
     def _begin_record(self) -> None:
-        self._first_line, self._size, self._digest = self._line + 1, 0, hashlib.blake2b(digest_size=16)
+        self._first_line, self._size, self._digest = self.place.line + 1, 0, hashlib.blake2b(digest_size=16)
+
+    @property
+    def place(self) -> Place:
+        """Where the next record begins."""
+        return self._lines.place
+
+    def skip_to(self, place: Place) -> None:
+        """Go on with the record that begins there."""
+        self._lines.skip_to(place)
+        self._begin_record()
 
     def _feed(self) -> Iterator[str]:
         for line in self._lines:
-            self._line += 1
             self._size += line.size
             self._digest.update(line.digest)
             if line.size > MAX_ROW_BYTES:
@@ -407,13 +469,14 @@ class _CsvRecords:
         return record
 
 
-def _csv_rows(stream: IO[bytes], kind: str, first_row: int) -> Iterator[RawRow]:
+def _csv_rows(stream: io.BufferedIOBase, kind: str, first_row: int, begins: Place | None) -> Iterator[RawRow]:
     records = _CsvRecords(stream, kind)
     header = next(records, None)
     if header is None:
         return
     names = header.fields or []
-    for number, record in itertools.islice(enumerate(records, start=1), first_row, None):
+    _skip(records, first_row, begins)
+    for number, record in enumerate(records, start=first_row + 1):
         yield _csv_row(number, names, record)
 
 
@@ -443,7 +506,7 @@ def _is_text(field: str) -> bool:
 # ---- Parquet ----
 
 
-def _parquet_rows(stream: IO[bytes], first_row: int) -> Iterator[RawRow]:
+def _parquet_rows(stream: io.BufferedIOBase, first_row: int) -> Iterator[RawRow]:
     file = _parquet_file(stream)
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     ends = list(itertools.accumulate(sizes))
@@ -464,7 +527,15 @@ def _parquet_rows(stream: IO[bytes], first_row: int) -> Iterator[RawRow]:
         start += batch.num_rows
 
 
-def _parquet_file(stream: IO[bytes]) -> pq.ParquetFile:
+def _parquet_digests(stream: io.BufferedIOBase) -> Iterator[bytes]:
+    file = _parquet_file(stream)
+    for batch in _batches(file, range(file.num_row_groups)):
+        for record, _ in _records(batch):
+            text = json.dumps(record, sort_keys=True, default=repr, ensure_ascii=True)
+            yield hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _parquet_file(stream: io.BufferedIOBase) -> pq.ParquetFile:
     file = pq.ParquetFile(stream)
     counted = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     if file.metadata.num_rows != counted:

@@ -11,6 +11,7 @@ import zipfile
 import fsspec
 import polars as pl
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,8 @@ from less_assets.method.row_files import (
     file_digest,
     files_below,
     list_files,
-    range_digests,
     read_raw,
+    scan_ranges,
 )
 
 
@@ -40,9 +41,15 @@ def assert_every_range_agrees(path: str) -> list:
     rows = list(read_raw(path))
     assert count_rows(path) == len(rows)
     assert [row.number for row in rows] == list(range(1, len(rows) + 1))
-    for first_row in range(len(rows) + 2):
-        assert list(read_raw(path, first_row, 2)) == rows[first_row : first_row + 2]
+    begins = [found.begins for found in scan_ranges(path, [(first_row, 1) for first_row in range(len(rows) + 2)])]
+    for first_row, place in enumerate(begins):
+        for known in (None, place):
+            assert list(read_raw(path, first_row, 2, known)) == rows[first_row : first_row + 2]
     return rows
+
+
+def range_digests(path: str, ranges: list[tuple[int, int]]) -> list[str]:
+    return [found.digest for found in scan_ranges(path, ranges)]
 
 
 # ---- JSON lines ----
@@ -214,7 +221,9 @@ def test_parquet_rows_are_read_from_any_position(folder, row_group_size):
     assert count_rows(path) == len(rows) == 200
     assert rows[123].record == {"n": 123, "turns": [{"role": "user", "content": "123"}]}
     for first_row in (0, 1, 6, 7, 63, 64, 65, 128, 199, 200, 500):
+        (found,) = scan_ranges(path, [(first_row, 70)])
         assert list(read_raw(path, first_row, 70)) == rows[first_row : first_row + 70]
+        assert list(read_raw(path, first_row, 70, found.begins)) == rows[first_row : first_row + 70]
 
 
 def test_a_parquet_file_that_counts_other_rows_than_it_holds_is_refused(folder):
@@ -252,10 +261,12 @@ def test_parquet_strings_that_are_not_utf8_are_quarantined(folder):
 # ---- whole files ----
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
-def test_compressed_files_are_read(folder, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress)],
+)
+def test_compressed_files_are_read(folder, suffix, compress):
     content = b'{"a": 1}\n\n{"a": 2}'
-    compress = gzip.compress if suffix == ".gz" else lzma.compress
     path = write(folder / f"c.jsonl{suffix}", compress(content))
     assert [row.status for row in assert_every_range_agrees(path)] == ["ok", "blank", "ok"]
     assert range_digests(path, [(0, 3)]) == range_digests(write(folder / "c.jsonl", content), [(0, 3)])
@@ -329,7 +340,16 @@ def test_files_are_listed_in_a_stable_order_and_paths_stay_as_given(tmp_path, mo
             list_files(nothing)
 
 
-# ---- digests ----
+# ---- digests and places ----
+
+
+def test_rows_before_a_known_place_are_not_read(folder):
+    lines = [b'{"a": %d}\n' % number for number in range(6)]
+    path = write(folder / "known.jsonl", b"".join(lines))
+    (found,) = scan_ranges(path, [(4, 2)])
+    assert found.begins == (sum(map(len, lines[:4])), 4)
+    write(folder / "known.jsonl", b"?" * found.begins.offset + b"".join(lines[4:]))
+    assert [(row.number, row.record) for row in read_raw(path, 4, 2, found.begins)] == [(5, {"a": 4}), (6, {"a": 5})]
 
 
 def test_an_edited_row_changes_the_digest_of_its_range_only(folder):

@@ -39,7 +39,7 @@ from less_assets.errors import (
 from less_assets.ledger import LEDGER_FILE, Ledger
 from less_assets.method.chat import IGNORED, encode_messages, encode_target
 from less_assets.method.examples import ROLES, ROW_STATUSES, example_id, read_rows
-from less_assets.method.row_files import count_rows, range_digests
+from less_assets.method.row_files import count_rows, scan_ranges
 from less_assets.method.targets import TargetExample, read_evaluation, read_targets, target_table
 from less_assets.project import parse_project
 from less_assets.provenance import ArtifactPlan
@@ -160,7 +160,7 @@ def check_pool(suffix: str) -> Callable[[bytes], None]:
         try:
             rows = count_rows(str(file))
             tables = list(read_rows(str(file), "fuzz"))
-            range_digests(str(file), [(0, 1), (2, 2)])
+            scan_ranges(str(file), [(0, 1), (2, 2)])
         except PoolFormatError as error:
             _names(error, file.name)
             return
