@@ -3,6 +3,7 @@
 Belongs here: judging figures, and telling a person. Does not belong here: computing them (`assets/`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
@@ -114,17 +115,7 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.AssetCheckResult:
-        from less_assets.assets.fidelity import certified_on, certify
-        from less_assets.certificates import certified_recipes
-
-        if not project.gradients.certificate_rows or not certified_recipes(project):
-            return _warning(True, "No certificate is asked for.", {})
-        task = partition_of(context)
-        try:
-            folder = certify(project, store, models, task, context.log.info)
-            return _judge_fidelity(folder.manifest().summary, certified_on(Lineage(project, store), folder, task))
-        except TROUBLE as error:
-            return _warning(False, f"No certificate could be made: {error}", {})
+        return check_sketch(project, store, models, partition_of(context), context.log.info)
 
     @dg.asset_check(
         asset="influence_scores",
@@ -138,19 +129,45 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.AssetCheckResult:
-        from less_assets.assets.fidelity import take_real_steps
-        from less_assets.certificates import STEPS
-
-        if not project.gradients.real_step_rows:
-            return _warning(True, "No real steps are asked for.", {})
-        task = partition_of(context)
-        try:
-            folder = take_real_steps(project, store, models, task, context.log.info)
-            return _judge_steps(folder.manifest().summary, read_parquet(folder, STEPS))
-        except TROUBLE as error:
-            return _warning(False, f"No real step could be taken: {error}", {})
+        return check_real_steps(project, store, models, partition_of(context), context.log.info)
 
     return [few_rows_quarantined, no_subtask_dominates, not_worse_than_base, sketch_is_faithful, influence_is_real]
+
+
+def check_sketch(
+    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
+) -> dg.AssetCheckResult:
+    """Certify a task's scores, unless that was done, and tell how far they can be trusted."""
+    from less_assets.assets.fidelity import certified_on, certify
+    from less_assets.certificates import certified_recipes
+
+    if not project.gradients.certificate_rows or not certified_recipes(project):
+        return _warning(True, "No certificate is asked for.", {})
+    try:
+        folder = certify(project, store, models, task, log)
+        return _judge_fidelity(folder.manifest().summary, certified_on(Lineage(project, store), folder, task))
+    except TROUBLE as error:
+        return _warning(False, f"No certificate could be made: {error}", {})
+
+
+def check_real_steps(
+    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
+) -> dg.AssetCheckResult:
+    """Compare a task's predicted influence with real steps, unless that was done, and tell how they agree."""
+    from less_assets.assets.fidelity import take_real_steps
+    from less_assets.certificates import STEPS
+
+    if not project.gradients.real_step_rows:
+        return _warning(True, "No real steps are asked for.", {})
+    try:
+        folder = take_real_steps(project, store, models, task, log)
+        return _judge_steps(folder.manifest().summary, read_parquet(folder, STEPS))
+    except TROUBLE as error:
+        return _warning(False, f"No real step could be taken: {error}", {})
+
+
+SCORE_CHECKS = {"sketch_is_faithful": check_sketch, "influence_is_real": check_real_steps}
+"""Checks of `influence_scores` by name, for runs of several tasks."""
 
 
 def partition_of(context: dg.AssetCheckExecutionContext) -> str:

@@ -245,7 +245,7 @@ class GraphRunner:
         together = len(partitions) > 1
         if together:
             tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
-        # Checks of several partitions have runs of their own.
+        # Of several partitions the asset makes its checks itself, since Dagster would skip them.
         job = self._job.get_subset(asset_selection=keys, asset_check_selection=set() if together else None)
         with _interrupts():
             job.execute_in_process(
@@ -255,14 +255,10 @@ class GraphRunner:
                 instance=self._instance,
                 raise_on_error=True,
             )
-        if together:
-            self._check(assets[0], partitions, process)
 
     def _check(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
-        """Run an asset's checks on each partition of a range run: Dagster skips them where several share a run."""
+        """Run an asset's checks on partitions that are there already."""
         checks = self._graph.get_check_keys_for_assets({dg.AssetKey(asset)})
-        if not checks:
-            return
         job = self._job.get_subset(asset_selection=set(), asset_check_selection=checks)
         for partition in partitions:
             with _interrupts():

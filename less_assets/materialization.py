@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
@@ -80,6 +81,8 @@ class Computed:
 
 Compute = Callable[[Work], Computed]
 Describe = Callable[[ArtifactFolder, Manifest], Mapping[str, Any]]
+Check = Callable[[Project, ArtifactStore, ModelLoader, str, Callable[[str], object]], dg.AssetCheckResult]
+"""Judges a partition; takes the project, the store, what loads models, the partition's key, and what receives lines."""
 
 
 def materialize(
@@ -172,6 +175,30 @@ class RangeRun:
         event = dg.AssetMaterialization(self._asset, partition=partition, metadata=dict(shown), tags=tags)
         self._context.log_event(event)
 
+    def log_check(self, partition: str, name: str, result: dg.AssetCheckResult) -> None:
+        """Record what a check says of a partition that was logged before.
+
+        Args:
+            partition: Key of the partition.
+            name: Name of the check.
+            result: Its verdict.
+        """
+        asked = dg.AssetRecordsFilter(self._asset, asset_partitions=[partition])
+        last = self._context.instance.fetch_materializations(asked, limit=1).records[0]
+        evaluation = dg.AssetCheckEvaluation(
+            asset_key=self._asset,
+            check_name=name,
+            passed=result.passed,
+            metadata=result.metadata,
+            target_materialization_data=AssetCheckEvaluationTargetMaterializationData(
+                storage_id=last.storage_id, run_id=last.run_id, timestamp=last.timestamp
+            ),
+            severity=result.severity,
+            description=result.description,
+            partition=partition,
+        )
+        self._context.log_event(evaluation)
+
 
 def _upstream_version(inputs: Versions, asset: str) -> str:
     """The version of an upstream asset: its own, or a hash over the partitions that were read."""
@@ -256,10 +283,12 @@ def materialize_together(
     models: ModelLoader,
     compute: Callable[[list[Work]], list[Computed]],
     describe: Describe,
+    checks: Mapping[str, Check],
 ) -> Iterator[dg.MaterializeResult]:
     """Materialize the partitions of a range run by one computation for all of them, one artifact and event each.
 
-    Yields the result of a single partition; of several nothing, as `materialize_range`.
+    Yields the result of a single partition, whose checks Dagster then runs; of several nothing, as `materialize_range`,
+    and Dagster skips their checks: they are made here.
 
     Args:
         context: Of the running asset.
@@ -268,6 +297,7 @@ def materialize_together(
         models: Loads models.
         compute: Makes all partitions that are not stored yet; returns what `Compute` does, one for each, in order.
         describe: What a person sees of a partition.
+        checks: All checks of the asset, by name.
     """
     run = RangeRun(context)
     line = Lineage(project, store)
@@ -296,10 +326,13 @@ def materialize_together(
     for partition, plan in plans.items():
         manifest = store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)
         shown = _shown(context, line, manifest, partition, describe)
-        if len(plans) == 1:  # Dagster runs an asset's checks in the same run only if the asset returns something
+        if len(plans) == 1:
             yield dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
-        else:
-            run.log(partition, manifest, shown)
+            return
+        run.log(partition, manifest, shown)
+    for partition in plans:
+        for name, check in checks.items():
+            run.log_check(partition, name, check(project, store, models, partition, context.log.info))
 
 
 class Backend(Protocol):

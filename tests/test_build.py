@@ -89,7 +89,7 @@ def test_assets_that_load_a_model_share_the_gpu_pool():
     graph = build_definitions(project()).resolve_asset_graph()
     pooled = {key.to_user_string() for key in graph.get_all_asset_keys() if graph.get(key).pools == {"gpu"}}
     models = {"base_model", "warmup_checkpoints", "train_gradients", "target_gradients"}
-    assert pooled == models | {"token_attribution", "finetuned_model", "eval_results"}
+    assert pooled == models | {"influence_scores", "token_attribution", "finetuned_model", "eval_results"}
 
 
 def test_code_versions_follow_the_settings_that_all_partitions_share():
@@ -210,7 +210,14 @@ def test_everything_that_loads_a_model_is_in_the_pool_of_which_one_step_runs_at_
     assets = build_definitions(project(recipes=recipes)).assets
     pools = {key.to_user_string(): each.op.pool for each in assets for key in each.keys}
     assert {asset for asset, pool in pools.items() if pool == "gpu"} == {
-        *("base_model", "warmup_checkpoints", "train_gradients", "target_gradients", "exact_scores"),
+        *(
+            "base_model",
+            "warmup_checkpoints",
+            "train_gradients",
+            "target_gradients",
+            "influence_scores",
+            "exact_scores",
+        ),
         *("pool_embeddings", "target_embeddings", "token_attribution", "finetuned_model", "eval_results"),
     }
     defaults = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())

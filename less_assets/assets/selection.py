@@ -24,6 +24,7 @@ from less_assets.assets.ranking import (
     select_by_recipe,
 )
 from less_assets.certificates import judge_selection
+from less_assets.checks import SCORE_CHECKS
 from less_assets.lineage import Lineage, split
 from less_assets.materialization import Computed, Work, materialize_one, materialize_range, materialize_together
 from less_assets.partitions import Axes
@@ -53,6 +54,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         kinds={"numpy", "parquet"},
         partitions_def=axes.of("influence_scores"),
         deps=[axes.all_partitions("gradient_datastore"), "target_gradients", "pool_index"],
+        pool="gpu",  # for its checks
         backfill_policy=dg.BackfillPolicy.single_run(),
         output_required=False,
     )
@@ -63,7 +65,7 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         models: dg.ResourceParam[ModelLoader],
     ) -> Iterator[dg.MaterializeResult]:
         """Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint."""
-        yield from materialize_together(context, project, store, models, score_pool, describe_scores)
+        yield from materialize_together(context, project, store, models, score_pool, describe_scores, SCORE_CHECKS)
 
     @dg.asset(
         group_name="selection",
