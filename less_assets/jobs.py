@@ -241,16 +241,16 @@ class GraphRunner:
         for asset in assets:
             self._tell_who_is_waited_for(asset)
         tags = {"less-assets/command": "run", PROCESS_TAG: process}
-        keys = {dg.AssetKey(asset) for asset in assets}
-        together = len(partitions) > 1
-        if together:
+        partition_key = None
+        if len(partitions) > 1:
             tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
-        # Of several partitions the asset makes its checks itself, since Dagster would skip them.
-        job = self._job.get_subset(asset_selection=keys, asset_check_selection=set() if together else None)
+        else:
+            partition_key = partitions[0]
         with _interrupts():
-            job.execute_in_process(
+            self._job.execute_in_process(
+                asset_selection=[dg.AssetKey(asset) for asset in assets],
                 run_config={"loggers": {"console": {"config": {}}}},
-                partition_key=None if together else partitions[0],
+                partition_key=partition_key,
                 tags=tags,
                 instance=self._instance,
                 raise_on_error=True,
