@@ -102,7 +102,8 @@ def sample_source(project: Project, shards: Sequence[Shard], tokenizer: Any) -> 
     for shard in places:
         first = shard.segments[0]
         rows = min(first.rows, -(-SAMPLE_ROWS // len(places)))
-        tables += read_rows(data_path(project, first.path), source.name, source.format, first.first_row, rows)
+        file = data_path(project, first.path)
+        tables += read_rows(file, source.name, source.format, first.first_row, rows, begins=first.begins)
     table = pl.concat(tables)
     good = table.filter(pl.col("status") == "ok")
     model = project.model

@@ -76,7 +76,6 @@ def record_base_model(work: Work) -> Computed:
 def read_shard(work: Work) -> Computed:
     """Read the rows of a shard, normalise them and quarantine the bad ones."""
     from less_assets.method.examples import is_very_short, pool_table, read_rows
-    from less_assets.method.row_files import Place
 
     shard = work.line.ledger.shard(work.partition)
     source = work.project.source(shard.source)
@@ -89,7 +88,7 @@ def read_shard(work: Work) -> Computed:
             source.format,
             segment.first_row,
             segment.rows,
-            begins=None if segment.begins is None else Place(*segment.begins),
+            begins=segment.begins,
         )
     ]
     table = pl.concat([pool_table([]), *tables])

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 
 import polars as pl
 
-from less_assets.method.row_files import Place, RawRow, read_raw
+from less_assets.method.row_files import RawRow, read_raw
 
 RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
@@ -193,7 +193,7 @@ def read_rows(
     first_row: int = 0,
     max_rows: int | None = None,
     batch_rows: int = 1024,
-    begins: Place | None = None,
+    begins: tuple[int, int] | None = None,
 ) -> Iterator[pl.DataFrame]:
     """Read the rows of a file (or a range of them) as tables; every physical row gives one table row.
 
@@ -207,7 +207,7 @@ def read_rows(
         first_row: 0-based index of the first row to read.
         max_rows: At most so many rows; None: to the end.
         batch_rows: Rows per table at most; fewer where rows are large.
-        begins: Where `first_row` begins, if that is known; see `row_files.scan_ranges`.
+        begins: Where `first_row` begins, if that is known: a `row_files.Place`.
 
     Yields:
         Tables with `POOL_SCHEMA`.

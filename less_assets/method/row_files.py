@@ -150,7 +150,7 @@ def count_rows(path: str) -> int:
 
 
 def read_raw(
-    path: str, first_row: int = 0, max_rows: int | None = None, begins: Place | None = None
+    path: str, first_row: int = 0, max_rows: int | None = None, begins: tuple[int, int] | None = None
 ) -> Iterator[RawRow]:
     r"""Yield the rows `first_row`, … of a file, in order, holding a few rows in memory at a time.
 
@@ -162,7 +162,7 @@ def read_raw(
             the text formats also compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
         first_row: Rows to leave out at the start (0-based index of the first row to yield).
         max_rows: At most so many rows; None: all.
-        begins: Where `first_row` begins, as `scan_ranges` found it; None: the rows before it are read and left out.
+        begins: Where `first_row` begins, a `Place` of `scan_ranges`; None: the rows before it are read and left out.
 
     Raises:
         PoolFormatError: If the file as a whole cannot be read.
@@ -331,15 +331,16 @@ class _Lines:
         """Where the next line begins."""
         return Place(self._offset, self._line)
 
-    def skip_to(self, place: Place) -> None:
+    def skip_to(self, place: tuple[int, int]) -> None:
         """Go on with the line that begins there; streams that cannot seek are read up to it."""
+        offset, self._line = place
         if self._stream.seekable():
-            self._stream.seek(place.offset)
+            self._stream.seek(offset)
         else:
-            left = place.offset - self._offset
+            left = offset - self._offset
             while left and (block := self._stream.read(min(left, _BLOCK_BYTES))):
                 left -= len(block)
-        self._offset, self._line = place
+        self._offset = offset
 
     def __iter__(self) -> Iterator[_Line]:
         return self
@@ -375,7 +376,7 @@ def _too_large(size: int) -> str:
     return f"{size:,} bytes, more than {MAX_ROW_BYTES:,}"
 
 
-def _jsonl_rows(stream: io.BufferedIOBase, first_row: int, begins: Place | None) -> Iterator[RawRow]:
+def _jsonl_rows(stream: io.BufferedIOBase, first_row: int, begins: tuple[int, int] | None) -> Iterator[RawRow]:
     lines = _Lines(stream)
     _skip(lines, first_row, begins)
     for index, line in enumerate(lines, start=first_row + 1):
@@ -387,7 +388,7 @@ def _jsonl_rows(stream: io.BufferedIOBase, first_row: int, begins: Place | None)
             yield _parse_json_line(index, line.content)
 
 
-def _skip(rows: _Lines | _CsvRecords, count: int, place: Place | None) -> None:
+def _skip(rows: _Lines | _CsvRecords, count: int, place: tuple[int, int] | None) -> None:
     """Leave out so many rows: go to where they end, if that is known."""
     if place is not None:
         rows.skip_to(place)
@@ -440,7 +441,7 @@ class _CsvRecords:
         """Where the next record begins."""
         return self._lines.place
 
-    def skip_to(self, place: Place) -> None:
+    def skip_to(self, place: tuple[int, int]) -> None:
         """Go on with the record that begins there."""
         self._lines.skip_to(place)
         self._begin_record()
@@ -469,7 +470,7 @@ class _CsvRecords:
         return record
 
 
-def _csv_rows(stream: io.BufferedIOBase, kind: str, first_row: int, begins: Place | None) -> Iterator[RawRow]:
+def _csv_rows(stream: io.BufferedIOBase, kind: str, first_row: int, begins: tuple[int, int] | None) -> Iterator[RawRow]:
     records = _CsvRecords(stream, kind)
     header = next(records, None)
     if header is None:
