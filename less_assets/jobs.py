@@ -5,6 +5,9 @@ how results are printed (`cli.py`).
 """
 
 import contextlib
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,11 +293,24 @@ class GraphRunner:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
-    """Ctrl-C during a step of Dagster's is Ctrl-C, not an error of Dagster's."""
-    try:
+    """Ctrl-C while Dagster works is Ctrl-C: not an error of Dagster's, nor forgotten, as it is between two steps."""
+    if threading.current_thread() is not threading.main_thread():  # only that one can be interrupted
         yield
-    except DagsterExecutionInterruptedError:
-        raise KeyboardInterrupt from None
+        return
+    received, sent = socket.socketpair()
+    with received, sent:
+        received.setblocking(False)
+        sent.setblocking(False)
+        before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        except DagsterExecutionInterruptedError:
+            raise KeyboardInterrupt from None
+        finally:
+            signal.set_wakeup_fd(before)
+        with contextlib.suppress(BlockingIOError):
+            if {signal.SIGINT, signal.SIGTERM} & set(received.recv(4096)):
+                raise KeyboardInterrupt
 
 
 def open_instance(home: Path) -> dg.DagsterInstance:

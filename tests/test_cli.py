@@ -255,6 +255,23 @@ def test_a_run_interrupted_in_a_step_says_how_to_go_on_and_closes_its_records(co
     assert signal.getsignal(signal.SIGTERM) == handler, "it is no business of whoever called"
 
 
+def test_an_interrupt_between_two_steps_is_not_lost(command, monkeypatch):
+    handle = dg.DagsterInstance.handle_new_event
+    ended = []
+
+    def interrupted(self, event, **more):
+        handle(self, event, **more)
+        if event.is_dagster_event and event.dagster_event.event_type == dg.DagsterEventType.RUN_SUCCESS:
+            ended.append(event.run_id)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(dg.DagsterInstance, "handle_new_event", interrupted)
+    result = command("run", "--until", "pool_index")
+    assert result.exit_code == 130
+    assert "interrupted; what is finished is kept" in result.output
+    assert len(ended) == 1, "Dagster catches an interrupt at the end of a run, and forgets it"
+
+
 def test_the_installed_command_works_from_another_folder(command, tmp_path):
     script = shutil.which("less-assets", path=os.path.dirname(sys.executable))
     if script is None:
