@@ -113,11 +113,11 @@ class FinishedRun:
             finally:
                 self._step = None
 
-        def watched_together(context: Any, project: Any, store: Any, models: Any, compute: Any, describe: Any) -> Any:
+        def watched_together(context: Any, project: Any, store: Any, models: Any, compute: Any, *shown: Any) -> Any:
             asset, (partition,) = context.asset_key.to_user_string(), context.partition_keys
             self._step = self.steps[asset, partition] = Step(asset, partition, lambda work: compute([work])[0])
             try:
-                yield from together(context, project, store, models, compute, describe)
+                yield from together(context, project, store, models, compute, *shown)
             finally:
                 self._step = None
 
