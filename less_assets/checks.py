@@ -28,6 +28,11 @@ OVERLAP_LIMIT = 0.7
 CORRELATION_LIMIT = 0.5
 """Correlation of predicted with real influence below which first-order influence says little about this model."""
 
+SHORT_LIMIT = 0.5
+"""Share of very short answers in a selection above which it is worth a look ..."""
+SHORT_FACTOR = 2.0
+"""... if it is also this many times the pool's own share."""
+
 TROUBLE = (LessAssetsError, MemoryError, RuntimeError)
 """What a check that takes gradients may meet on a machine (torch raises RuntimeError) and tells instead of stopping."""
 
@@ -59,21 +64,7 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
-        line = Lineage(project, store)
-        recipe, task = split(partition_of(context))
-        counts = line.summary("selected_subset", partition_of(context)).get("subtasks") or {}
-        shares = {f"{task}/{name}": count for task, part in counts.items() for name, count in part.items()}
-        total = sum(shares.values())
-        # A subtask that has won everything is the only one that was counted.
-        choices = line.summary("target_examples", task)["subtasks"] if project.recipe(recipe).aggregate else []
-        if len(choices) < 2 or not total:
-            return _warning(True, "The recipe does not choose between subtasks.", {})
-        name, most = max(shares.items(), key=lambda item: item[1])
-        return _warning(
-            most / total <= DOMINANCE_LIMIT,
-            f"{name} has won {most / total:.0%} of the selection; `aggregate: round_robin` takes turns.",
-            {"subtask": name, "share": most / total},
-        )
+        return check_dominance(Lineage(project, store), partition_of(context))
 
     @dg.asset_check(
         asset="eval_results",
@@ -115,7 +106,7 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.AssetCheckResult:
-        return check_sketch(project, store, models, partition_of(context), context.log.info)
+        return check_sketch(Lineage(project, store), partition_of(context), models, context.log.info)
 
     @dg.asset_check(
         asset="influence_scores",
@@ -129,18 +120,50 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
     ) -> dg.AssetCheckResult:
-        return check_real_steps(project, store, models, partition_of(context), context.log.info)
+        return check_real_steps(Lineage(project, store), partition_of(context), models, context.log.info)
 
     return [few_rows_quarantined, no_subtask_dominates, not_worse_than_base, sketch_is_faithful, influence_is_real]
 
 
-def check_sketch(
-    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
-) -> dg.AssetCheckResult:
+def check_dominance(line: Lineage, key: str, *_: object) -> dg.AssetCheckResult:
+    """Whether one subtask has won most of a selection (partition key `recipe|task`)."""
+    recipe, task = split(key)
+    counts = line.summary("selected_subset", key).get("subtasks") or {}
+    shares = {f"{task}/{name}": count for task, part in counts.items() for name, count in part.items()}
+    total = sum(shares.values())
+    # A subtask that has won everything is the only one that was counted.
+    choices = line.summary("target_examples", task)["subtasks"] if line.project.recipe(recipe).aggregate else []
+    if len(choices) < 2 or not total:
+        return _warning(True, "The recipe does not choose between subtasks.", {})
+    name, most = max(shares.items(), key=lambda item: item[1])
+    return _warning(
+        most / total <= DOMINANCE_LIMIT,
+        f"{name} has won {most / total:.0%} of the selection; `aggregate: round_robin` takes turns.",
+        {"subtask": name, "share": most / total},
+    )
+
+
+def check_short_rows(line: Lineage, key: str, *_: object) -> dg.AssetCheckResult:
+    """Whether a selection (partition key `recipe|task`) is made of answers of a word or two, and the pool is not."""
+    found = line.summary("selected_subset", key)
+    shards = [line.summary("instruction_pool", shard) for shard in line.shards()]
+    if not found["rows"]:
+        return _warning(True, "Nothing is selected.", {})
+    share = found.get("very_short", 0) / found["rows"]
+    pool = sum(each["very_short"] for each in shards) / max(1, sum(each["usable"] for each in shards))
+    return _warning(
+        share <= SHORT_LIMIT or share <= SHORT_FACTOR * pool,
+        f"{share:.0%} of the selected answers have at most 20 characters, {pool:.0%} of the pool's.",
+        {"share": share, "share_of_pool": pool},
+    )
+
+
+def check_sketch(line: Lineage, task: str, models: ModelLoader, log: Callable[[str], object]) -> dg.AssetCheckResult:
     """Certify a task's scores, unless that was done, and tell how far they can be trusted."""
     from less_assets.assets.fidelity import certified_on, certify
     from less_assets.certificates import certified_recipes
 
+    project, store = line.project, line.store
     if not project.gradients.certificate_rows or not certified_recipes(project):
         return _warning(True, "No certificate is asked for.", {})
     try:
@@ -151,21 +174,23 @@ def check_sketch(
 
 
 def check_real_steps(
-    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
+    line: Lineage, task: str, models: ModelLoader, log: Callable[[str], object]
 ) -> dg.AssetCheckResult:
     """Compare a task's predicted influence with real steps, unless that was done, and tell how they agree."""
     from less_assets.assets.fidelity import take_real_steps
     from less_assets.certificates import STEPS
 
-    if not project.gradients.real_step_rows:
+    if not line.project.gradients.real_step_rows:
         return _warning(True, "No real steps are asked for.", {})
     try:
-        folder = take_real_steps(project, store, models, task, log)
+        folder = take_real_steps(line.project, line.store, models, task, log)
         return _judge_steps(folder.manifest().summary, read_parquet(folder, STEPS))
     except TROUBLE as error:
         return _warning(False, f"No real step could be taken: {error}", {})
 
 
+SUBSET_CHECKS = {"no_subtask_dominates": check_dominance, "not_only_very_short_rows": check_short_rows}
+"""Checks of `selected_subset` by name, for runs of several partitions."""
 SCORE_CHECKS = {"sketch_is_faithful": check_sketch, "influence_is_real": check_real_steps}
 """Checks of `influence_scores` by name, for runs of several tasks."""
 

@@ -13,17 +13,12 @@ from less_assets import metadata
 from less_assets.assets.evaluation import BOARD
 from less_assets.assets.pool import EXAMPLES
 from less_assets.assets.targets import TARGETS
-from less_assets.checks import partition_of
+from less_assets.checks import check_short_rows, partition_of
 from less_assets.lineage import Lineage
 from less_assets.partitions import Axes
 from less_assets.project import Project, Task
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.tables import read_parquet
-
-SHORT_LIMIT = 0.5
-"""Share of very short answers in a selection above which it is worth a look ..."""
-SHORT_FACTOR = 2.0
-"""... if it is also this many times the pool's own share."""
 
 
 def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
@@ -94,18 +89,7 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
     ) -> dg.AssetCheckResult:
-        line = Lineage(project, store)
-        found = line.summary("selected_subset", partition_of(context))
-        shards = [line.summary("instruction_pool", shard) for shard in line.shards()]
-        if not found["rows"]:
-            return _warning(True, "Nothing is selected.", {})
-        share = found.get("very_short", 0) / found["rows"]
-        pool = sum(each["very_short"] for each in shards) / max(1, sum(each["usable"] for each in shards))
-        return _warning(
-            share <= SHORT_LIMIT or share <= SHORT_FACTOR * pool,
-            f"{share:.0%} of the selected answers have at most 20 characters, {pool:.0%} of the pool's.",
-            {"share": share, "share_of_pool": pool},
-        )
+        return check_short_rows(Lineage(project, store), partition_of(context))
 
     @dg.asset_check(
         asset="task_results",

@@ -133,7 +133,7 @@ class Lineage:
         others = [
             key for key in self.project.recipe_keys if key != recipe and self.project.needs(key, "selection_report")
         ]
-        found = {key: self.store.pointer(_subset_folder(key, task)) for key in others}
+        found = {key: self.store.pointer(subset_folder(key, task)) for key in others}
         return {key: pointer for key, pointer in found.items() if pointer is not None}
 
     def folder(self, asset: str, partition: str | None = None) -> ArtifactFolder:
@@ -337,11 +337,12 @@ def _selected_subset(line: Lineage, key: str | None) -> ArtifactPlan:
         inputs |= line.version("target_examples", task)
     # How long rows are depends on the tokenizer.
     settings = {"tokenizer": project.tokenizer_settings()} if project.counts_tokens(recipe) else {}
-    folder = _subset_folder(recipe, task)
+    folder = subset_folder(recipe, task)
     return ArtifactPlan("selected_subset", key, folder, folder, settings, inputs)
 
 
-def _subset_folder(recipe: str, task: str) -> str:
+def subset_folder(recipe: str, task: str) -> str:
+    """Axis folder of a recipe's subsets for a task."""
     return f"selection/{task}/recipes/{recipe}"
 
 

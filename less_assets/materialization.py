@@ -81,8 +81,8 @@ class Computed:
 
 Compute = Callable[[Work], Computed]
 Describe = Callable[[ArtifactFolder, Manifest], Mapping[str, Any]]
-Check = Callable[[Project, ArtifactStore, ModelLoader, str, Callable[[str], object]], dg.AssetCheckResult]
-"""Judges a partition; takes the project, the store, what loads models, the partition's key, and what receives lines."""
+Check = Callable[[Lineage, str, ModelLoader, Callable[[str], object]], dg.AssetCheckResult]
+"""Judges a partition; takes the project's lineage, the partition's key, what loads models, and what receives lines."""
 
 
 def materialize(
@@ -232,10 +232,13 @@ def materialize_range(
     compute: Compute,
     describe: Describe,
     backend: "Backend | None" = None,
+    checks: Mapping[str, Check] | None = None,
 ) -> Iterator[dg.MaterializeResult]:
     """Materialize every partition of a range run as it finishes; what is finished stays if another one fails.
 
     Yields nothing: an asset that returns, even None, has its event logged again by Dagster, over the ones logged here.
+    Dagster therefore skips its checks: those of several partitions are made here. The result of a single partition of
+    an asset with checks is yielded, and Dagster makes its checks.
 
     Args:
         context: Of the running asset.
@@ -245,8 +248,11 @@ def materialize_range(
         compute: Makes one partition.
         describe: What a person sees of it.
         backend: Where partitions are made; None: here, one after another.
+        checks: All checks of the asset, by name; None if it has none.
     """
-    yield from ()
+    if checks and len(context.partition_keys) == 1:
+        yield materialize_one(context, project, store, models, compute, describe)
+        return
     run = RangeRun(context)
     line = Lineage(project, store)
     asset = context.asset_key.to_user_string()
@@ -256,6 +262,8 @@ def materialize_range(
     make = backend.make if backend else make_here
     for partition, manifest in make(line, asset, partitions, compute, models, context.log.info):
         run.log(partition, manifest, _shown(context, line, manifest, partition, describe))
+        for name, check in (checks or {}).items():
+            run.log_check(partition, name, check(Lineage(project, store), partition, models, context.log.info))
         progress(1)
 
 
@@ -332,7 +340,7 @@ def materialize_together(
         run.log(partition, manifest, shown)
     for partition in plans:
         for name, check in checks.items():
-            run.log_check(partition, name, check(project, store, models, partition, context.log.info))
+            run.log_check(partition, name, check(Lineage(project, store), partition, models, context.log.info))
 
 
 class Backend(Protocol):

@@ -163,7 +163,7 @@ def test_runs_follow_dagsters_order_of_keys_whatever_order_they_are_due_in(small
 
 
 def test_assets_without_range_runs_get_one_run_for_each_partition(small):
-    assert small.runner.runs("selected_subset", grid(["less"], TASKS)) == [["less|sums"], ["less|sky"]]
+    assert small.runner.runs("finetuned_model", grid(["less"], TASKS)) == [["less|sums"], ["less|sky"]]
     assert small.runner.runs("pool_index", [None]) == [[None]]
 
 

@@ -262,7 +262,7 @@ def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less
     single = [asset for asset in ASSET_AXES if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
     sharing = ["instruction_pool", "warmup_checkpoints", "train_gradients", "target_gradients"]
     sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
-    assert set(single) == {*sharing, "gradient_datastore", "recipe_settings"}
+    assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset"}
     for asset in single:
         assert graph.get(dg.AssetKey(asset)).backfill_policy == dg.BackfillPolicy.single_run()
 

@@ -24,9 +24,9 @@ from less_assets.assets.ranking import (
     select_by_recipe,
 )
 from less_assets.certificates import judge_selection
-from less_assets.checks import SCORE_CHECKS
-from less_assets.lineage import Lineage, split
-from less_assets.materialization import Computed, Work, materialize_one, materialize_range, materialize_together
+from less_assets.checks import SCORE_CHECKS, SUBSET_CHECKS
+from less_assets.lineage import Lineage, split, subset_folder
+from less_assets.materialization import Computed, Work, materialize_range, materialize_together
 from less_assets.partitions import Axes
 from less_assets.project import Project, ResolvedRecipe
 from less_assets.provenance import digest
@@ -93,21 +93,25 @@ def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
         kinds={"polars", "parquet"},
         partitions_def=axes.of("selected_subset"),
         deps=[axes.by_recipe("recipe_settings"), "pool_index", *scores],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
     )
     def selected_subset(
         context: dg.AssetExecutionContext,
         project: dg.ResourceParam[Project],
         store: dg.ResourceParam[ArtifactStore],
         models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
+    ) -> Iterator[dg.MaterializeResult]:
         """The rows that a recipe selects for a task, ranked, with their messages: Parquet and JSON lines."""
+        keys = {subset_folder(*split(key)): key for key in context.partition_keys}
 
         def describe(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-            trust = describe_trust(Lineage(project, store), context.partition_key, read_parquet(folder, SUBSET))
-            takes_turns = project.recipe(split(context.partition_key)[0]).aggregate == "round_robin"
+            key = keys[manifest.key]
+            trust = describe_trust(Lineage(project, store), key, read_parquet(folder, SUBSET))
+            takes_turns = project.recipe(split(key)[0]).aggregate == "round_robin"
             return {**describe_subset(folder, manifest, takes_turns=takes_turns), **trust}
 
-        return materialize_one(context, project, store, models, select_subset, describe)
+        yield from materialize_range(context, project, store, models, select_subset, describe, checks=SUBSET_CHECKS)
 
     return [influence_scores, recipe_settings, selected_subset]
 

@@ -85,6 +85,23 @@ def test_a_run_certifies_its_scores_and_labels_what_it_selects(tiny_project, ins
     assert reality.passed, reality.description
 
 
+def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, instance):
+    tiny_project.settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0}
+    line = run(tiny_project, instance, Request(until="selected_subset"))
+    keys = [f"{recipe}|{task}" for recipe in line.project.recipe_keys for task in line.project.task_names]
+    (made,) = [each for each in instance.get_runs() if each.asset_selection == {dg.AssetKey("selected_subset")}]
+    judged = instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION))
+    found = [each.event_log_entry.dagster_event.event_specific_data for each in judged]
+    checks = ("no_subtask_dominates", "not_only_very_short_rows")
+    assert {(each.check_name, each.partition) for each in found} >= {(name, key) for name in checks for key in keys}
+    for key in keys:
+        subset = read_parquet(line.folder("selected_subset", key), SUBSET)
+        shown = selected_metadata(instance, key)
+        assert shown["rows"].value == subset.height, key
+        assert shown["path"].value.endswith(str(line.folder("selected_subset", key).root)), key
+    assert made.is_success
+
+
 def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project, instance, monkeypatch):
     tiny_project.settings["warmup"]["epochs"] = 1
     tiny_project.settings["gradients"] |= {"dimension": 8, "storage": "int1", "certificate_rows": 64}
