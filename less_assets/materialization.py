@@ -256,8 +256,10 @@ def materialize_range(
     run = RangeRun(context)
     line = Lineage(project, store)
     asset = context.asset_key.to_user_string()
-    # Grid keys come grouped by their first dimension, the checkpoint, so each checkpoint's model is loaded once.
-    partitions = sorted(_still_there(context, line), key=lambda key: key.split("|")[0])
+    partitions = _still_there(context, line)
+    # Grouped by their first dimension, in the order of its keys: each checkpoint's model is loaded once.
+    groups = list(dict.fromkeys(key.split("|")[0] for key in partitions))
+    partitions = sorted(partitions, key=lambda key: groups.index(key.split("|")[0]))
     progress = Progress(asset, len(partitions), "partitions", context.log.info)
     make = backend.make if backend else make_here
     for partition, manifest in make(line, asset, partitions, compute, models, context.log.info):
