@@ -22,7 +22,7 @@ from dagster._core.definitions.data_version import (
 
 from less_assets import metadata, rates
 from less_assets.costs import add_seconds, seconds_of, timed
-from less_assets.errors import CorruptArtifactError, MissingArtifactError
+from less_assets.errors import CorruptArtifactError, LessAssetsError, MissingArtifactError
 from less_assets.lineage import Lineage, split
 from less_assets.partitions import ASSET_AXES
 from less_assets.progress import Progress
@@ -175,14 +175,24 @@ class RangeRun:
         event = dg.AssetMaterialization(self._asset, partition=partition, metadata=dict(shown), tags=tags)
         self._context.log_event(event)
 
-    def log_check(self, partition: str, name: str, result: dg.AssetCheckResult) -> None:
-        """Record what a check says of a partition that was logged before.
+    def log_checks(self, line: Lineage, partition: str, checks: Mapping[str, Check], models: ModelLoader) -> None:
+        """Make the checks of a partition that was logged before; one that cannot be made says so, and stops nothing.
 
         Args:
+            line: The project's lineage, as it is now.
             partition: Key of the partition.
-            name: Name of the check.
-            result: Its verdict.
+            checks: All checks of the asset, by name.
+            models: Loads models.
         """
+        for name, check in checks.items():
+            try:
+                result = check(line, partition, models, self._context.log.info)
+            except LessAssetsError as error:
+                said = f"The check could not be made: {error}"
+                result = dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.WARN, description=said)
+            self._log_check(partition, name, result)
+
+    def _log_check(self, partition: str, name: str, result: dg.AssetCheckResult) -> None:
         asked = dg.AssetRecordsFilter(self._asset, asset_partitions=[partition])
         last = self._context.instance.fetch_materializations(asked, limit=1).records[0]
         evaluation = dg.AssetCheckEvaluation(
@@ -264,8 +274,7 @@ def materialize_range(
     make = backend.make if backend else make_here
     for partition, manifest in make(line, asset, partitions, compute, models, context.log.info):
         run.log(partition, manifest, _shown(context, line, manifest, partition, describe))
-        for name, check in (checks or {}).items():
-            run.log_check(partition, name, check(Lineage(project, store), partition, models, context.log.info))
+        run.log_checks(Lineage(project, store), partition, checks or {}, models)
         progress(1)
 
 
@@ -341,8 +350,7 @@ def materialize_together(
             return
         run.log(partition, manifest, shown)
     for partition in plans:
-        for name, check in checks.items():
-            run.log_check(partition, name, check(Lineage(project, store), partition, models, context.log.info))
+        run.log_checks(Lineage(project, store), partition, checks, models)
 
 
 class Backend(Protocol):

@@ -17,6 +17,7 @@ from less_assets.certificates import (
     read_certificate,
     steps_plan,
 )
+from less_assets.checks import SUBSET_CHECKS
 from less_assets.errors import LessAssetsError
 from less_assets.jobs import RANGE_END_TAG, RANGE_START_TAG, GraphRunner, Request, register_shards
 from less_assets.lineage import Lineage
@@ -85,7 +86,11 @@ def test_a_run_certifies_its_scores_and_labels_what_it_selects(tiny_project, ins
     assert reality.passed, reality.description
 
 
-def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, instance):
+def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, instance, monkeypatch):
+    def broken(*_):
+        raise LessAssetsError("Lost, say.")
+
+    monkeypatch.setitem(SUBSET_CHECKS, "no_subtask_dominates", broken)
     tiny_project.settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0}
     line = run(tiny_project, instance, Request(until="selected_subset"))
     keys = [f"{recipe}|{task}" for recipe in line.project.recipe_keys for task in line.project.task_names]
@@ -94,6 +99,7 @@ def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, in
     found = [each.event_log_entry.dagster_event.event_specific_data for each in judged]
     checks = ("no_subtask_dominates", "not_only_very_short_rows")
     assert {(each.check_name, each.partition) for each in found} >= {(name, key) for name in checks for key in keys}
+    assert all("Lost, say." in each.description for each in found if each.check_name == "no_subtask_dominates")
     for key in keys:
         subset = read_parquet(line.folder("selected_subset", key), SUBSET)
         shown = selected_metadata(instance, key)
