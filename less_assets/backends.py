@@ -13,7 +13,7 @@ from typing import Any
 
 from less_assets.errors import ComputeError, LessAssetsError
 from less_assets.lineage import Lineage
-from less_assets.materialization import Backend, Compute, make_artifact, make_here
+from less_assets.materialization import Backend, Compute, Failures, make_artifact, make_here
 from less_assets.project import Compute as ComputeSettings
 from less_assets.project import Project, parse_project
 from less_assets.resources import ModelLoader, cache_folder, open_store
@@ -87,7 +87,7 @@ class RayBackend:
 
         Raises:
             ComputeError: The cluster cannot be reached, has no room, or loses worker after worker.
-            LessAssetsError: A partition failed; those under way are finished and yielded first.
+            LessAssetsError: Partitions failed; the others were made and yielded first.
         """
         import ray
 
@@ -102,10 +102,10 @@ class RayBackend:
         waiting, losses = deque(partitions), dict.fromkeys(partitions, 0)
         idle: list[Any] = [worker.remote(content, path) for _ in range(count)]
         running: dict[Any, tuple[Any, str]] = {}
-        failure: Exception | None = None
+        failures = Failures(asset, log)
         try:
-            while running or (waiting and failure is None):
-                while idle and waiting and failure is None:
+            while running or (waiting and not failures.hopeless):
+                while idle and waiting and not failures.hopeless:
                     actor, partition = idle.pop(), waiting.popleft()
                     running[actor.make.remote(asset, partition, compute)] = (actor, partition)
                 (finished,), _ = ray.wait(list(running), num_returns=1)
@@ -115,19 +115,21 @@ class RayBackend:
                 except _lost() as error:
                     losses[partition] += 1
                     log(f"{asset} {partition}: its Ray worker was lost ({losses[partition]} times); handed out again")
-                    if losses[partition] >= LOSSES_PER_PARTITION:
-                        failure = failure or _given_up(asset, partition, error)
-                        continue
-                    waiting.appendleft(partition)
                     idle.append(worker.remote(content, path))
+                    if losses[partition] >= LOSSES_PER_PARTITION:
+                        failures.add(partition, _given_up(asset, partition, error), len(waiting) + len(running))
+                    else:
+                        waiting.appendleft(partition)
                 except ray.exceptions.RayTaskError as error:
-                    failure = failure or _cause(error)
+                    if not isinstance(error.cause, LessAssetsError):
+                        raise  # an error of the program, with the worker's traceback
+                    failures.add(partition, error.cause, len(waiting) + len(running))
                     idle.append(actor)
                 else:
+                    failures.succeeded()
                     idle.append(actor)
                     yield partition, manifest
-            if failure is not None:
-                raise failure
+            failures.raise_first()
         finally:
             for actor in [*idle, *(actor for actor, _ in running.values())]:
                 ray.kill(actor)
@@ -198,12 +200,6 @@ def _lost() -> tuple[type[Exception], ...]:
         exceptions.NodeDiedError,
         exceptions.OutOfMemoryError,
     )
-
-
-def _cause(error: Exception) -> Exception:
-    """What a worker raised: a user's problem as it is, anything else with the worker's traceback."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, LessAssetsError) else error
 
 
 def _given_up(asset: str, partition: str, error: Exception) -> ComputeError:

@@ -32,6 +32,9 @@ from less_assets.resources import ModelLoader
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.manifest import Manifest
 
+FAILURES_IN_A_ROW = 3
+"""So many partitions that fail one after another end the work on an asset: then the trouble is not theirs."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -244,7 +247,7 @@ def materialize_range(
     backend: "Backend | None" = None,
     checks: Mapping[str, Check] | None = None,
 ) -> Iterator[dg.MaterializeResult]:
-    """Materialize every partition of a range run as it finishes; what is finished stays if another one fails.
+    """Materialize every partition of a range run as it finishes; one that fails does not keep the others from it.
 
     Yields nothing: an asset that returns, even None, has its event logged again by Dagster, over the ones logged here.
     Dagster therefore skips its checks: those of several partitions are made here. The result of a single partition of
@@ -259,6 +262,9 @@ def materialize_range(
         describe: What a person sees of it.
         backend: Where partitions are made; None: here, one after another.
         checks: All checks of the asset, by name; None if it has none.
+
+    Raises:
+        LessAssetsError: Partitions failed; the others are materialized.
     """
     if checks and len(context.partition_keys) == 1:
         yield materialize_one(context, project, store, models, compute, describe)
@@ -353,6 +359,43 @@ def materialize_together(
         run.log_checks(Lineage(project, store), partition, checks, models)
 
 
+class Failures:
+    """What failed of an asset, while its other partitions are made.
+
+    Args:
+        asset: Name of the asset.
+        log: Receives a line as something fails.
+    """
+
+    def __init__(self, asset: str, log: Callable[[str], object]) -> None:
+        self._asset, self._log = asset, log
+        self._found: dict[str, LessAssetsError] = {}
+        self._in_a_row = 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many failed in a row that the rest would, too: the disk is full, the model cannot be loaded."""
+        return self._in_a_row >= FAILURES_IN_A_ROW
+
+    def add(self, partition: str, error: LessAssetsError, left: int) -> None:
+        """Note what failed, and say so unless it is about to be raised."""
+        self._found[partition] = error
+        self._in_a_row += 1
+        if left or len(self._found) > 1:
+            self._log(f"{self._asset} {partition} failed ({left} left to try): {error.what}")
+
+    def succeeded(self) -> None:
+        """Note that something did not fail."""
+        self._in_a_row = 0
+
+    def raise_first(self) -> None:
+        """Raise what failed first, if anything did; of several the log names all."""
+        if len(self._found) > 1:
+            self._log(f"{self._asset} failed for {', '.join(self._found)}; the first one's trouble follows")
+        for error in self._found.values():
+            raise error
+
+
 class Backend(Protocol):
     """Where the partitions of a range run are made."""
 
@@ -374,6 +417,9 @@ class Backend(Protocol):
             compute: Makes one partition; a module-level function, so that another process finds it by name.
             models: Loads models in this process.
             log: Receives progress lines.
+
+        Raises:
+            LessAssetsError: Partitions failed; the others were made and yielded first.
         """
         ...
 
@@ -387,8 +433,18 @@ def make_here(
     log: Callable[[str], object],
 ) -> Iterator[tuple[str, Manifest]]:
     """Make partitions in this process, in order: `Backend.make` of the local backend."""
-    for partition in partitions:
-        yield partition, make_artifact(line, asset, partition, compute, models, log, resumable=True)
+    failures = Failures(asset, log)
+    for number, partition in enumerate(partitions, start=1):
+        try:
+            manifest = make_artifact(line, asset, partition, compute, models, log, resumable=True)
+        except LessAssetsError as error:
+            failures.add(partition, error, left=len(partitions) - number)
+            if failures.hopeless:
+                break
+        else:
+            failures.succeeded()
+            yield partition, manifest
+    failures.raise_first()
 
 
 @contextmanager

@@ -6,10 +6,13 @@ import pytest
 from test_run import run
 from tiny import question, write_rows
 
+from less_assets.assets import gradients
 from less_assets.assets.selection import SUBSET, score_file
 from less_assets.errors import LessAssetsError, PoolFormatError, TargetFormatError, TrainingError
 from less_assets.jobs import Request
 from less_assets.lineage import Lineage
+from less_assets.materialization import Computed, Work
+from less_assets.method import training
 from less_assets.project import load_project
 from less_assets.project_check import check_data
 from less_assets.resources import open_store
@@ -102,3 +105,66 @@ def test_weights_that_are_not_numbers_stop_the_warmup_and_rank_nothing(tiny_proj
         finished(tiny_project)
     project = load_project(tiny_project.path)
     assert Lineage(project, open_store(project)).status("selected_subset", "less|sums").state == "blocked"
+
+
+TASKS = ("sums", "sky")
+SHARDS = ("plus-00000", "plus-00001", "colors-00000", "colors-00001")
+
+
+def gradients_with_failing(endings: tuple[str, ...], project_file, instance) -> tuple[list[str], LessAssetsError]:
+    """Make gradients, of which some fail; returns what was tried, and how the run ended."""
+    tried, extract = [], gradients.extract_train_gradients
+
+    def fails(work: Work) -> Computed:
+        tried.append(work.partition)
+        if work.partition.endswith(endings):
+            raise TrainingError("no finite gradient", where=work.partition, fix="look at the row")
+        return extract(work)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gradients, "extract_train_gradients", fails)
+        with pytest.raises(TrainingError) as caught:
+            run(project_file, instance, Request(until="train_gradients"))
+    return tried, caught.value
+
+
+def test_a_shard_that_fails_does_not_keep_the_others_from_being_made(tiny_project, capfd):
+    bad = ("epoch-1|plus-00000", "epoch-1|colors-00000")
+    every = [f"epoch-{epoch}|{shard}" for epoch in (1, 2) for shard in SHARDS]
+    with dg.DagsterInstance.ephemeral() as instance:
+        tried, error = gradients_with_failing(bad, tiny_project.path, instance)
+        assert tried == every, "of its own run, and of the next one"
+        assert (error.what, error.where) == ("no finite gradient", "epoch-1|plus-00000")
+        said = capfd.readouterr().err
+        assert "train_gradients epoch-1|colors-00000 failed (1 left to try): no finite gradient" in said
+        assert f"train_gradients failed for {', '.join(bad)}; the first one's trouble follows" in said
+        made = instance.get_materialized_partitions(dg.AssetKey("train_gradients"))
+        assert made == set(every) - set(bad)
+        left = run(tiny_project.path, instance, Request(until="gradient_datastore")).materialized
+        assert left["train_gradients"] == list(bad)
+        assert left["gradient_datastore"] == ["epoch-1", "epoch-2"]
+
+
+def test_what_fails_three_times_in_a_row_is_tried_no_more(tiny_project):
+    with dg.DagsterInstance.ephemeral() as instance:
+        tried, _ = gradients_with_failing(SHARDS, tiny_project.path, instance)
+    assert tried == [f"epoch-{epoch}|{shard}" for epoch in (1, 2) for shard in SHARDS[:3]]
+
+
+def test_a_model_that_cannot_be_trained_does_not_keep_the_other_recipes_from_their_answers(tiny_project):
+    train = training.train_adapter
+
+    def fails(model, tokenizer, examples, *more, **named):
+        if len(examples) == 44:  # the whole pool
+            raise TrainingError("out of memory")
+        return train(model, tokenizer, examples, *more, **named)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(training, "train_adapter", fails)
+            with pytest.raises(TrainingError, match="out of memory"):
+                run(tiny_project.path, instance)
+        answered = instance.get_materialized_partitions(dg.AssetKey("eval_results"))
+        assert answered == {f"{recipe}|{task}" for recipe in ("less", "random-seed0", "base") for task in TASKS}
+        left = run(tiny_project.path, instance).materialized
+    assert left["finetuned_model"] == left["eval_results"] == [f"full|{task}" for task in TASKS]

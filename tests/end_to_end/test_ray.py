@@ -167,7 +167,7 @@ def test_a_partition_that_kills_every_worker_is_given_up_and_one_that_fails_says
     fanned.said.clear()
     with pytest.raises(TrainingError, match="no memory"):
         fanned.make(always_fails, "epoch-1|colors-00000", "epoch-1|plus-00001", "epoch-1|colors-00001")
-    assert fanned.done[0] == "epoch-1|colors-00000"
+    assert sorted(fanned.done) == ["epoch-1|colors-00000", "epoch-1|colors-00001"]
     assert not fanned.line.store.artifact(*_address(fanned.line, "epoch-1|plus-00001")).exists()
 
 
