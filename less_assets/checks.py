@@ -67,6 +67,18 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
         return check_dominance(Lineage(project, store), partition_of(context))
 
     @dg.asset_check(
+        asset="selected_subset",
+        partitions_def=axes.of("selected_subset"),
+        description="The selection does not consist of answers of a word or two, unless the pool does.",
+    )
+    def not_only_very_short_rows(
+        context: dg.AssetCheckExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+    ) -> dg.AssetCheckResult:
+        return check_short_rows(Lineage(project, store), partition_of(context))
+
+    @dg.asset_check(
         asset="eval_results",
         partitions_def=axes.of("eval_results"),
         description="The fine-tuned model's held-out loss is not above the base model's.",
@@ -122,7 +134,14 @@ def build_checks(axes: Axes) -> list[dg.AssetChecksDefinition]:
     ) -> dg.AssetCheckResult:
         return check_real_steps(Lineage(project, store), partition_of(context), models, context.log.info)
 
-    return [few_rows_quarantined, no_subtask_dominates, not_worse_than_base, sketch_is_faithful, influence_is_real]
+    return [
+        few_rows_quarantined,
+        no_subtask_dominates,
+        not_only_very_short_rows,
+        not_worse_than_base,
+        sketch_is_faithful,
+        influence_is_real,
+    ]
 
 
 def check_dominance(line: Lineage, key: str, *_: object) -> dg.AssetCheckResult:

@@ -13,7 +13,7 @@ from less_assets import metadata
 from less_assets.assets.evaluation import BOARD
 from less_assets.assets.pool import EXAMPLES
 from less_assets.assets.targets import TARGETS
-from less_assets.checks import check_short_rows, partition_of
+from less_assets.checks import partition_of
 from less_assets.lineage import Lineage
 from less_assets.partitions import Axes
 from less_assets.project import Project, Task
@@ -80,18 +80,6 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
         )
 
     @dg.asset_check(
-        asset="selected_subset",
-        partitions_def=axes.of("selected_subset"),
-        description="The selection does not consist of answers of a word or two, unless the pool does.",
-    )
-    def not_only_very_short_rows(
-        context: dg.AssetCheckExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-    ) -> dg.AssetCheckResult:
-        return check_short_rows(Lineage(project, store), partition_of(context))
-
-    @dg.asset_check(
         asset="task_results",
         partitions_def=axes.of("task_results"),
         description="On a control task, whose evaluation is unrelated to its examples, no recipe beats random.",
@@ -153,7 +141,6 @@ def build_guardrails(axes: Axes) -> list[dg.AssetChecksDefinition]:
     return [
         evaluation_not_in_pool,
         targets_not_evaluated,
-        not_only_very_short_rows,
         control_does_not_profit,
         no_recipe_below_base,
     ]
