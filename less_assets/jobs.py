@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
@@ -22,9 +23,12 @@ from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 
 from less_assets.certificates import lacks_certificate
+from less_assets.errors import LessAssetsError
+from less_assets.event_log import KeptEventLog
 from less_assets.killed_runs import PROCESS_TAG, process_name, report_killed_runs
 from less_assets.ledger import Ledger
 from less_assets.lineage import Lineage, Status
+from less_assets.materialization import Failures
 from less_assets.partitions import ASSET_AXES
 from less_assets.project import Project
 from less_assets.store.artifacts import ArtifactStore
@@ -96,7 +100,8 @@ class GraphRunner:
         """Materialize what is missing or stale, in order; status is looked at again after each asset.
 
         Raises:
-            LessAssetsError: What was asked for does not exist, or a step cannot go on. What is done stays done.
+            LessAssetsError: What was asked for does not exist, or partitions of an asset failed: its others are made,
+                and what would be made from it is not. What is done stays done.
         """
         report_killed_runs(self._instance, self._log)
         with process_name(self._instance) as name:
@@ -114,11 +119,21 @@ class GraphRunner:
             if due:
                 first = [asset, *self._never_made_from(asset, due[:1], needed)]
                 self._log(f"{', '.join(first)}: {_count(due, partitions)}")
-            for chunk in self.runs(asset, due):
+            failures = Failures(asset, self._log)
+            runs = self.runs(asset, due)
+            for number, chunk in enumerate(runs, start=1):
                 together = [asset, *self._never_made_from(asset, chunk, needed)]
-                self._execute(together, chunk, process)
-                for each in together:
-                    made[each].update(chunk)
+                try:
+                    self._execute(together, chunk, process)
+                except LessAssetsError as error:
+                    failures.add(_span(chunk), error, left=len(runs) - number)
+                    if failures.hopeless:
+                        break
+                else:
+                    failures.succeeded()
+                    for each in together:
+                        made[each].update(chunk)
+            failures.raise_first()
             if made[asset]:
                 outcome.materialized[asset] = [partition for partition in partitions if partition in made[asset]]
             outcome.fresh += len(partitions) - len(made[asset])
@@ -317,15 +332,24 @@ def open_instance(home: Path) -> dg.DagsterInstance:
     """Dagster's records in a folder, for runs in this process: what they print goes to its terminal, as it is.
 
     By default Dagster diverts it into files and starts four processes a run that copy it back. Where `dagster.yaml` has
-    `compute_logs`, these are kept.
+    `compute_logs`, these are kept. Likewise its event log is opened once, unless `dagster.yaml` names a storage.
 
     Args:
         home: DAGSTER_HOME.
     """
     configured, _ = dagster_instance_config(str(home))
-    straight = {"module": NoOpComputeLogManager.__module__, "class": NoOpComputeLogManager.__name__}
-    overrides = {} if configured.get("compute_logs") else {"compute_logs": straight}
+    overrides: dict[str, Any] = {}
+    if not configured.get("compute_logs"):
+        overrides["compute_logs"] = _named(NoOpComputeLogManager)
+    if not configured.keys() & {"storage", "run_storage", "event_log_storage", "schedule_storage"}:
+        usual = InstanceRef.config_defaults(str(home))["event_log_storage"]
+        assert usual is not None
+        overrides["event_log_storage"] = {**_named(KeptEventLog), "config": usual.config_dict}
     return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=overrides))
+
+
+def _named(storage: type) -> dict[str, str]:
+    return {"module": storage.__module__, "class": storage.__name__}
 
 
 def register_shards(project: Project, store: ArtifactStore, instance: dg.DagsterInstance) -> Ledger:
@@ -344,6 +368,10 @@ def _part(partition: Partition, asset: str, axis: str) -> str:
 
 def _row(partition: Partition) -> str:
     return str(partition).partition("|")[0]
+
+
+def _span(partitions: Sequence[Partition]) -> str:
+    return " to ".join(dict.fromkeys(str(each or "itself") for each in (partitions[0], partitions[-1])))
 
 
 def _count(due: Sequence[Partition], every: Sequence[Partition]) -> str:
