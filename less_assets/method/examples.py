@@ -14,7 +14,8 @@ from typing import Any, Literal, TypedDict
 
 import polars as pl
 
-from less_assets.method.row_files import RawRow, read_raw
+from less_assets.method.raw_rows import RawRow
+from less_assets.method.row_files import read_raw
 
 RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
@@ -207,7 +208,7 @@ def read_rows(
         first_row: 0-based index of the first row to read.
         max_rows: At most so many rows; None: to the end.
         batch_rows: Rows per table at most; fewer where rows are large.
-        begins: Where `first_row` begins, if that is known: a `row_files.Place`.
+        begins: Where `first_row` begins, if that is known: a `raw_rows.Place`.
 
     Yields:
         Tables with `POOL_SCHEMA`.

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from less_assets.errors import PoolFormatError
-from less_assets.method import row_files
+from less_assets.method import raw_rows
 from less_assets.method.row_files import (
     count_rows,
     file_digest,
@@ -112,7 +112,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(folder):
 
 
 def test_a_row_over_the_limit_is_quarantined_and_its_neighbours_are_read(folder, monkeypatch):
-    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 100)
     exactly, over = b'{"a": "' + b"x" * 91 + b'"}', b'{"a": "' + b"x" * 92 + b'"}'
     far_over = b'{"a": "' + b"x" * 1000 + b'"}'
     assert len(exactly) == 100
@@ -167,14 +167,14 @@ def test_any_csv_table_survives(folder, table, newline):
 @given(st.binary(max_size=120), st.integers(10, 60))
 def test_any_bytes_as_csv_are_counted_and_sliced_alike(folder, content, limit):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_files, "MAX_ROW_BYTES", limit)
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
         path = write(folder / "bytes.csv", b"a,b\n" + content)
         assert_every_range_agrees(path)
         range_digests(path, [(0, 2), (2, 2)])
 
 
 def test_broken_csv_records_have_a_reason_and_the_line_they_begin_at(folder, monkeypatch):
-    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 60)
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 60)
     content = (
         b'q,a\n"two\nlines",1\nonly one field\n\nx,\xff\n"'
         + b"long " * 30
@@ -198,7 +198,7 @@ def test_broken_csv_records_have_a_reason_and_the_line_they_begin_at(folder, mon
 
 
 def test_an_unterminated_quote_ends_and_later_rows_are_read(folder, monkeypatch):
-    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 50)
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 50)
     content = b'q,a\n"never closed,1\n' + b"filler,2\n" * 20
     rows = assert_every_range_agrees(write(folder / "open.csv", content))
     assert rows[0].record is None
@@ -240,7 +240,7 @@ def test_a_parquet_file_that_counts_other_rows_than_it_holds_is_refused(folder):
 
 
 def test_large_parquet_rows_are_quarantined(folder, monkeypatch):
-    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 100)
     path = str(folder / "large.parquet")
     pl.DataFrame({"a": ["x", "y" * 101, "z"]}).write_parquet(path)
     assert [row.status for row in read_raw(path)] == ["ok", "too_large", "ok"]
