@@ -114,12 +114,13 @@ class RayBackend:
                     manifest = ray.get(finished)
                 except _lost() as error:
                     losses[partition] += 1
-                    log(f"{asset} {partition}: its Ray worker was lost ({losses[partition]} times); handed out again")
-                    idle.append(worker.remote(content, path))
+                    log(f"{asset} {partition}: its Ray worker was lost ({losses[partition]} times)")
                     if losses[partition] >= LOSSES_PER_PARTITION:
                         failures.add(partition, _given_up(asset, partition, error), len(waiting) + len(running))
                     else:
                         waiting.appendleft(partition)
+                    if waiting:
+                        idle.append(worker.remote(content, path))
                 except ray.exceptions.RayTaskError as error:
                     if not isinstance(error.cause, LessAssetsError):
                         raise  # an error of the program, with the worker's traceback

@@ -371,7 +371,7 @@ def _row(partition: Partition) -> str:
 
 
 def _span(partitions: Sequence[Partition]) -> str:
-    return " to ".join(dict.fromkeys(str(each or "itself") for each in (partitions[0], partitions[-1])))
+    return " to ".join(dict.fromkeys(map(str, (partitions[0], partitions[-1]))))
 
 
 def _count(due: Sequence[Partition], every: Sequence[Partition]) -> str:
