@@ -116,7 +116,7 @@ class RayBackend:
                     losses[partition] += 1
                     log(f"{asset} {partition}: its Ray worker was lost ({losses[partition]} times)")
                     if losses[partition] >= LOSSES_PER_PARTITION:
-                        failures.add(partition, _given_up(asset, partition, error), len(waiting) + len(running))
+                        failures.add(partition, _given_up(asset, partition, error))
                     else:
                         waiting.appendleft(partition)
                     if waiting:
@@ -124,7 +124,7 @@ class RayBackend:
                 except ray.exceptions.RayTaskError as error:
                     if not isinstance(error.cause, LessAssetsError):
                         raise  # an error of the program, with the worker's traceback
-                    failures.add(partition, error.cause, len(waiting) + len(running))
+                    failures.add(partition, error.cause)
                     idle.append(actor)
                 else:
                     failures.succeeded()

@@ -100,8 +100,8 @@ class GraphRunner:
         """Materialize what is missing or stale, in order; status is looked at again after each asset.
 
         Raises:
-            LessAssetsError: What was asked for does not exist, or partitions of an asset failed: its others are made,
-                and what would be made from it is not. What is done stays done.
+            LessAssetsError: What was asked for does not exist, or something failed: what can be made without it is made
+                first, unless `Failures` has no hope. What is done stays done.
         """
         report_killed_runs(self._instance, self._log)
         with process_name(self._instance) as name:
@@ -111,33 +111,47 @@ class GraphRunner:
         outcome = Outcome()
         needed = self.needed(request)
         made: dict[str, set[Partition]] = {asset: set() for asset in needed}
+        failed: dict[str, set[Partition]] = {asset: set() for asset in needed}
+        trouble: LessAssetsError | None = None
         for asset, partitions in needed.items():
             line = Lineage(self._project, self._store, verify_files=request.verify)
             due = [partition for partition in partitions if not self._is_current(line, asset, partition)]
             if asset == "influence_scores":
                 self._certify(line, [partition for partition in partitions if partition not in due], process)
+            if trouble:
+                due = self._not_waiting(line, asset, [each for each in due if each not in failed[asset]])
             if due:
                 first = [asset, *self._never_made_from(asset, due[:1], needed)]
                 self._log(f"{', '.join(first)}: {_count(due, partitions)}")
             failures = Failures(asset, self._log)
-            runs = self.runs(asset, due)
-            for number, chunk in enumerate(runs, start=1):
+            for chunk in self.runs(asset, due):
                 together = [asset, *self._never_made_from(asset, chunk, needed)]
                 try:
                     self._execute(together, chunk, process)
                 except LessAssetsError as error:
-                    failures.add(_span(chunk), error, left=len(runs) - number)
+                    failures.add(_span(chunk), error)
                     if failures.hopeless:
-                        break
+                        failures.raise_first()
+                    for each in together:
+                        failed[each].update(chunk)
                 else:
                     failures.succeeded()
                     for each in together:
                         made[each].update(chunk)
-            failures.raise_first()
+            trouble = trouble or failures.first
             if made[asset]:
                 outcome.materialized[asset] = [partition for partition in partitions if partition in made[asset]]
             outcome.fresh += len(partitions) - len(made[asset])
+        if trouble:
+            raise trouble
         return outcome
+
+    def _not_waiting(self, line: Lineage, asset: str, due: Sequence[Partition]) -> list[Partition]:
+        """What of an asset can be made although something has failed before; the log says how much cannot."""
+        left = [partition for partition in due if line.status(asset, partition).state != "blocked"]
+        if len(left) < len(due):
+            self._log(f"{asset}: {len(due) - len(left)} of {len(due)} cannot be made without what failed")
+        return left
 
     def _never_made_from(
         self, asset: str, partitions: Sequence[Partition], needed: Mapping[str, Sequence[Partition]]
@@ -371,7 +385,7 @@ def _row(partition: Partition) -> str:
 
 
 def _span(partitions: Sequence[Partition]) -> str:
-    return " to ".join(dict.fromkeys(map(str, (partitions[0], partitions[-1]))))
+    return " to ".join(dict.fromkeys(each or "" for each in (partitions[0], partitions[-1])))
 
 
 def _count(due: Sequence[Partition], every: Sequence[Partition]) -> str:

@@ -377,23 +377,27 @@ class Failures:
         """Whether so many failed in a row that the rest would, too: the disk is full, the model cannot be loaded."""
         return self._in_a_row >= FAILURES_IN_A_ROW
 
-    def add(self, partition: str, error: LessAssetsError, left: int) -> None:
-        """Note what failed, and say so unless it is about to be raised."""
+    def add(self, partition: str, error: LessAssetsError) -> None:
+        """Note what failed, and say so."""
         self._found[partition] = error
         self._in_a_row += 1
-        if left or len(self._found) > 1:
-            self._log(f"{self._asset} {partition} failed ({left} left to try): {error.what}")
+        self._log(f"{self._asset} {partition}".rstrip() + f" failed: {error.what}")
 
     def succeeded(self) -> None:
         """Note that something did not fail."""
         self._in_a_row = 0
 
+    @property
+    def first(self) -> LessAssetsError | None:
+        """What failed first."""
+        return next(iter(self._found.values()), None)
+
     def raise_first(self) -> None:
         """Raise what failed first, if anything did; of several the log names all."""
         if len(self._found) > 1:
             self._log(f"{self._asset} failed for {', '.join(self._found)}; the first one's trouble follows")
-        for error in self._found.values():
-            raise error
+        if self.first:
+            raise self.first
 
 
 class Backend(Protocol):
@@ -434,11 +438,11 @@ def make_here(
 ) -> Iterator[tuple[str, Manifest]]:
     """Make partitions in this process, in order: `Backend.make` of the local backend."""
     failures = Failures(asset, log)
-    for number, partition in enumerate(partitions, start=1):
+    for partition in partitions:
         try:
             manifest = make_artifact(line, asset, partition, compute, models, log, resumable=True)
         except LessAssetsError as error:
-            failures.add(partition, error, left=len(partitions) - number)
+            failures.add(partition, error)
             if failures.hopeless:
                 break
         else:

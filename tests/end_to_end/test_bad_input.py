@@ -8,11 +8,11 @@ from tiny import question, write_rows
 
 from less_assets.assets import gradients
 from less_assets.assets.selection import SUBSET, score_file
-from less_assets.errors import LessAssetsError, PoolFormatError, TargetFormatError, TrainingError
+from less_assets.errors import EvaluationError, LessAssetsError, PoolFormatError, TargetFormatError, TrainingError
 from less_assets.jobs import Request
 from less_assets.lineage import Lineage
 from less_assets.materialization import Computed, Work
-from less_assets.method import training
+from less_assets.method import evaluation, training
 from less_assets.project import load_project
 from less_assets.project_check import check_data
 from less_assets.resources import open_store
@@ -136,7 +136,7 @@ def test_a_shard_that_fails_does_not_keep_the_others_from_being_made(tiny_projec
         assert tried == every, "of its own run, and of the next one"
         assert (error.what, error.where) == ("no finite gradient", "epoch-1|plus-00000")
         said = capfd.readouterr().err
-        assert "train_gradients epoch-1|colors-00000 failed (1 left to try): no finite gradient" in said
+        assert "train_gradients epoch-1|colors-00000 failed: no finite gradient" in said
         assert f"train_gradients failed for {', '.join(bad)}; the first one's trouble follows" in said
         made = instance.get_materialized_partitions(dg.AssetKey("train_gradients"))
         assert made == set(every) - set(bad)
@@ -151,7 +151,7 @@ def test_what_fails_three_times_in_a_row_is_tried_no_more(tiny_project):
     assert tried == [f"epoch-{epoch}|{shard}" for epoch in (1, 2) for shard in SHARDS[:3]]
 
 
-def test_a_model_that_cannot_be_trained_does_not_keep_the_other_recipes_from_their_answers(tiny_project):
+def test_a_model_that_cannot_be_trained_does_not_keep_the_other_recipes_from_their_answers(tiny_project, capfd):
     train = training.train_adapter
 
     def fails(model, tokenizer, examples, *more, **named):
@@ -164,7 +164,33 @@ def test_a_model_that_cannot_be_trained_does_not_keep_the_other_recipes_from_the
             patched.setattr(training, "train_adapter", fails)
             with pytest.raises(TrainingError, match="out of memory"):
                 run(tiny_project.path, instance)
+        assert "task_results: 2 of 2 cannot be made without what failed" in capfd.readouterr().out
         answered = instance.get_materialized_partitions(dg.AssetKey("eval_results"))
         assert answered == {f"{recipe}|{task}" for recipe in ("less", "random-seed0", "base") for task in TASKS}
+        reported = instance.get_materialized_partitions(dg.AssetKey("selection_report"))
+        assert {f"less|{task}" for task in TASKS} <= reported
         left = run(tiny_project.path, instance).materialized
     assert left["finetuned_model"] == left["eval_results"] == [f"full|{task}" for task in TASKS]
+    assert left.keys() == {"finetuned_model", "eval_results", "task_results", "leaderboard"}
+
+
+def test_a_task_that_cannot_be_evaluated_is_tried_once_and_the_other_task_is_finished(tiny_project):
+    tried, evaluate = [], evaluation.evaluate_examples
+
+    def fails(model, tokenizer, examples, *more, name, **named):
+        tried.append(name)
+        if name == "sums":
+            raise EvaluationError("no such metric")
+        return evaluate(model, tokenizer, examples, *more, name=name, **named)
+
+    recipes = tiny_project.settings["recipes"]
+    tiny_project.settings["recipes"] = [each for each in recipes if each["name"] in ("random", "base")]
+    with dg.DagsterInstance.ephemeral() as instance:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(evaluation, "evaluate_examples", fails)
+            with pytest.raises(EvaluationError, match="no such metric"):
+                run(tiny_project.path, instance)
+        assert sorted(tried) == ["sky", "sky", "sums", "sums"]
+        assert instance.get_materialized_partitions(dg.AssetKey("task_results")) == {"sky"}
+        left = run(tiny_project.path, instance).materialized
+    assert left["task_results"] == ["sums"]
