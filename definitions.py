@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from less_assets.build import build_definitions
-from less_assets.project import load_project
+from less_assets.orchestration.definitions import build_definitions
+from less_assets.project.project import load_project
 
 DEFAULT_PROJECT = Path(__file__).parent / "projects" / "demo.yaml"
 

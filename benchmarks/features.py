@@ -49,20 +49,20 @@ import torch
 from peft import PeftModel
 from plots import draw
 
-from less_assets.method.batching import collate, plan_batches
-from less_assets.method.chat import EncodedExample, encode_messages, encode_target
-from less_assets.method.directions import AdamMoments, Directions
-from less_assets.method.exact import per_example_gradients, score_exactly
-from less_assets.method.examples import read_rows
-from less_assets.method.features import Batching, extract_features
-from less_assets.method.fidelity import Queue, ScoredSample, judge, spearman
-from less_assets.method.gradients import lora_parameters
-from less_assets.method.influence import score_block, target_directions
-from less_assets.method.models import LoraSettings, find_base, load_adapter, load_base, resolve_dtype
-from less_assets.method.quantization import choose_storage, decode, encode
-from less_assets.method.sketch import Sketch
-from less_assets.method.targets import read_targets
-from less_assets.method.training import TrainingSettings, read_moments, train_adapter
+from less_assets.method.data.batching import collate, plan_batches
+from less_assets.method.data.chat import EncodedExample, encode_messages, encode_target
+from less_assets.method.data.examples import read_rows
+from less_assets.method.data.targets import read_targets
+from less_assets.method.gradients.directions import AdamMoments, Directions
+from less_assets.method.gradients.exact import per_example_gradients, score_exactly
+from less_assets.method.gradients.features import Batching, extract_features
+from less_assets.method.gradients.per_example import lora_parameters
+from less_assets.method.gradients.quantization import choose_storage, decode, encode
+from less_assets.method.gradients.sketch import Sketch
+from less_assets.method.selection.fidelity import Queue, ScoredSample, judge, spearman
+from less_assets.method.selection.influence import score_block, target_directions
+from less_assets.method.training.models import LoraSettings, find_base, load_adapter, load_base, resolve_dtype
+from less_assets.method.training.training import TrainingSettings, read_moments, train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LESS_BENCHMARK_DATA", ROOT.parent / "shared" / "data"))

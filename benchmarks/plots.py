@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from less_assets.method.quantization import bytes_per_row
+from less_assets.method.gradients.quantization import bytes_per_row
 from less_assets.report.charts import BLUE, GREY, GRID, INK, ORANGE, PAPER
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

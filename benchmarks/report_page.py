@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from less_assets.method.examples import example_id, read_rows
+from less_assets.method.data.examples import example_id, read_rows
 from less_assets.report.contents import ID_CHARACTERS, MANY_CHARACTERS, Cut, ReportContents
 from less_assets.report.page import render_page
 

@@ -44,13 +44,13 @@ import dagster as dg
 import yaml
 from tiny_project import write_model, write_project, write_rows
 
-from less_assets.build import build_definitions
-from less_assets.jobs import GraphRunner, Outcome, Request, open_instance, register_shards
-from less_assets.lineage import Lineage
-from less_assets.partitions import ASSET_AXES
-from less_assets.project import Project, load_project
-from less_assets.rates import machine
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.compute.speeds import machine
+from less_assets.lineage.lineage import Lineage
+from less_assets.orchestration.definitions import build_definitions
+from less_assets.orchestration.partitions import ASSET_AXES
+from less_assets.project.project import Project, load_project
+from less_assets.running.runner import GraphRunner, Outcome, Request, open_instance, register_shards
 from less_assets.store.tables import read_parquet
 
 HERE = Path(__file__).resolve().parent
@@ -228,31 +228,37 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
     """The same work as function calls: nothing is stored but what training itself writes, nothing is recorded."""
     import polars as pl
 
-    from less_assets.assets.evaluation import evaluation_examples, evaluation_settings
-    from less_assets.assets.warmup import lora_settings
-    from less_assets.guardrails import evaluated_rows
-    from less_assets.method.chat import encode_messages, encode_target
-    from less_assets.method.evaluation import evaluate_examples
-    from less_assets.method.examples import read_rows
-    from less_assets.method.features import extract_features, resolve_token_budget
-    from less_assets.method.gradients import lora_parameters
-    from less_assets.method.influence import (
+    from less_assets.method.data.chat import encode_messages, encode_target
+    from less_assets.method.data.examples import read_rows
+    from less_assets.method.data.row_files import list_files
+    from less_assets.method.data.targets import read_targets
+    from less_assets.method.evaluation.evaluation import evaluate_examples
+    from less_assets.method.evaluation.leaderboard import (
+        RecipeResult,
+        against_random,
+        compare_recipes,
+        merge,
+        to_markdown,
+    )
+    from less_assets.method.gradients.features import extract_features, resolve_token_budget
+    from less_assets.method.gradients.per_example import lora_parameters
+    from less_assets.method.gradients.quantization import encode
+    from less_assets.method.gradients.sketch import Sketch
+    from less_assets.method.selection.influence import (
         SUBTASK_RULES,
         normalised_weights,
         score_shard,
         score_table,
         target_directions,
     )
-    from less_assets.method.leaderboard import RecipeResult, against_random, compare_recipes, merge, to_markdown
-    from less_assets.method.models import load_adapter, load_base
-    from less_assets.method.quantization import encode
-    from less_assets.method.row_files import list_files
-    from less_assets.method.selection import Budget, Candidates, select_at_random, select_by_score
-    from less_assets.method.sketch import Sketch
-    from less_assets.method.targets import read_targets
-    from less_assets.method.training import TrainingSettings, train_adapter
-    from less_assets.method.warmup import load_checkpoint, load_moments, warm_up
+    from less_assets.method.selection.selection import Budget, Candidates, select_at_random, select_by_score
+    from less_assets.method.training.models import load_adapter, load_base
+    from less_assets.method.training.training import TrainingSettings, train_adapter
+    from less_assets.method.training.warmup import load_checkpoint, load_moments, warm_up
+    from less_assets.orchestration.fairness_checks import evaluated_rows
     from less_assets.report import charts
+    from less_assets.steps.evaluation import evaluation_examples, evaluation_settings
+    from less_assets.steps.warmup import lora_settings
 
     project = load_project(path)
     cache = Path(folder) / "cache"
@@ -451,7 +457,7 @@ def overhead(notes: Notes, small: bool, rounds: int) -> None:
 
 
 def _fill_cache(project: Project, cache: Path) -> None:
-    from less_assets.method.models import find_base
+    from less_assets.method.training.models import find_base
 
     find_base(project.model.base, cache)
 
@@ -477,10 +483,10 @@ def materialize_records(path: Path, home: Path) -> int:
     project = load_project(path)
     store = open_store(project)
     with dg.DagsterInstance.from_config(str(home)) as instance:
-        ledger = register_shards(project, store, instance)
+        pool_files = register_shards(project, store, instance)
         axes = {
             "checkpoint": list(project.checkpoints),
-            "shard": ledger.shard_keys(),
+            "shard": pool_files.shard_keys(),
             "task": project.task_names,
             "recipe": list(project.recipe_keys),
         }
@@ -615,9 +621,9 @@ def _scores(path: Path) -> Any:
     import polars as pl
 
     project = load_project(path)
-    line = Lineage(project, open_store(project))
-    folder = line.folder("influence_scores", "task-0")
-    return pl.concat([read_parquet(folder, f"scores/{shard}.parquet") for shard in line.shards()])
+    lineage = Lineage(project, open_store(project))
+    folder = lineage.folder("influence_scores", "task-0")
+    return pl.concat([read_parquet(folder, f"scores/{shard}.parquet") for shard in lineage.shards()])
 
 
 # Ray ----------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ import numpy as np
 import polars as pl
 import torch  # noqa: F401 - what computes is loaded before the clock starts
 
-from less_assets.method.influence import normalised_weights, score_shard, score_table, target_directions
-from less_assets.method.selection import Budget, Candidates, select_by_score
+from less_assets.method.selection.influence import normalised_weights, score_shard, score_table, target_directions
+from less_assets.method.selection.selection import Budget, Candidates, select_by_score
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.features import FeatureWriter, open_features
 from less_assets.store.tables import read_parquet, write_parquet

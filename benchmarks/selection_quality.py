@@ -35,11 +35,11 @@ import numpy as np
 import polars as pl
 import yaml
 
-from less_assets.jobs import GraphRunner, Request, open_instance, register_shards
-from less_assets.lineage import Lineage
-from less_assets.project import Project, load_project
-from less_assets.project_check import check_data
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.data_check import check_data
+from less_assets.project.project import Project, load_project
+from less_assets.running.runner import GraphRunner, Request, open_instance, register_shards
 from less_assets.store.artifacts import ArtifactStore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,7 +230,7 @@ def _different(project: Project, *, single: bool) -> list[tuple[float, bool]]:
 
 
 def _subtasks(project: Project, task: str) -> int:
-    from less_assets.method.targets import read_targets
+    from less_assets.method.data.targets import read_targets
 
     examples = project.task(task).examples
     assert examples is not None
@@ -239,12 +239,12 @@ def _subtasks(project: Project, task: str) -> int:
 
 def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
     """What is evaluated so far: one entry for each task and recipe key."""
-    line, found = Lineage(project, store), []
+    lineage, found = Lineage(project, store), []
     for task in project.task_names:
         for key, recipe in project.recipe_keys.items():
-            if line.status("eval_results", f"{key}|{task}").state != "fresh":
+            if lineage.status("eval_results", f"{key}|{task}").state != "fresh":
                 continue
-            metrics = line.summary("eval_results", f"{key}|{task}")["metrics"]
+            metrics = lineage.summary("eval_results", f"{key}|{task}")["metrics"]
             scores = [value for name, value in metrics.items() if name != f"{task}/loss"]
             found.append(
                 {
@@ -254,7 +254,7 @@ def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
                     "seed": recipe.seed,
                     "loss": metrics[f"{task}/loss"],
                     "score": scores[0] if scores else None,
-                    "tokens": line.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
+                    "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
                 }
             )
     return found
@@ -266,7 +266,7 @@ def overview(board: pl.DataFrame) -> str:
     Args:
         board: Table of `leaderboard.LEADERBOARD_SCHEMA` whose recipes with a budget end with it in per cent.
     """
-    from less_assets.method.leaderboard import against_random, markdown_table
+    from less_assets.method.evaluation.leaderboard import against_random, markdown_table
 
     marks = {"better": "*", "worse": "†", "undecided": ""}
     cells: dict[str, dict[str, str]] = {}
@@ -297,22 +297,22 @@ def overview(board: pl.DataFrame) -> str:
 
 def report(project: Project, store: ArtifactStore, results: Path) -> None:
     """Write the figures and, of finished tasks, the leaderboard."""
-    from less_assets.assets.evaluation import BOARD
-    from less_assets.method.leaderboard import merge, to_markdown
+    from less_assets.method.evaluation.leaderboard import merge, to_markdown
+    from less_assets.steps.evaluation import BOARD
     from less_assets.store.tables import read_parquet
 
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(figures(project, store), indent=1) + "\n")
-    line = Lineage(project, store)
-    finished = [task for task in project.task_names if line.status("task_results", task).state == "fresh"]
+    lineage = Lineage(project, store)
+    finished = [task for task in project.task_names if lineage.status("task_results", task).state == "fresh"]
     if finished:
-        board = merge([read_parquet(line.folder("task_results", task), BOARD) for task in finished])
+        board = merge([read_parquet(lineage.folder("task_results", task), BOARD) for task in finished])
         results.with_suffix(".md").write_text(f"{overview(board)}\n\n{to_markdown(board)}\n")
 
 
 def run(project: Project, home: Path, results: Path) -> None:
     """Bring the project up to date task after task, writing the figures after each."""
-    from less_assets.build import build_definitions
+    from less_assets.orchestration.definitions import build_definitions
 
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "dagster.yaml").exists():

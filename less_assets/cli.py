@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from less_assets.compute.progress import duration
 from less_assets.errors import LessAssetsError
-from less_assets.progress import duration
 
 if TYPE_CHECKING:
     import dagster as dg
 
-    from less_assets.estimate import Estimate
-    from less_assets.jobs import GraphRunner, Request
-    from less_assets.lineage import Lineage, Status
-    from less_assets.project import Project
+    from less_assets.lineage.lineage import Lineage, Status
+    from less_assets.planning.estimate import Estimate
+    from less_assets.project.project import Project
+    from less_assets.running.runner import GraphRunner, Request
     from less_assets.store.artifacts import ArtifactStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,8 +57,8 @@ UntilOption = Annotated[str, typer.Option("--until", help="Stop with this asset,
 @app.command()
 def check(project: ProjectOption = DEFAULT_PROJECT) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
-    from less_assets.project import load_project
-    from less_assets.project_check import check_data
+    from less_assets.project.data_check import check_data
+    from less_assets.project.project import load_project
 
     with _told():
         loaded = load_project(project)
@@ -90,10 +90,10 @@ def plan(
 ) -> None:
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with _told(), _opened(project) as (loaded, store, instance, runner):
-        from less_assets.estimate import estimate
-        from less_assets.jobs import register_shards
-        from less_assets.lineage import Lineage
-        from less_assets.resources import ModelLoader, cache_folder
+        from less_assets.compute.models import ModelLoader, cache_folder
+        from less_assets.lineage.lineage import Lineage
+        from less_assets.planning.estimate import estimate
+        from less_assets.running.runner import register_shards
 
         register_shards(loaded, store, instance)
         models = ModelLoader(loaded, cache_folder(store))
@@ -170,14 +170,14 @@ def run(
     ] = False,
 ) -> None:
     """Make what is missing or stale, in order, through Dagster; what is done stays done if it is interrupted."""
-    from less_assets import summary
+    from less_assets.inspection import summary
 
     started = time.monotonic()
     with _told(), _termination_as_ctrl_c(), _opened(project) as (loaded, store, instance, runner):
-        from less_assets.jobs import register_shards
-        from less_assets.lineage import draw_sample_again
-        from less_assets.project_check import check_data
-        from less_assets.project_yaml import problems_error
+        from less_assets.lineage.lineage import draw_sample_again
+        from less_assets.project.data_check import check_data
+        from less_assets.project.yaml_file import problems_error
+        from less_assets.running.runner import register_shards
 
         request = replace(_request(task, recipe, until, loaded), verify=verify)
         if problems := check_data(loaded):  # a task's missing file shall not be found after hours of gradients
@@ -216,19 +216,19 @@ def explain(
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Say why a row scores as it does for a task. Computes nothing, unless --text gives a new row."""
-    with _told(), _read(project) as line:
-        from less_assets.explain import explain_row, explain_text, in_words
-        from less_assets.resources import ModelLoader, cache_folder
+    with _told(), _read(project) as lineage:
+        from less_assets.compute.models import ModelLoader, cache_folder
+        from less_assets.inspection.explain import explain_row, explain_text, in_words
 
         if bool(example_id) == bool(text):
             raise LessAssetsError(
                 "One row is to be explained.", fix="give the id of a row of the pool, or a row of your own with --text"
             )
         if text:
-            models = ModelLoader(line.project, cache_folder(line.store))
-            found = explain_text(line, models, task, sys.stdin.read() if text == "-" else text)
+            models = ModelLoader(lineage.project, cache_folder(lineage.store))
+            found = explain_text(lineage, models, task, sys.stdin.read() if text == "-" else text)
         else:
-            found = explain_row(line, task, example_id)
+            found = explain_row(lineage, task, example_id)
         _print(found, in_words, as_json)
 
 
@@ -239,10 +239,10 @@ def trace(
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Follow a row: back to its file, arrays, settings and code, forward to all that selected it. Computes nothing."""
-    with _told(), _read(project) as line:
-        from less_assets.trace import in_words, trace_row
+    with _told(), _read(project) as lineage:
+        from less_assets.inspection.trace import in_words, trace_row
 
-        _print(trace_row(line, example_id), in_words, as_json)
+        _print(trace_row(lineage, example_id), in_words, as_json)
 
 
 @app.command()
@@ -251,8 +251,8 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,
 ) -> None:
     """Remove artifacts that nothing current refers to, and what killed runs and trainings have left for a day."""
-    from less_assets.project import load_project
-    from less_assets.resources import cache_folder, open_store, scratch_folder
+    from less_assets.compute.models import cache_folder, open_store, scratch_folder
+    from less_assets.project.project import load_project
     from less_assets.store.garbage import collect_garbage, collect_scratch
 
     with _told():
@@ -266,8 +266,8 @@ def gc(
 
 
 def _request(task: list[str], recipe: list[str], until: str, project: "Project") -> "Request":
-    from less_assets.jobs import Request
-    from less_assets.partitions import ASSET_AXES
+    from less_assets.orchestration.partitions import ASSET_AXES
+    from less_assets.running.runner import Request
 
     for name in task:
         project.task(name)
@@ -310,9 +310,9 @@ def _termination_as_ctrl_c() -> Iterator[None]:
 @contextmanager
 def _read(path: Path) -> Iterator["Lineage"]:
     """What is stored of a project, to be read only."""
-    from less_assets.lineage import Lineage
-    from less_assets.project import load_project
-    from less_assets.resources import open_store
+    from less_assets.compute.models import open_store
+    from less_assets.lineage.lineage import Lineage
+    from less_assets.project.project import load_project
 
     loaded = load_project(path)
     yield Lineage(loaded, open_store(loaded))
@@ -325,10 +325,10 @@ def _print(found: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple["Project", "ArtifactStore", "dg.DagsterInstance", "GraphRunner"]]:
     """The project, its store, the Dagster instance, and what runs the graph on them."""
-    from less_assets.build import build_definitions
-    from less_assets.jobs import GraphRunner, open_instance
-    from less_assets.project import load_project
-    from less_assets.resources import open_store
+    from less_assets.compute.models import open_store
+    from less_assets.orchestration.definitions import build_definitions
+    from less_assets.project.project import load_project
+    from less_assets.running.runner import GraphRunner, open_instance
     from less_assets.store.artifacts import exclusive_lock
 
     loaded = load_project(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiny import HOSTILE, WORDS, TinyProject
+from support.tiny import HOSTILE, WORDS, TinyProject
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -69,10 +69,10 @@ def explained_project(tmp_path_factory, tiny_model) -> Path:
     """Project file of a tiny project, one task, that was run up to its selection reports; not to be changed."""
     import dagster as dg
 
-    from less_assets.build import build_definitions
-    from less_assets.jobs import GraphRunner, Request, register_shards
-    from less_assets.project import load_project
-    from less_assets.resources import open_store
+    from less_assets.compute.models import open_store
+    from less_assets.orchestration.definitions import build_definitions
+    from less_assets.project.project import load_project
+    from less_assets.running.runner import GraphRunner, Request, register_shards
 
     tiny = TinyProject(tmp_path_factory.mktemp("explained"), tiny_model)
     plus = tiny.folder / "data/plus.jsonl"

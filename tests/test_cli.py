@@ -11,7 +11,7 @@ import time
 import dagster as dg
 import pytest
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
-from tiny import write_rows
+from support.tiny import write_rows
 from typer.testing import CliRunner
 
 from less_assets.cli import app
@@ -220,8 +220,8 @@ def test_a_damaged_artifact_is_made_again(command):
 
 
 def test_a_run_that_stops_says_what_is_kept_and_how_to_go_on(command, monkeypatch):
-    from less_assets.assets import pool
     from less_assets.errors import StorageError
+    from less_assets.steps import pool
 
     def full(*_):
         raise StorageError("Cannot write: the disk is full", fix="Check free space")
@@ -236,7 +236,7 @@ def test_a_run_that_stops_says_what_is_kept_and_how_to_go_on(command, monkeypatc
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_run_interrupted_in_a_step_says_how_to_go_on_and_closes_its_records(command, monkeypatch, name):
-    from less_assets.assets import pool
+    from less_assets.steps import pool
 
     def interrupted(work):
         os.kill(os.getpid(), getattr(signal, name))

@@ -12,8 +12,8 @@ pytest.importorskip("reasoning_gym", reason="the extra `demo` is not installed")
 import polars as pl
 
 from less_assets.demo import HELD_OUT_PER_TASK, KINDS, ROWS_PER_KIND, TARGETS_PER_TASK, TASKS, write_demo_data
-from less_assets.method.examples import read_rows
-from less_assets.method.targets import read_evaluation, read_targets
+from less_assets.method.data.examples import read_rows
+from less_assets.method.data.targets import read_evaluation, read_targets
 
 
 @pytest.fixture(scope="module")

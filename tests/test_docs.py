@@ -13,13 +13,13 @@ import pytest
 import typer
 import zarr
 
-from less_assets.build import build_definitions
 from less_assets.cli import app
-from less_assets.jobs import GraphRunner, Request, register_shards
-from less_assets.partitions import ASSET_AXES
-from less_assets.project import load_project
-from less_assets.project_check import check_data
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.orchestration.definitions import build_definitions
+from less_assets.orchestration.partitions import ASSET_AXES
+from less_assets.project.data_check import check_data
+from less_assets.project.project import load_project
+from less_assets.running.runner import GraphRunner, Request, register_shards
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

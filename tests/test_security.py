@@ -77,11 +77,11 @@ def test_yaml_is_parsed_by_a_safe_loader_only():
 def test_leave_to_run_a_models_own_code_holds_for_that_model_alone(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from less_assets.resources import ModelLoader
+    from less_assets.compute.models import ModelLoader
 
     asked: dict[str, bool] = {}
     monkeypatch.setattr(
-        "less_assets.method.models.load_base",
+        "less_assets.method.training.models.load_base",
         lambda base, **options: asked.setdefault(base, options["trust_remote_code"]),
     )
     settings = {"base": "owner/model", "dtype": "auto", "device": "auto", "quantization": "none", "device_map": None}

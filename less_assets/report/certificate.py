@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from less_assets.certificates import judge_selection
-from less_assets.lineage import Lineage
+from less_assets.lineage.lineage import Lineage
+from less_assets.reading.certificates import judge_selection
 
 
 def percent(share: float) -> str:
@@ -37,15 +37,15 @@ class Certificate:
         return rows.join(judged, on="example_id", how="left", maintain_order="left")
 
 
-def certificate_of(line: Lineage, key: str, selected: pl.DataFrame) -> Certificate | None:
+def certificate_of(lineage: Lineage, key: str, selected: pl.DataFrame) -> Certificate | None:
     """What the certificate of the scores in force says of a selection; None if there is none that covers it.
 
     Args:
-        line: The project's lineage.
+        lineage: The project's lineage.
         key: Partition key `recipe|task`.
         selected: The subset as stored.
     """
-    judged = judge_selection(line, key, selected)
+    judged = judge_selection(lineage, key, selected)
     if judged is None:
         return None
     bands = [band for band in judged.bands if band is not None]

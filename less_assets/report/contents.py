@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from less_assets.assets.pool import EXAMPLES, INDEX
-from less_assets.assets.selection import SUBSET
-from less_assets.assets.targets import TARGETS
-from less_assets.cuts import Cuts, score_matrix
-from less_assets.lineage import Lineage
-from less_assets.method.composition import (
+from less_assets.lineage.lineage import Lineage
+from less_assets.method.data.composition import (
     LENGTHS,
     TURNS,
     assistant_turns,
@@ -25,11 +21,15 @@ from less_assets.method.composition import (
     length_class,
     turn_class,
 )
-from less_assets.method.neighbours import NEAR_DUPLICATE
-from less_assets.project import ResolvedRecipe
+from less_assets.method.selection.neighbours import NEAR_DUPLICATE
+from less_assets.project.project import ResolvedRecipe
+from less_assets.reading.rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
+from less_assets.reading.selection_cut import Cuts, score_matrix
 from less_assets.report.certificate import Certificate, certificate_of, percent
+from less_assets.steps.pool import EXAMPLES, INDEX
+from less_assets.steps.selection import SUBSET
+from less_assets.steps.targets import TARGETS
 from less_assets.store.tables import read_parquet
-from less_assets.stored_rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
 
 NEIGHBOUR_CHARACTERS = 400
 """Characters shown of a neighbour's question and of its answer, where it is not in the page itself."""
@@ -84,7 +84,7 @@ class Cut:
 
 
 def report_contents(
-    line: Lineage,
+    lineage: Lineage,
     recipe_key: str,
     task: str,
     progress: Callable[[int, str], Callable[[int], object]],
@@ -92,51 +92,53 @@ def report_contents(
     """Gather what the page of a recipe's selection for a task shows.
 
     Args:
-        line: Reads artifacts that are up to date.
+        lineage: Reads artifacts that are up to date.
         recipe_key: Key of the recipe.
         task: The task.
         progress: Given a total and its unit, returns what is called with the units done.
     """
-    recipe = line.project.recipe(recipe_key)
-    scored = line.project.selects_by_influence(recipe_key)
+    recipe = lineage.project.recipe(recipe_key)
+    scored = lineage.project.selects_by_influence(recipe_key)
     key = f"{recipe_key}|{task}"
-    subset = read_parquet(line.folder("selected_subset", key), SUBSET).drop("messages")
-    certificate = certificate_of(line, key, subset)
+    subset = read_parquet(lineage.folder("selected_subset", key), SUBSET).drop("messages")
+    certificate = certificate_of(lineage, key, subset)
     if scored:
-        rows = read_parquet(line.folder("token_attribution", key), "rows.parquet")
+        rows = read_parquet(lineage.folder("token_attribution", key), "rows.parquet")
     else:
         rows = subset.with_columns(pl.lit("selected").alias("group"))
-    rows = rows.with_columns(subtask_label(line, task).alias("label") if scored else pl.col("subtask").alias("label"))
+    rows = rows.with_columns(
+        subtask_label(lineage, task).alias("label") if scored else pl.col("subtask").alias("label")
+    )
     rows = rows.with_row_index("place")
-    cuts = Cuts.of(line, recipe, task) if scored else None
-    pool = _look_through(line, rows, cuts.best_labels() if cuts else None, progress)
+    cuts = Cuts.of(lineage, recipe, task) if scored else None
+    pool = _look_through(lineage, rows, cuts.best_labels() if cuts else None, progress)
     facts = rows.join(pool.facts, on=["shard", "row"], how="left", maintain_order="left")
     if certificate:
         facts = certificate.judge(facts)
     else:
         facts = facts.with_columns(pl.lit(None, pl.Float32).alias("chance"), pl.lit(None, pl.Boolean).alias("certain"))
-    explained = _Explained.of(line, recipe, task, facts, cuts.scores_of(facts)) if cuts else None
-    others = _other_selections(line, recipe_key, task)
-    details = _details(line, facts, explained, others)
+    explained = _Explained.of(lineage, recipe, task, facts, cuts.scores_of(facts)) if cuts else None
+    others = _other_selections(lineage, recipe_key, task)
+    details = _details(lineage, facts, explained, others)
     if explained is not None:
         facts = facts.with_columns(pl.Series("duplicate", explained.nearest_cosine(), pl.Float32))
     else:
         facts = facts.with_columns(pl.lit(None, pl.Float32).alias("duplicate"))
     selected = facts.filter(pl.col("group") == "selected")
-    overlap = _overlap(line, subset, others)
+    overlap = _overlap(lineage, subset, others)
     composition = _composition(selected, pool, scored)
     notes = _notes(selected, composition, facts, certificate, scored)
-    targets = read_parquet(line.folder("target_examples", task), TARGETS)
+    targets = read_parquet(lineage.folder("target_examples", task), TARGETS)
     head: dict[str, Any] = {
-        "project": line.project.name,
+        "project": lineage.project.name,
         "task": task,
         "recipe": recipe_key,
-        "settings": _settings(line, recipe),
+        "settings": _settings(lineage, recipe),
         "scored": scored,
         "exact": recipe.candidates is not None,
         "counts": {
             "selected": selected.height,
-            "pool": int(line.summary("pool_index")["unique"]),
+            "pool": int(lineage.summary("pool_index")["unique"]),
             "tokens": int(selected["tokens"].sum()),
             "estimated": not scored,
             "below_cut": int((facts["group"] == "below_cut").sum()),
@@ -144,7 +146,9 @@ def report_contents(
             "certain": int(selected["certain"].sum()) if certificate else None,
         },
         "certificate": certificate.text if certificate else None,
-        "checkpoints": [{"name": name, "weight": _short(weight)} for name, weight in checkpoint_weights(line).items()]
+        "checkpoints": [
+            {"name": name, "weight": _short(weight)} for name, weight in checkpoint_weights(lineage).items()
+        ]
         if scored
         else [],
         "subtasks": cuts.labels if cuts else [],
@@ -154,7 +158,7 @@ def report_contents(
         "notes": notes,
         "near_duplicate": NEAR_DUPLICATE,
         "targets": [_target(row) for row in targets.iter_rows(named=True)] if scored else [],
-        "inputs": dict(sorted(_made_from(line, key).items())),
+        "inputs": dict(sorted(_made_from(lineage, key).items())),
     }
     columns = {
         "id": facts["example_id"].to_list(),
@@ -201,21 +205,21 @@ class _Pool:
 
 
 def _look_through(
-    line: Lineage,
+    lineage: Lineage,
     rows: pl.DataFrame,
     best_labels: Iterator[pl.DataFrame] | None,
     progress: Callable[[int, str], Callable[[int], object]],
 ) -> _Pool:
     """Count what the pool is made of, shard by shard, and keep the facts of some rows."""
-    index = read_parquet(line.folder("pool_index"), INDEX)
+    index = read_parquet(lineage.folder("pool_index"), INDEX)
     done = progress(index.height, "rows")
     facts = []
     tallies: dict[str, dict[str, int]] = {name: {} for name in ("source", "length", "turns", "language", "subtask")}
     lengths: dict[int, int] = {}
-    for shard in line.shards():
+    for shard in lineage.shards():
         usable = index.filter(pl.col("shard") == shard)
         columns = ["example_id", "source", "source_file", "source_row", "messages"]
-        table = read_parquet(line.folder("instruction_pool", shard), EXAMPLES, columns)[usable["row"].to_list()]
+        table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, columns)[usable["row"].to_list()]
         table = table.with_columns(usable.select("shard", "row", "copies", "canonical"))
         if best_labels is not None:
             labels = next(best_labels)
@@ -314,15 +318,15 @@ class _Explained:
 
     @classmethod
     def of(
-        cls, line: Lineage, recipe: ResolvedRecipe, task: str, rows: pl.DataFrame, totals: np.ndarray
+        cls, lineage: Lineage, recipe: ResolvedRecipe, task: str, rows: pl.DataFrame, totals: np.ndarray
     ) -> "_Explained":
         """Read it."""
-        folder = line.folder("token_attribution", f"{recipe.key}|{task}")
+        folder = lineage.folder("token_attribution", f"{recipe.key}|{task}")
         form, rule = str(recipe.form), str(recipe.subtask)
-        checkpoints = line.project.checkpoints
+        checkpoints = lineage.project.checkpoints
         names = [score_column(form, rule, name) for name in checkpoints]
-        table = scores_of(line, task, rows, names)
-        labels = [str(label) for label in line.summary("influence_scores", task)["subtasks"]]
+        table = scores_of(lineage, task, rows, names)
+        labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
         own = np.array([labels.index(label) for label in rows["label"]], dtype=np.int64)
         every = np.arange(rows.height)
         by_checkpoint = [score_matrix(table[name])[every, own] for name in names]
@@ -340,7 +344,7 @@ class _Explained:
             np.stack(by_checkpoint, axis=1),
             neighbours,
             tokens,
-            messages_of(line, elsewhere.sort("shard", "row")),
+            messages_of(lineage, elsewhere.sort("shard", "row")),
         )
 
     def nearest_cosine(self) -> list[float | None]:
@@ -400,9 +404,9 @@ def _turns(tokens: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _details(
-    line: Lineage, rows: pl.DataFrame, explained: _Explained | None, others: Mapping[str, set[str]]
+    lineage: Lineage, rows: pl.DataFrame, explained: _Explained | None, others: Mapping[str, set[str]]
 ) -> list[dict[str, Any]]:
-    messages = messages_of(line, rows)
+    messages = messages_of(lineage, rows)
     places = {example_id: place for place, example_id in enumerate(rows["example_id"])}
     details = []
     for place, row in enumerate(rows.iter_rows(named=True)):
@@ -436,15 +440,15 @@ def _target(row: Mapping[str, Any]) -> dict[str, Any]:
 # ---- the whole ----
 
 
-def _settings(line: Lineage, recipe: ResolvedRecipe) -> list[list[str]]:
+def _settings(lineage: Lineage, recipe: ResolvedRecipe) -> list[list[str]]:
     """The recipe in words, [name, value] each."""
     budget = recipe.budget
     found = [["strategy", recipe.strategy]]
     if budget is not None:
         amount = f"{budget.amount:.3g} of the pool" if budget.unit == "fraction" else f"{budget.amount:,} {budget.unit}"
         found.append(["budget", amount])
-    if line.project.selects_by_influence(recipe.key):
-        gradients = line.project.gradients
+    if lineage.project.selects_by_influence(recipe.key):
+        gradients = lineage.project.gradients
         found += [
             ["direction form", str(recipe.form)],
             ["subtask rule", str(recipe.subtask)],
@@ -455,27 +459,27 @@ def _settings(line: Lineage, recipe: ResolvedRecipe) -> list[list[str]]:
             found.append(["rescored", f"exactly, {recipe.candidates:g} × the budget"])
     if recipe.seed is not None:
         found.append(["seed", str(recipe.seed)])
-    return [*found, ["base model", line.project.as_written(line.project.model.base)]]
+    return [*found, ["base model", lineage.project.as_written(lineage.project.model.base)]]
 
 
-def _made_from(line: Lineage, key: str) -> dict[str, str]:
+def _made_from(lineage: Lineage, key: str) -> dict[str, str]:
     """Data versions of everything that the selection was made from, first hand."""
-    manifest = line.fresh("selected_subset", key)
+    manifest = lineage.fresh("selected_subset", key)
     return {**manifest.inputs, f"selected_subset/{key}": manifest.data_version}
 
 
-def _other_selections(line: Lineage, recipe: str, task: str) -> dict[str, set[str]]:
+def _other_selections(lineage: Lineage, recipe: str, task: str) -> dict[str, set[str]]:
     """Ids that each other recipe last selected for the task."""
     return {
         other: set(read_parquet(pointer.folder, SUBSET, ["example_id"])["example_id"])
-        for other, pointer in line.other_subsets(recipe, task).items()
+        for other, pointer in lineage.other_subsets(recipe, task).items()
     }
 
 
-def _overlap(line: Lineage, subset: pl.DataFrame, others: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+def _overlap(lineage: Lineage, subset: pl.DataFrame, others: Mapping[str, set[str]]) -> list[dict[str, Any]]:
     """How many rows other recipes for the task selected as well; in the order of `others`."""
     own = set(subset["example_id"])
-    unique = max(1, int(line.summary("pool_index")["unique"]))
+    unique = max(1, int(lineage.summary("pool_index")["unique"]))
     found = []
     for other, ids in others.items():
         expected = round(len(own) * len(ids) / unique, 1)

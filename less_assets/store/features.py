@@ -23,7 +23,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.errors import ContainsArrayError
 
 from less_assets.errors import CorruptArtifactError, LessAssetsError, MissingArtifactError, StaleArtifactError
-from less_assets.method.quantization import decode, encode
+from less_assets.method.gradients.quantization import decode, encode
 from less_assets.store.artifacts import ArtifactFolder, repair_command
 from less_assets.store.files import list_files, local_path, remove_tree, storage_trouble
 

@@ -3,19 +3,20 @@
 import dagster as dg
 import polars as pl
 import pytest
-from test_run import run
-from tiny import question, write_rows
+from support.graph import run
+from support.tiny import question, write_rows
 
-from less_assets.assets import gradients
-from less_assets.assets.selection import SUBSET, score_file
+from less_assets.compute.models import open_store
 from less_assets.errors import EvaluationError, LessAssetsError, PoolFormatError, TargetFormatError, TrainingError
-from less_assets.jobs import Request
-from less_assets.lineage import Lineage
-from less_assets.materialization import Computed, Work
-from less_assets.method import evaluation, training
-from less_assets.project import load_project
-from less_assets.project_check import check_data
-from less_assets.resources import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.method.evaluation.evaluation import evaluation
+from less_assets.method.training.training import training
+from less_assets.orchestration.materialization import StepInputs, StepResult
+from less_assets.project.data_check import check_data
+from less_assets.project.project import load_project
+from less_assets.running.runner import Request
+from less_assets.steps import gradients
+from less_assets.steps.selection import SUBSET, score_file
 from less_assets.store.tables import read_parquet
 
 UNTIL_SUBSETS = Request(until="selected_subset")
@@ -46,12 +47,12 @@ def test_rows_without_a_usable_gradient_have_a_reason_and_no_rank(tiny_project):
     rows = [question(1, "plus"), cut_off, {"messages": "none"}, question(2, "plus"), {"messages": []}]
     targets = [{"messages": question(200, "plus"), "subtask": "only"}]
     small(tiny_project, rows, targets)
-    line = finished(tiny_project)
-    table = read_parquet(line.folder("influence_scores", "sums"), score_file("plus-00000"))
+    lineage = finished(tiny_project)
+    table = read_parquet(lineage.folder("influence_scores", "sums"), score_file("plus-00000"))
     assert table["status"].to_list() == ["ok", "no_loss_tokens", "wrong_type", "ok", "no_assistant_turn"]
     scored = [name for name in table.columns if "." in name]
     assert table.filter(pl.col("status") != "ok").select(scored).null_count().row(0) == (3,) * len(scored)
-    subset = read_parquet(line.folder("selected_subset", "less|sums"), SUBSET)
+    subset = read_parquet(lineage.folder("selected_subset", "less|sums"), SUBSET)
     assert set(subset["example_id"]) == set(table.filter(pl.col("status") == "ok")["example_id"])
     assert subset["score"].is_finite().all()
 
@@ -59,10 +60,10 @@ def test_rows_without_a_usable_gradient_have_a_reason_and_no_rank(tiny_project):
 def test_a_pool_of_one_row_and_a_subtask_of_one_row_are_enough(tiny_project):
     small(tiny_project, [question(1, "plus")], [{"messages": question(200, "plus"), "subtask": "only"}])
     tiny_project.settings["recipes"][0]["rows"] = 1
-    line = finished(tiny_project, Request())
-    subset = read_parquet(line.folder("selected_subset", "less|sums"), SUBSET)
+    lineage = finished(tiny_project, Request())
+    subset = read_parquet(lineage.folder("selected_subset", "less|sums"), SUBSET)
     assert (subset.height, subset["score"].is_finite().all()) == (1, True)
-    assert line.status("leaderboard").state == "fresh"
+    assert lineage.status("leaderboard").state == "fresh"
 
 
 def test_a_task_without_examples_is_refused_before_anything_is_computed(tiny_project):
@@ -115,7 +116,7 @@ def gradients_with_failing(endings: tuple[str, ...], project_file, instance) -> 
     """Make gradients, of which some fail; returns what was tried, and how the run ended."""
     tried, extract = [], gradients.extract_train_gradients
 
-    def fails(work: Work) -> Computed:
+    def fails(work: StepInputs) -> StepResult:
         tried.append(work.partition)
         if work.partition.endswith(endings):
             raise TrainingError("no finite gradient", where=work.partition, fix="look at the row")

@@ -6,16 +6,16 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
-from test_run import run
-from tiny import TinyProject, question, write_rows
+from support.graph import run
+from support.tiny import TinyProject, question, write_rows
 
-from less_assets.assets.baselines import EMBEDDINGS, score_file
-from less_assets.assets.ranking import restraints_of
-from less_assets.assets.selection import PASSED_OVER, SUBSET
-from less_assets.jobs import Request
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import load_project
+from less_assets.running.runner import Request
+from less_assets.steps.baselines import EMBEDDINGS, score_file
+from less_assets.steps.ranking import restraints_of
+from less_assets.steps.selection import PASSED_OVER, SUBSET
 from less_assets.store.tables import read_parquet
 
 SUBSETS = Request(tasks=("sums",), until="selected_subset")
@@ -44,12 +44,12 @@ class Baselines:
         return run(self.tiny.path, self.instance, request).materialized
 
     @property
-    def line(self) -> Lineage:
+    def lineage(self) -> Lineage:
         project = load_project(self.tiny.path)
         return Lineage(project, open_store(project))
 
     def subset(self, key: str) -> pl.DataFrame:
-        return read_parquet(self.line.folder("selected_subset", key), SUBSET)
+        return read_parquet(self.lineage.folder("selected_subset", key), SUBSET)
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,11 @@ def made(tmp_path_factory, tiny_model):
 
 
 def test_each_asset_is_made_for_the_recipes_that_need_it(made):
-    assert made.first["pool_embeddings"] == made.line.shards()
+    assert made.first["pool_embeddings"] == made.lineage.shards()
     assert made.first["target_embeddings"] == ["sums"]
     assert made.first["embedding_scores"] == ["rds|sums", "rds-tokens|sums", "mid|sums"]
     assert made.first["text_scores"] == ["bm25|sums", "dsir-seed0|sums", "limited|sums"]
-    assert len(made.first["selected_subset"]) == len(made.line.project.recipe_keys)
+    assert len(made.first["selected_subset"]) == len(made.lineage.project.recipe_keys)
     assert made.run() == {}
 
 
@@ -80,25 +80,28 @@ def test_words_find_the_rows_of_the_tasks_kind(made):
     assert set(made.subset("bm25|sums")["source"]) == {"plus"}
     assert made.subset("bm25|sums")["rank"].to_list() == list(range(1, 9))
     drawn = made.subset("dsir-seed0|sums")
-    line = made.line
+    lineage = made.lineage
     weights = pl.concat(
-        [read_parquet(line.folder("text_scores", "dsir-seed0|sums"), score_file(shard)) for shard in line.shards()]
+        [
+            read_parquet(lineage.folder("text_scores", "dsir-seed0|sums"), score_file(shard))
+            for shard in lineage.shards()
+        ]
     ).select("example_id", pl.col("score").arr.first().alias("weight"))
     mean = drawn.join(weights, on="example_id")["weight"].mean()
     assert mean > weights["weight"].mean() + weights["weight"].std() / 2
 
 
 def test_recipes_that_differ_in_budget_or_seed_share_their_scores(made):
-    line = made.line
+    lineage = made.lineage
     for asset, keys in (("embedding_scores", ("rds", "rds-tokens")), ("text_scores", ("bm25", "limited"))):
-        first, second = (line.folder(asset, f"{key}|sums") for key in keys)
+        first, second = (lineage.folder(asset, f"{key}|sums") for key in keys)
         assert str(first.root) == str(second.root)
 
 
 def test_rds_takes_the_nearest_row_of_each_target_example_in_turn(made):
-    line = made.line
-    pool = pl.concat([read_parquet(line.folder("pool_embeddings", shard), EMBEDDINGS) for shard in line.shards()])
-    targets = read_parquet(line.folder("target_embeddings", "sums"), EMBEDDINGS)
+    lineage = made.lineage
+    pool = pl.concat([read_parquet(lineage.folder("pool_embeddings", shard), EMBEDDINGS) for shard in lineage.shards()])
+    targets = read_parquet(lineage.folder("target_embeddings", "sums"), EMBEDDINGS)
     vectors, wanted = (
         table["embedding"].to_numpy() / np.linalg.norm(table["embedding"].to_numpy(), axis=1, keepdims=True)
         for table in (pool, targets)
@@ -115,8 +118,8 @@ def test_rds_takes_the_nearest_row_of_each_target_example_in_turn(made):
 
 
 def test_perplexity_keeps_the_middle(made):
-    line = made.line
-    pool = pl.concat([read_parquet(line.folder("pool_embeddings", shard), EMBEDDINGS) for shard in line.shards()])
+    lineage = made.lineage
+    pool = pl.concat([read_parquet(lineage.folder("pool_embeddings", shard), EMBEDDINGS) for shard in lineage.shards()])
     ordered = pool.sort("loss", descending=True)["example_id"].to_list()
     middle = made.subset("mid|sums")["example_id"].to_list()
     assert set(middle) <= set(ordered[14:26])
@@ -139,19 +142,19 @@ def test_quotas_limit_a_source_and_say_what_was_passed_over(made):
     subset = made.subset("limited|sums")
     assert subset.filter(source="plus").height == 5  # a quarter of 20, rounded down
     assert subset.height == 20
-    folder = made.line.folder("selected_subset", "limited|sums")
+    folder = made.lineage.folder("selected_subset", "limited|sums")
     passed = read_parquet(folder, PASSED_OVER)
     assert set(passed["reason"]) == {"quota"}
-    assert made.line.summary("selected_subset", "limited|sums")["removed"]["quota"] == passed.height
+    assert made.lineage.summary("selected_subset", "limited|sums")["removed"]["quota"] == passed.height
     assert not set(passed["example_id"]) & set(subset["example_id"])
 
 
 def test_near_duplicates_in_gradient_space_are_passed_over_and_the_kept_one_is_named(made):
-    line = made.line
+    lineage = made.lineage
     subset = made.subset("apart|sums")
-    passed = read_parquet(line.folder("selected_subset", "apart|sums"), PASSED_OVER)
-    work = SimpleNamespace(line=line, project=line.project)
-    vectors = restraints_of(work, line.project.recipe("apart")).vectors
+    passed = read_parquet(lineage.folder("selected_subset", "apart|sums"), PASSED_OVER)
+    work = SimpleNamespace(lineage=lineage, project=lineage.project)
+    vectors = restraints_of(work, lineage.project.recipe("apart")).vectors
     rows = pl.concat([subset, passed], how="diagonal").sort("shard", "row")
     vector = dict(zip(rows["example_id"], vectors(rows), strict=True))
     chosen = np.stack([vector[each] for each in subset["example_id"]])
@@ -165,7 +168,7 @@ def test_near_duplicates_in_gradient_space_are_passed_over_and_the_kept_one_is_n
         assert row["kept"] in set(subset["example_id"])
     plain = made.subset("less|sums")["example_id"].to_list()
     assert subset["example_id"][0] == plain[0]
-    assert line.summary("selected_subset", "apart|sums")["removed"]["near_duplicate"] == passed.height
+    assert lineage.summary("selected_subset", "apart|sums")["removed"]["near_duplicate"] == passed.height
 
 
 def test_a_group_of_tasks_shares_one_subset_and_each_row_says_whose_it_is(made):

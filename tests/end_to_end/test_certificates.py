@@ -5,10 +5,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from less_assets.assets import fidelity
-from less_assets.assets.selection import SUBSET
-from less_assets.build import build_definitions
-from less_assets.certificates import (
+from less_assets.compute.models import open_store
+from less_assets.errors import LessAssetsError
+from less_assets.lineage.lineage import Lineage
+from less_assets.orchestration.checks import SUBSET_CHECKS
+from less_assets.orchestration.definitions import build_definitions
+from less_assets.project.project import load_project
+from less_assets.reading.certificates import (
     POOL,
     SAMPLE,
     STEPS,
@@ -17,12 +20,9 @@ from less_assets.certificates import (
     read_certificate,
     steps_plan,
 )
-from less_assets.checks import SUBSET_CHECKS
-from less_assets.errors import LessAssetsError
-from less_assets.jobs import RANGE_END_TAG, RANGE_START_TAG, GraphRunner, Request, register_shards
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG, GraphRunner, Request, register_shards
+from less_assets.steps import certificates as fidelity
+from less_assets.steps.selection import SUBSET
 from less_assets.store.tables import read_parquet
 
 CHECKED = {"certificate_rows": 64, "real_step_rows": 16}
@@ -60,12 +60,12 @@ def selected_metadata(instance, key: str) -> dict[str, dg.MetadataValue]:
 def test_a_run_certifies_its_scores_and_labels_what_it_selects(tiny_project, instance):
     # More dimensions than parameters: the sketch only permutes and signs, so sketched scores are exact.
     tiny_project.settings["gradients"] |= {"dimension": 4096, "storage": "float16", **CHECKED}
-    line = run(tiny_project, instance)
+    lineage = run(tiny_project, instance)
     faithful, reality = (evaluations(instance)[name] for name in ("sketch_is_faithful", "influence_is_real"))
     assert faithful.passed
     assert faithful.partition == "sums"
     assert faithful.severity == dg.AssetCheckSeverity.WARN
-    certificate = read_certificate(line, "sums")
+    certificate = read_certificate(lineage, "sums")
     summary = certificate.manifest().summary
     assert summary["rows"] == summary["pool_rows"] == 44  # the whole pool is less than 64 rows
     assert max(summary["cosine_error"].values()) < 1e-3
@@ -78,10 +78,10 @@ def test_a_run_certifies_its_scores_and_labels_what_it_selects(tiny_project, ins
     assert shown["certain_rows"].value >= 5
     assert "certain_rows" not in selected_metadata(instance, "random-seed0|sums")
 
-    steps = line.store.current(steps_plan(line, "sums").pointer)
+    steps = lineage.store.current(steps_plan(lineage, "sums").pointer)
     assert steps.summary["rows"] == 16
     assert reality.metadata["agreement"].value.records[0].data["predictor"] == "predicted"
-    table = read_parquet(line.store.artifact(steps.key, steps.fingerprint), STEPS)
+    table = read_parquet(lineage.store.artifact(steps.key, steps.fingerprint), STEPS)
     assert pl.Series(table["real"]).n_unique() > 1
     assert reality.passed, reality.description
 
@@ -92,8 +92,8 @@ def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, in
 
     monkeypatch.setitem(SUBSET_CHECKS, "no_subtask_dominates", broken)
     tiny_project.settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0}
-    line = run(tiny_project, instance, Request(until="selected_subset"))
-    keys = [f"{recipe}|{task}" for recipe in line.project.recipe_keys for task in line.project.task_names]
+    lineage = run(tiny_project, instance, Request(until="selected_subset"))
+    keys = [f"{recipe}|{task}" for recipe in lineage.project.recipe_keys for task in lineage.project.task_names]
     (made,) = [each for each in instance.get_runs() if each.asset_selection == {dg.AssetKey("selected_subset")}]
     judged = instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION))
     found = [each.event_log_entry.dagster_event.event_specific_data for each in judged]
@@ -101,43 +101,43 @@ def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, in
     assert {(each.check_name, each.partition) for each in found} >= {(name, key) for name in checks for key in keys}
     assert all("Lost, say." in each.description for each in found if each.check_name == "no_subtask_dominates")
     for key in keys:
-        subset = read_parquet(line.folder("selected_subset", key), SUBSET)
+        subset = read_parquet(lineage.folder("selected_subset", key), SUBSET)
         shown = selected_metadata(instance, key)
         assert shown["rows"].value == subset.height, key
-        assert shown["path"].value.endswith(str(line.folder("selected_subset", key).root)), key
+        assert shown["path"].value.endswith(str(lineage.folder("selected_subset", key).root)), key
     assert made.is_success
 
 
 def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project, instance, monkeypatch):
     tiny_project.settings["warmup"]["epochs"] = 1
     tiny_project.settings["gradients"] |= {"dimension": 8, "storage": "int1", "certificate_rows": 64}
-    line = run(tiny_project, instance)
+    lineage = run(tiny_project, instance)
     check = evaluations(instance)["sketch_is_faithful"]
     assert not check.passed
     assert "rescore: exact" in check.description
     assert check.metadata["one_over_root_k"].value == pytest.approx(8**-0.5, abs=1e-5)
     assert "No real steps are asked for" in evaluations(instance)["influence_is_real"].description
-    judged = judge_selection(line, "less|sums", read_parquet(line.folder("selected_subset", "less|sums"), SUBSET))
+    judged = judge_selection(lineage, "less|sums", read_parquet(lineage.folder("selected_subset", "less|sums"), SUBSET))
     assert judged.certain < 8
 
     def broken(*_, **__):
         raise LessAssetsError("Out of memory, say.")
 
-    monkeypatch.setattr("less_assets.method.exact.exact_influence", broken)
-    monkeypatch.setattr("less_assets.method.fidelity.step_effects", broken)
+    monkeypatch.setattr("less_assets.method.gradients.exact.exact_influence", broken)
+    monkeypatch.setattr("less_assets.method.selection.fidelity.step_effects", broken)
     tiny_project.settings["gradients"] |= {"dimension": 16, "real_step_rows": 4}
-    line = run(tiny_project, instance)
-    assert line.status("selected_subset", "less|sums").state == "fresh"
+    lineage = run(tiny_project, instance)
+    assert lineage.status("selected_subset", "less|sums").state == "fresh"
     for check in evaluations(instance).values():
         assert not check.passed
         assert "Out of memory, say." in check.description
-    assert read_certificate(line, "sums") is None, "a certificate of other scores must not count"
+    assert read_certificate(lineage, "sums") is None, "a certificate of other scores must not count"
     assert "certain_rows" not in selected_metadata(instance, "less|sums")
 
 
 def test_scores_whose_run_was_killed_before_their_checks_are_checked_by_the_next(tiny_project, instance):
     tiny_project.settings["gradients"] |= {"certificate_rows": 8, "real_step_rows": 3}
-    line = run(tiny_project, instance, Request(until="influence_scores"))
+    lineage = run(tiny_project, instance, Request(until="influence_scores"))
 
     def checks() -> int:
         return len(instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION)))
@@ -145,37 +145,37 @@ def test_scores_whose_run_was_killed_before_their_checks_are_checked_by_the_next
     before = checks()
     run(tiny_project, instance, Request(until="influence_scores"))
     assert checks() == before, "all of them were there"
-    steps = steps_plan(line, "sums")
-    for pointer in (certificate_plan(line, "sums").pointer, steps.pointer):
+    steps = steps_plan(lineage, "sums")
+    for pointer in (certificate_plan(lineage, "sums").pointer, steps.pointer):
         (tiny_project.path.parent / "artifacts" / pointer / "current.json").unlink()
-    assert read_certificate(line, "sums") is None
+    assert read_certificate(lineage, "sums") is None
     run(tiny_project, instance, Request(until="influence_scores"))
-    assert read_certificate(line, "sums") is not None
-    assert line.store.current(steps.pointer) is not None
+    assert read_certificate(lineage, "sums") is not None
+    assert lineage.store.current(steps.pointer) is not None
     assert checks() > before
 
 
 def test_tasks_that_share_a_pass_over_the_pool_are_certified_each(tiny_project, instance, capfd):
     tiny_project.settings["gradients"] |= {"certificate_rows": 8, "real_step_rows": 0}
-    line = run(tiny_project, instance, Request(until="influence_scores"))
-    assert len(line.project.task_names) > 1
-    for task in line.project.task_names:
-        assert read_certificate(line, task) is not None, task
+    lineage = run(tiny_project, instance, Request(until="influence_scores"))
+    assert len(lineage.project.task_names) > 1
+    for task in lineage.project.task_names:
+        assert read_certificate(lineage, task) is not None, task
     assert "Skipping" not in capfd.readouterr().err, "the run makes the checks itself"
     assert {dg.AssetKey("influence_scores")} in [made.asset_selection for made in instance.get_runs()]
     assert all(made.asset_selection for made in instance.get_runs()), "the list of runs in the UI shows what they made"
-    damaged = read_certificate(line, "sky").path(SAMPLE)
+    damaged = read_certificate(lineage, "sky").path(SAMPLE)
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    assert read_certificate(line, "sky") is None, "a damaged certificate is none, and stops no selection"
+    assert read_certificate(lineage, "sky") is None, "a damaged certificate is none, and stops no selection"
     damaged.write_bytes(whole)
-    assert read_certificate(line, "sky") is not None
+    assert read_certificate(lineage, "sky") is not None
     records = instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.ASSET_CHECK_EVALUATION))
     found = [record.event_log_entry.dagster_event.event_specific_data for record in records]
     certified = {
         each.partition for each in found if each.check_name == "sketch_is_faithful" and each.passed is not None
     }
-    assert certified == set(line.project.task_names)
+    assert certified == set(lineage.project.task_names)
 
 
 def test_a_backfill_of_several_tasks_makes_the_checks_of_each(tiny_project, instance):
@@ -183,9 +183,9 @@ def test_a_backfill_of_several_tasks_makes_the_checks_of_each(tiny_project, inst
     run(tiny_project, instance, Request(until="influence_scores"))
     tiny_project.settings["gradients"]["certificate_rows"] = 8
     project = load_project(tiny_project.path)
-    line = Lineage(project, open_store(project))
-    tasks = line.project.task_names
-    assert [read_certificate(line, task) for task in tasks] == [None, None]
+    lineage = Lineage(project, open_store(project))
+    tasks = lineage.project.task_names
+    assert [read_certificate(lineage, task) for task in tasks] == [None, None]
     done = (
         build_definitions(project)
         .resolve_implicit_global_asset_job_def()
@@ -195,7 +195,7 @@ def test_a_backfill_of_several_tasks_makes_the_checks_of_each(tiny_project, inst
             instance=instance,
         )
     )
-    assert all(read_certificate(line, task) is not None for task in tasks)
+    assert all(read_certificate(lineage, task) is not None for task in tasks)
     judged = {(each.check_name, each.partition): each for each in done.get_asset_check_evaluations()}
     assert set(judged) == {(name, task) for name in ("sketch_is_faithful", "influence_is_real") for task in tasks}
     for (_, task), evaluation in judged.items():
@@ -240,15 +240,15 @@ def test_a_group_of_tasks_with_turns_is_certified_by_subtask(tiny_project, insta
     ]
     tiny_project.settings["warmup"]["epochs"] = 1
     tiny_project.settings["gradients"] |= {"dimension": 4096, "storage": "float16", "certificate_rows": 64}
-    line = run(tiny_project, instance, Request(tasks=("both",), until="selected_subset"))
+    lineage = run(tiny_project, instance, Request(tasks=("both",), until="selected_subset"))
     records = evaluations(instance)["sketch_is_faithful"].metadata["recipes"].value.records
     assert [record.data["recipe"] for record in records] == ["turns", "again", "tokens"]
-    assert set(read_parquet(read_certificate(line, "both"), POOL).columns) >= {
+    assert set(read_parquet(read_certificate(lineage, "both"), POOL).columns) >= {
         "marginal.cosine_of_mean",
         "adamw.mean_cosine",
     }
     for recipe in ("turns", "again", "tokens"):
-        subset = read_parquet(line.folder("selected_subset", f"{recipe}|both"), SUBSET)
-        judged = judge_selection(line, f"{recipe}|both", subset)
+        subset = read_parquet(lineage.folder("selected_subset", f"{recipe}|both"), SUBSET)
+        judged = judge_selection(lineage, f"{recipe}|both", subset)
         assert judged.table["example_id"].to_list() == subset["example_id"].to_list()
         assert judged.overlap > 0.8

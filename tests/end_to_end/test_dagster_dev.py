@@ -17,12 +17,12 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from test_run import run
-from tiny import TinyProject
+from support.graph import run
+from support.tiny import TinyProject
 
-from less_assets.jobs import Request, register_shards
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.project.project import load_project
+from less_assets.running.runner import Request, register_shards
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = {"plus-00000": 16, "plus-00001": 8, "colors-00000": 16, "colors-00001": 4}

@@ -4,10 +4,10 @@ import re
 
 import dagster as dg
 import pytest
-from test_run import run
-from tiny import TinyProject, question, write_rows
+from support.graph import run
+from support.tiny import TinyProject, question, write_rows
 
-from less_assets.jobs import Request
+from less_assets.running.runner import Request
 
 
 class Checked:

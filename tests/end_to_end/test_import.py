@@ -2,12 +2,12 @@
 
 import dagster as dg
 import numpy as np
-from test_run import run
+from support.graph import run
 
-from less_assets.jobs import Request
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import load_project
+from less_assets.running.runner import Request
 from less_assets.store.features import open_features
 
 
@@ -24,9 +24,9 @@ def test_imported_checkpoints_give_the_features_of_the_training_that_made_them(t
         run(tiny_project.path, instance, until)
     expected = features(tiny_project.path)
     project = load_project(tiny_project.path)
-    line = Lineage(project, open_store(project))
-    folders = [str(line.folder("warmup_checkpoints", name).root) for name in project.checkpoints]
-    rates = [line.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in project.checkpoints]
+    lineage = Lineage(project, open_store(project))
+    folders = [str(lineage.folder("warmup_checkpoints", name).root) for name in project.checkpoints]
+    rates = [lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in project.checkpoints]
 
     tiny_project.settings["warmup"] = {"import": folders, "mean_learning_rates": rates}
     tiny_project.settings["storage"] = {"root": "imported"}

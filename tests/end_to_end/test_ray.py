@@ -12,15 +12,15 @@ import dagster as dg
 import pytest
 from typer.testing import CliRunner
 
-from less_assets import backends
-from less_assets.build import build_definitions
 from less_assets.cli import app
+from less_assets.compute import ray_backend as backends
+from less_assets.compute.models import ModelLoader, cache_folder, open_store
 from less_assets.errors import ComputeError, TrainingError
-from less_assets.jobs import GraphRunner, Outcome, Request, register_shards
-from less_assets.lineage import Lineage
-from less_assets.materialization import Computed, Work
-from less_assets.project import Compute, load_project
-from less_assets.resources import ModelLoader, cache_folder, open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.orchestration.definitions import build_definitions
+from less_assets.orchestration.materialization import StepInputs, StepResult
+from less_assets.project.project import Compute, load_project
+from less_assets.running.runner import GraphRunner, Outcome, Request, register_shards
 
 UNTIL_GRADIENTS = Request(until="train_gradients")
 RAY = {"backend": "ray", "address": "local", "gpus_per_worker": 0, "workers": 2}
@@ -56,7 +56,7 @@ def paths() -> Iterator[None]:
     """Lets workers import what this process can."""
     tests = Path(__file__).parents[1]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join(map(str, [tests.parent, tests, tests / "end_to_end"])))
+        patched.setenv("PYTHONPATH", os.pathsep.join(map(str, [tests.parent, tests])))
         patched.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         yield
 
@@ -86,9 +86,9 @@ def here(tiny_project) -> Iterator[dict[str, bytes]]:
     return expected
 
 
-def killed_once(work: Work) -> Computed:
+def killed_once(work: StepInputs) -> StepResult:
     """Extracts gradients, but kills its process in the middle of one shard the first time it is asked for it."""
-    from less_assets.assets.gradients import extract_train_gradients
+    from less_assets.steps.gradients import extract_train_gradients
     from less_assets.store.features import FeatureWriter
 
     mark = Path(work.project.folder) / "killed"
@@ -109,7 +109,7 @@ def test_two_workers_write_the_bytes_of_one_process_also_when_one_is_killed(
     tiny_project, here, paths, monkeypatch, capfd
 ):
     """The cluster comes from a resource of `dagster-ray`, which starts one for each run here."""
-    from less_assets.assets import gradients
+    from less_assets.steps import gradients
 
     dagster_ray = pytest.importorskip("dagster_ray", reason="Ray is not installed: pip install 'less-assets[ray]'")
     options = {"num_cpus": 2, "include_dashboard": False, "logging_level": "ERROR"}
@@ -128,16 +128,16 @@ def test_two_workers_write_the_bytes_of_one_process_also_when_one_is_killed(
     assert "over 2 Ray workers" in said
 
 
-def always_killed(work: Work) -> Computed:
+def always_killed(work: StepInputs) -> StepResult:
     os.kill(os.getpid(), signal.SIGKILL)
-    return Computed({})
+    return StepResult({})
 
 
-def always_fails(work: Work) -> Computed:
+def always_fails(work: StepInputs) -> StepResult:
     if work.partition.endswith("plus-00001"):
         raise TrainingError("no memory", fix="buy some")
     work.folder.write_bytes("made.txt", b"made")
-    return Computed({})
+    return StepResult({})
 
 
 class Fanned:
@@ -145,15 +145,15 @@ class Fanned:
 
     def __init__(self, tiny) -> None:
         project = load_project(tiny.path)
-        self.line = Lineage(project, open_store(project))
+        self.lineage = Lineage(project, open_store(project))
         self.backend = backends.open_backend(project)
-        self.models = ModelLoader(project, cache_folder(self.line.store))
+        self.models = ModelLoader(project, cache_folder(self.lineage.store))
         self.said: list[str] = []
         self.done: list[str] = []
 
     def make(self, compute, *partitions: str) -> None:
         found = self.backend.make(
-            self.line, "train_gradients", partitions, compute, self.models, lambda line: self.said.append(line)
+            self.lineage, "train_gradients", partitions, compute, self.models, lambda line: self.said.append(line)
         )
         for partition, _ in found:
             self.done.append(partition)
@@ -168,11 +168,11 @@ def test_a_partition_that_kills_every_worker_is_given_up_and_one_that_fails_says
     with pytest.raises(TrainingError, match="no memory"):
         fanned.make(always_fails, "epoch-1|colors-00000", "epoch-1|plus-00001", "epoch-1|colors-00001")
     assert sorted(fanned.done) == ["epoch-1|colors-00000", "epoch-1|colors-00001"]
-    assert not fanned.line.store.artifact(*_address(fanned.line, "epoch-1|plus-00001")).exists()
+    assert not fanned.lineage.store.artifact(*_address(fanned.lineage, "epoch-1|plus-00001")).exists()
 
 
-def _address(line: Lineage, partition: str) -> tuple[str, str]:
-    plan = line.plan("train_gradients", partition)
+def _address(lineage: Lineage, partition: str) -> tuple[str, str]:
+    plan = lineage.plan("train_gradients", partition)
     return plan.folder, plan.fingerprint
 
 

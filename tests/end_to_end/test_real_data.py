@@ -5,14 +5,14 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
-from test_run import run
+from support.graph import run
 
-from less_assets.assets.evaluation import BOARD
-from less_assets.assets.selection import SUBSET
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.project_check import check_data
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.data_check import check_data
+from less_assets.project.project import load_project
+from less_assets.steps.evaluation import BOARD
+from less_assets.steps.selection import SUBSET
 from less_assets.store.tables import read_parquet
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -51,21 +51,21 @@ def test_real_pool_and_the_papers_tasks_run_end_to_end(tiny_project):
     with dg.DagsterInstance.ephemeral() as instance:
         run(tiny_project.path, instance)
 
-    line = Lineage(project, open_store(project))
-    assert line.summary("pool_index")["usable"] == 600
-    subtasks = {task: len(line.summary("influence_scores", task)["subtasks"]) for task in EXAMPLES}
+    lineage = Lineage(project, open_store(project))
+    assert lineage.summary("pool_index")["usable"] == 600
+    subtasks = {task: len(lineage.summary("influence_scores", task)["subtasks"]) for task in EXAMPLES}
     assert subtasks == {"bbh": 27, "mmlu": 57, "tydiqa": 9, "gsm8k": 1}
-    assert {task: line.summary("target_examples", task)["examples"] for task in EXAMPLES} == {
+    assert {task: lineage.summary("target_examples", task)["examples"] for task in EXAMPLES} == {
         "bbh": 81,
         "mmlu": 285,
         "tydiqa": 9,
         "gsm8k": 8,
     }
-    unique = line.summary("pool_index")["unique"]
+    unique = lineage.summary("pool_index")["unique"]
     for task in EXAMPLES:
-        subset = read_parquet(line.folder("selected_subset", f"less|{task}"), SUBSET)
+        subset = read_parquet(lineage.folder("selected_subset", f"less|{task}"), SUBSET)
         assert subset.height == int(0.05 * unique)
         assert subset["example_id"].n_unique() == subset.height
         assert subset["messages"].null_count() == 0
-    board = read_parquet(line.folder("leaderboard"), BOARD)
+    board = read_parquet(lineage.folder("leaderboard"), BOARD)
     assert board.filter(pl.col("metric") == "loss").height == 2 * len(EXAMPLES)

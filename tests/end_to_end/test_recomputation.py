@@ -16,19 +16,19 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 from polars.testing import assert_frame_equal
-from test_run import run
-from tiny import TinyProject, question, write_rows
+from support.graph import run
+from support.tiny import TinyProject, question, write_rows
 
-from less_assets.assets import gradients
-from less_assets.assets.ranking import score_file
-from less_assets.assets.warmup import SAMPLE
-from less_assets.build import build_definitions
+from less_assets.compute.models import open_store
 from less_assets.errors import MissingArtifactError, StaleArtifactError
-from less_assets.jobs import RANGE_END_TAG, RANGE_START_TAG, Request, register_shards
-from less_assets.lineage import Lineage
-from less_assets.partitions import ASSET_AXES
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.orchestration.definitions import build_definitions
+from less_assets.orchestration.partitions import ASSET_AXES
+from less_assets.project.project import load_project
+from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG, Request, register_shards
+from less_assets.steps import gradients
+from less_assets.steps.ranking import score_file
+from less_assets.steps.warmup import SAMPLE
 from less_assets.store.tables import read_parquet
 
 MEMORY = Path("/dev/shm")
@@ -54,7 +54,7 @@ class Finished:
         return run(self.tiny.path, self.instance, request).materialized
 
     @property
-    def line(self) -> Lineage:
+    def lineage(self) -> Lineage:
         """The artifacts as they stand now."""
         project = load_project(self.tiny.path)
         return Lineage(project, open_store(project))
@@ -65,12 +65,12 @@ class Finished:
 
     def sampled(self) -> set[str]:
         """What the users ask in the warm-up's rows."""
-        line = self.line
-        ids = set(read_parquet(line.folder("warmup_sample"), SAMPLE)["example_id"])
+        lineage = self.lineage
+        ids = set(read_parquet(lineage.folder("warmup_sample"), SAMPLE)["example_id"])
         return {
             row["messages"][0]["content"]
-            for shard in line.shards()
-            for row in read_parquet(line.folder("instruction_pool", shard), "examples.parquet").iter_rows(named=True)
+            for shard in lineage.shards()
+            for row in read_parquet(lineage.folder("instruction_pool", shard), "examples.parquet").iter_rows(named=True)
             if row["example_id"] in ids
         }
 
@@ -105,9 +105,9 @@ class Finished:
 
     def scores(self, task: str) -> pl.DataFrame:
         """All scores of a task, in the pool's order."""
-        line = self.line
-        folder = line.folder("influence_scores", task)
-        return pl.concat([read_parquet(folder, score_file(shard)) for shard in line.shards()])
+        lineage = self.lineage
+        folder = lineage.folder("influence_scores", task)
+        return pl.concat([read_parquet(folder, score_file(shard)) for shard in lineage.shards()])
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ def pristine(tiny_model) -> Iterator[tuple[Path, Path, dict]]:
     (root / "live/home").mkdir()
     finished = Finished(project, root / "live/home")
     made = finished.run()
-    assert made["train_gradients"] == [f"{epoch}|{shard}" for epoch in EPOCHS for shard in finished.line.shards()]
-    assert finished.line.shards() == ["plus-00000", "plus-00001", "colors-00000"]
+    assert made["train_gradients"] == [f"{epoch}|{shard}" for epoch in EPOCHS for shard in finished.lineage.shards()]
+    assert finished.lineage.shards() == ["plus-00000", "plus-00001", "colors-00000"]
     finished.instance.dispose()
     shutil.copytree(root / "live", root / "kept")
     yield root / "live", root / "kept", project.settings
@@ -156,7 +156,7 @@ def test_dagster_calls_everything_fresh_after_a_run(finished):
 def test_a_new_shard_costs_that_shard_and_what_reads_the_whole_pool(finished):
     rows = [question(500 + place, "blue") for place in range(6)]
     write_rows(finished.tiny.folder / "data/colors_more.jsonl", rows)
-    before = {epoch: finished.line.fresh("warmup_checkpoints", epoch) for epoch in EPOCHS}
+    before = {epoch: finished.lineage.fresh("warmup_checkpoints", epoch) for epoch in EPOCHS}
     made = finished.run(UNTIL_SUBSETS)
     assert made == {
         "instruction_pool": ["colors-00001"],
@@ -167,7 +167,7 @@ def test_a_new_shard_costs_that_shard_and_what_reads_the_whole_pool(finished):
         "influence_scores": TASKS,
         "selected_subset": grid(RECIPES, TASKS),
     }
-    assert {epoch: finished.line.fresh("warmup_checkpoints", epoch) for epoch in EPOCHS} == before
+    assert {epoch: finished.lineage.fresh("warmup_checkpoints", epoch) for epoch in EPOCHS} == before
     below = [f"finetuned_model/{key}" for key in grid(RECIPES[:2], TASKS)]
     below += [f"selection_report/{key}" for key in grid(RECIPES[:2], TASKS)]
     assert finished.not_fresh().keys() == {*below, *(f"token_attribution/less|{task}" for task in TASKS)}
@@ -321,7 +321,7 @@ def test_rows_appended_to_a_file_change_its_last_shard_and_add_new_ones(finished
 
 
 def test_all_tasks_that_are_due_are_scored_in_one_pass_with_the_bytes_of_a_pass_each(finished, monkeypatch):
-    from less_assets.method import influence
+    from less_assets.method.selection.selection import influence
 
     score, passes = influence.score_shard, []
 
@@ -335,16 +335,16 @@ def test_all_tasks_that_are_due_are_scored_in_one_pass_with_the_bytes_of_a_pass_
             shutil.rmtree(finished.tiny.folder / "artifacts/selection" / task / "influence")
 
     monkeypatch.setattr(influence, "score_shard", counted)
-    together = [finished.line.fresh("influence_scores", task) for task in TASKS]
+    together = [finished.lineage.fresh("influence_scores", task) for task in TASKS]
     forget()
     for task in TASKS:
         finished.materialize("influence_scores", task)
-    assert len(passes) == len(TASKS) * len(finished.line.shards())
-    assert [finished.line.fresh("influence_scores", task) for task in TASKS] == together
+    assert len(passes) == len(TASKS) * len(finished.lineage.shards())
+    assert [finished.lineage.fresh("influence_scores", task) for task in TASKS] == together
     forget()
     assert finished.run(UNTIL_SCORES) == {"influence_scores": TASKS}
-    assert passes == [len(EPOCHS)] * len(finished.line.shards()), "the datastore is read once for all tasks"
-    assert [finished.line.fresh("influence_scores", task) for task in TASKS] == together
+    assert passes == [len(EPOCHS)] * len(finished.lineage.shards()), "the datastore is read once for all tasks"
+    assert [finished.lineage.fresh("influence_scores", task) for task in TASKS] == together
     assert finished.not_fresh() == {}
 
 
@@ -378,17 +378,17 @@ def test_a_row_of_the_warmup_sample_that_vanished_is_refused_until_it_is_put_bac
 
 
 def test_a_source_that_came_and_went_leaves_everything_as_it_was(finished):
-    scores = finished.line.fresh("influence_scores", "sky").fingerprint
+    scores = finished.lineage.fresh("influence_scores", "sky").fingerprint
     write_rows(finished.tiny.folder / "data/extra.jsonl", [question(600 + place, "nine") for place in range(5)])
     finished.tiny.settings["pool"]["sources"].append({"name": "extra", "path": "data/extra.jsonl"})
     assert finished.run(UNTIL_SCORES)["train_gradients"] == grid(EPOCHS, ["extra-00000"])
-    assert finished.line.fresh("influence_scores", "sky").fingerprint != scores
+    assert finished.lineage.fresh("influence_scores", "sky").fingerprint != scores
     del finished.tiny.settings["pool"]["sources"][-1]
     made = finished.run(UNTIL_SCORES)
     assert "instruction_pool" not in made
     assert "train_gradients" not in made
-    assert finished.line.shards() == ["plus-00000", "plus-00001", "colors-00000"]
-    assert finished.line.fresh("influence_scores", "sky").fingerprint == scores
+    assert finished.lineage.shards() == ["plus-00000", "plus-00001", "colors-00000"]
+    assert finished.lineage.fresh("influence_scores", "sky").fingerprint == scores
     assert finished.run(UNTIL_SCORES) == {}
 
 
@@ -422,7 +422,7 @@ def test_an_interrupted_range_run_keeps_what_is_logged_and_a_later_run_goes_on(f
     with pytest.raises(RuntimeError, match="went away"):
         finished.run(until)
     monkeypatch.undo()
-    every = grid(EPOCHS, finished.line.shards())
+    every = grid(EPOCHS, finished.lineage.shards())
     assert seen == every[:3]
     assert {name for name in finished.not_fresh() if name.startswith("train_gradients")} == {
         f"train_gradients/{key}" for key in every[2:]
@@ -431,9 +431,9 @@ def test_an_interrupted_range_run_keeps_what_is_logged_and_a_later_run_goes_on(f
 
 
 def test_a_stale_upstream_is_refused_by_name_with_both_versions(finished):
-    before = finished.line.fresh("target_examples", "sums").inputs["files"]
+    before = finished.lineage.fresh("target_examples", "sums").inputs["files"]
     finished.edit_row("targets/sums.jsonl", 0)
-    now = finished.line.plan("target_examples", "sums").inputs["files"]
+    now = finished.lineage.plan("target_examples", "sums").inputs["files"]
     with pytest.raises(StaleArtifactError) as error:
         finished.materialize("target_gradients", "epoch-1|sums")
     assert "target_examples" in str(error.value)
@@ -449,7 +449,7 @@ def test_gradients_of_other_settings_are_refused_and_not_mixed(finished):
 
 
 def test_deleted_data_is_noticed_and_made_again(finished):
-    folder = finished.line.folder("train_gradients", "epoch-2|plus-00001")
+    folder = finished.lineage.folder("train_gradients", "epoch-2|plus-00001")
     shutil.rmtree(os.fspath(folder.root))
     assert finished.run() == {"train_gradients": ["epoch-2|plus-00001"]}
     assert finished.run() == {}
@@ -469,6 +469,6 @@ def test_changed_warmup_settings_train_and_extract_anew(finished):
     made = finished.run(Request(until="gradient_datastore"))
     assert made == {
         "warmup_checkpoints": EPOCHS,
-        "train_gradients": grid(EPOCHS, finished.line.shards()),
+        "train_gradients": grid(EPOCHS, finished.lineage.shards()),
         "gradient_datastore": EPOCHS,
     }

@@ -5,26 +5,16 @@ import shutil
 import dagster as dg
 import polars as pl
 import pytest
+from support.graph import run
 
-from less_assets.assets.gradients import describe_train_gradients
-from less_assets.assets.ranking import EXACT, EXACT_COLUMN
-from less_assets.assets.selection import SUBSET
-from less_assets.build import build_definitions
-from less_assets.jobs import GraphRunner, Outcome, Request, register_shards
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import load_project
+from less_assets.running.runner import Request
+from less_assets.steps.gradients import describe_train_gradients
+from less_assets.steps.ranking import EXACT, EXACT_COLUMN
+from less_assets.steps.selection import SUBSET
 from less_assets.store.tables import read_parquet
-
-EVERYTHING = Request()
-
-
-def run(project_file, instance, request=EVERYTHING) -> Outcome:
-    """Load the project and bring it up to date; returns what was materialized."""
-    project = load_project(project_file)
-    store = open_store(project)
-    register_shards(project, store, instance)
-    return GraphRunner(build_definitions(project), project, store, instance, print).run(request)
 
 
 @pytest.fixture
@@ -54,15 +44,15 @@ def test_rows_that_the_chat_template_refuses_are_told_with_its_own_words(tiny_pr
     tiny_project.settings["model"]["base"] = str(model)
     run(tiny_project.path, instance, Request(tasks=("sums",), until="influence_scores"))
     project = load_project(tiny_project.path)
-    line = Lineage(project, open_store(project))
-    scores = read_parquet(line.folder("influence_scores", "sums"), "scores/plus-00000.parquet")
+    lineage = Lineage(project, open_store(project))
+    scores = read_parquet(lineage.folder("influence_scores", "sums"), "scores/plus-00000.parquet")
     assert scores["status"].to_list() == ["template_refused", *["ok"] * 15]
-    summary = line.summary("train_gradients", "epoch-1|plus-00000")
+    summary = lineage.summary("train_gradients", "epoch-1|plus-00000")
     assert summary["status"] == {"ok": 15, "template_refused": 1}
     (reason,) = summary["template_refused"]
     assert "no such words here" in reason
-    manifest = line.fresh("train_gradients", "epoch-1|plus-00000")
-    shown = describe_train_gradients(line.folder("train_gradients", "epoch-1|plus-00000"), manifest)
+    manifest = lineage.fresh("train_gradients", "epoch-1|plus-00000")
+    shown = describe_train_gradients(lineage.folder("train_gradients", "epoch-1|plus-00000"), manifest)
     assert [record.data for record in shown["template_refused"].records] == [{"reason": reason, "rows": 1}]
 
 
@@ -77,11 +67,11 @@ def test_exact_rescoring_of_the_whole_pool_selects_the_exact_best(tiny_project, 
     outcome = run(tiny_project.path, instance, Request(until="selected_subset"))
     assert outcome.materialized["exact_scores"] == ["exact|sums", "exact|sky"]
     project = load_project(tiny_project.path)
-    line = Lineage(project, open_store(project))
-    table = read_parquet(line.folder("exact_scores", "exact|sums"), EXACT)
+    lineage = Lineage(project, open_store(project))
+    table = read_parquet(lineage.folder("exact_scores", "exact|sums"), EXACT)
     assert table.height == 44
     best = table.with_columns(pl.col(EXACT_COLUMN).arr.mean().alias("mean")).sort("mean", descending=True).head(6)
-    subset = read_parquet(line.folder("selected_subset", "exact|sums"), SUBSET)
+    subset = read_parquet(lineage.folder("selected_subset", "exact|sums"), SUBSET)
     assert subset["example_id"].to_list() == best["example_id"].to_list()
     correlation = table.select(pl.corr("sketched_score", pl.col(EXACT_COLUMN).arr.mean())).item()
     assert correlation > 0.999, "sketched and exact scores of the same rows must agree"

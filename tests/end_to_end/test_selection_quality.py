@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import question, write_rows
+from support.tiny import question, write_rows
 
 ROOT = Path(__file__).parents[2]
 

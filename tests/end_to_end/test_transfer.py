@@ -5,12 +5,12 @@ from pathlib import Path
 import dagster as dg
 import polars as pl
 import pytest
-from test_run import run
+from support.graph import run
 
-from less_assets.assets.evaluation import BOARD, SAMPLES
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import load_project
+from less_assets.steps.evaluation import BOARD, SAMPLES
 from less_assets.store.tables import read_parquet
 
 TEMPLATE = (
@@ -60,15 +60,15 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
     with dg.DagsterInstance.ephemeral() as instance:
         run(tiny_project.path, instance)
         project = load_project(tiny_project.path)
-        line = Lineage(project, open_store(project))
-        own, other = (line.fresh("selected_subset", f"{key}|sums") for key in ("less", "less-t"))
+        lineage = Lineage(project, open_store(project))
+        own, other = (lineage.fresh("selected_subset", f"{key}|sums") for key in ("less", "less-t"))
         assert own.data_version == other.data_version, "the rows are the same"
-        trained = {key: line.summary("finetuned_model", f"{key}|sums") for key in ("less", "less-t")}
+        trained = {key: lineage.summary("finetuned_model", f"{key}|sums") for key in ("less", "less-t")}
         assert trained["less"]["examples"] == trained["less-t"]["examples"]
         assert trained["less-t"]["tokens"] > 2 * trained["less"]["tokens"], "bytes are more than words"
-        prompts = read_parquet(line.folder("eval_results", "less-t|sums"), SAMPLES)["prompt"]
+        prompts = read_parquet(lineage.folder("eval_results", "less-t|sums"), SAMPLES)["prompt"]
         assert prompts.str.starts_with("[user]what is").all()
-        board = read_parquet(line.folder("leaderboard"), BOARD).filter(metric="loss")
+        board = read_parquet(lineage.folder("leaderboard"), BOARD).filter(metric="loss")
         models = dict(board.select("recipe", "model").rows())
         assert models["less-t"] == models["base-t"] == str(byte_folder) != models["less"]
         values = {row["recipe"]: row for row in board.iter_rows(named=True)}
@@ -86,6 +86,6 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
         assert said["less|sums"].endswith(f"base {values['base']['value']:.3f}")
 
         (byte_folder / "notes.txt").write_text("the folder has changed")
-        line = Lineage(load_project(tiny_project.path), open_store(project))
-        assert line.status("finetuned_model", "less-t|sums").state == "stale"
-        assert line.status("finetuned_model", "less|sums").state == "fresh"
+        lineage = Lineage(load_project(tiny_project.path), open_store(project))
+        assert lineage.status("finetuned_model", "less-t|sums").state == "stale"
+        assert lineage.status("finetuned_model", "less|sums").state == "fresh"

@@ -55,9 +55,9 @@ def memorizing_model(byte_model, byte_tokenizer):
     import torch
     from transformers import LlamaForCausalLM
 
-    from less_assets.method.batching import collate
-    from less_assets.method.chat import EncodedExample, encode_target
-    from less_assets.method.targets import TargetExample
+    from less_assets.method.data.batching import collate
+    from less_assets.method.data.chat import EncodedExample, encode_target
+    from less_assets.method.data.targets import TargetExample
 
     model = LlamaForCausalLM(byte_model.config)
     model.load_state_dict(byte_model.state_dict())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import FinishedRun
+from support.faults import FinishedRun
 
 MEMORY = Path("/dev/shm")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/soak")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 RESULTS = ROOT / "benchmarks/results/soak.json"
 MEMORY = Path("/dev/shm")
@@ -89,7 +89,7 @@ def tiny_model(place: Path) -> Path:
 
 def kill_runs(progress: Progress) -> None:
     """Campaigns of kills until there were enough of them."""
-    from killing import Killer, Tally
+    from support.killing import Killer, Tally
 
     with _folder("kills") as place:
         model = tiny_model(place / "model")
@@ -119,7 +119,7 @@ def kill_runs(progress: Progress) -> None:
 
 def damage_files(progress: Progress) -> None:
     """Rounds of damage to every kind of file, at other places each time, and a repair after some of them."""
-    from faults import DAMAGES, FinishedRun, full_disk, judge, kept_or_repaired
+    from support.faults import DAMAGES, FinishedRun, full_disk, judge, kept_or_repaired
 
     from less_assets.errors import StorageError
 
@@ -160,7 +160,7 @@ def damage_files(progress: Progress) -> None:
 
 def try_inputs(progress: Progress) -> None:
     """Batches of strange inputs, reader after reader, each batch in a process with bounded memory."""
-    import fuzz
+    from support import fuzz
 
     names = list(fuzz.properties())
     fuzz.clear_scratch()
@@ -204,9 +204,9 @@ def _watchdog(process: "subprocess.Popen[str]") -> threading.Timer:
 
 def work(name: str, seed: int, batches: int) -> None:
     """In a worker: try batches of inputs on one reader; prints how many after each."""
-    import fuzz
     from hypothesis import HealthCheck, given, settings
     from hypothesis import seed as seeded
+    from support import fuzz
 
     found = fuzz.properties()[name]
     found.check(_example(found.inputs))  # imports come before the limit

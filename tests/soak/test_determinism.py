@@ -8,24 +8,24 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from faults import FinishedRun
+from support.faults import FinishedRun
 
-from less_assets.assets.selection import score_file
-from less_assets.build import build_definitions
-from less_assets.jobs import GraphRunner, Request, register_shards
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.orchestration.definitions import build_definitions
+from less_assets.project.project import load_project
+from less_assets.running.runner import GraphRunner, Request, register_shards
+from less_assets.steps.selection import score_file
 from less_assets.store.tables import read_parquet
 
 TOLERANCE = 5e-3
 """Of a score, between -1 and 1, with features stored in 8 bits: a rounding that tips over is a step of 1/127."""
 
 
-def scores(line: Lineage) -> pl.DataFrame:
+def scores(lineage: Lineage) -> pl.DataFrame:
     """Scores by example."""
-    folder = line.folder("influence_scores", "sums")
-    table = pl.concat([read_parquet(folder, score_file(shard)) for shard in line.shards()])
+    folder = lineage.folder("influence_scores", "sums")
+    table = pl.concat([read_parquet(folder, score_file(shard)) for shard in lineage.shards()])
     return table.unique("example_id").sort("example_id")
 
 
@@ -62,7 +62,7 @@ def test_batches_threads_and_order_do_not_change_scores(finished, elsewhere: Pat
         )
     assert "train_gradients" in made.materialized
     assert finished.tiny.path == finished.file  # written again, with the first store
-    one, other = scores(finished.line), scores(Lineage(project, store))
+    one, other = scores(finished.lineage), scores(Lineage(project, store))
     assert one["example_id"].to_list() == other["example_id"].to_list()
     columns = [name for name in one.columns if "." in name]
     assert columns

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from faults import DAMAGES, FinishedRun, damaged, full_disk, judge, kept_or_repaired, table
+from support.faults import DAMAGES, FinishedRun, damaged, full_disk, judge, kept_or_repaired, table
 
 from less_assets.errors import CorruptArtifactError, StorageError
-from less_assets.jobs import Request
-from less_assets.ledger import LEDGER_FILE
+from less_assets.lineage.pool_files import LEDGER_FILE
+from less_assets.running.runner import Request
 
 PAGE = Path(__file__).parents[2] / "docs/reliability.md"
 RECORDS = ("manifest.json", "current.json")
@@ -58,8 +58,8 @@ def test_any_run_mends_damaged_and_lost_records_of_artifacts(finished):
 
 
 def test_a_damaged_ledger_stops_a_run_until_it_is_deleted(finished):
-    ledger = finished.root / LEDGER_FILE
-    with damaged(ledger, "truncated"), pytest.raises(CorruptArtifactError, match="delete it"):
+    pool_files = finished.root / LEDGER_FILE
+    with damaged(pool_files, "truncated"), pytest.raises(CorruptArtifactError, match="delete it"):
         finished.run()
 
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_a_storage_error_for_every_asset(finished):
 
 
 def test_a_run_on_a_full_disk_leaves_what_was_finished_and_goes_on_once_there_is_room(finished):
-    stored = finished.line.folder("influence_scores", "sums")
+    stored = finished.lineage.folder("influence_scores", "sums")
     stored.discard()
     try:
         with full_disk(1000), pytest.raises(StorageError):

@@ -1,8 +1,8 @@
 """A little of what `make soak` tries a million times: see `fuzz.py`."""
 
-import fuzz
 import pytest
 from hypothesis import HealthCheck, given, settings
+from support import fuzz
 
 PROPERTIES = fuzz.properties()
 # Always the same inputs: news come from `make soak`, not from somebody's unrelated change.

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from killing import Killer, Tally, differences
+from support.killing import Killer, Tally, differences
 
 MEMORY = Path("/dev/shm")
 

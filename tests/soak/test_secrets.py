@@ -1,6 +1,6 @@
 """Secrets are in the environment and nowhere else: every file of a finished run is searched for them."""
 
-from faults import SECRETS, FinishedRun
+from support.faults import SECRETS, FinishedRun
 
 
 def test_no_file_of_a_run_holds_a_secret_of_the_environment(finished: FinishedRun):

@@ -7,7 +7,7 @@ import pytest
 from upath import UPath
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
-from less_assets.method.quantization import decode, encode
+from less_assets.method.gradients.quantization import decode, encode
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.features import UNWRITTEN, FeatureReader, FeatureWriter, open_features
 
@@ -73,7 +73,7 @@ def test_features_come_back_as_their_codes_decode(path, storage):
 
 
 def test_unwritten_rows_are_marked_as_the_method_marks_pending_ones():
-    features = pytest.importorskip("less_assets.method.features")
+    features = pytest.importorskip("less_assets.method.gradients.features")
     assert features.RowStatus.PENDING == UNWRITTEN
 
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import HOSTILE
+from support.tiny import HOSTILE
 
-from less_assets.assets.explanations import REPORT
-from less_assets.lineage import Lineage
-from less_assets.project import load_project
-from less_assets.resources import open_store
+from less_assets.compute.models import open_store
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import load_project
+from less_assets.steps.explanations import REPORT
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -35,8 +35,8 @@ CONTRAST = """selector => {
 
 def page_file(project_file: Path, recipe: str) -> Path:
     project = load_project(project_file)
-    line = Lineage(project, open_store(project))
-    return Path(str(line.folder("selection_report", f"{recipe}|sums").path(REPORT)))
+    lineage = Lineage(project, open_store(project))
+    return Path(str(lineage.folder("selection_report", f"{recipe}|sums").path(REPORT)))
 
 
 @pytest.fixture(scope="module")

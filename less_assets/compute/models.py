@@ -1,0 +1,239 @@
+"""What assets are given: the project file, the artifact store, loaded models.
+
+Belongs here: opening these things. Heavy libraries are imported inside functions, so that the code location loads
+without them.
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from upath import UPath
+
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import Gradients, Project
+from less_assets.store.artifacts import ArtifactStore
+from less_assets.store.files import hold_folder, local_path, storage_trouble
+
+if TYPE_CHECKING:
+    from less_assets.method.gradients.directions import AdamMoments
+    from less_assets.method.gradients.features import Batching
+    from less_assets.method.gradients.sketch import Sketch
+
+
+@dataclass
+class LoadedCheckpoint:
+    """A warm-up checkpoint in memory, ready for gradients.
+
+    Attributes:
+        model: PEFT model in eval mode on its device.
+        tokenizer: Its tokenizer.
+        moments: Adam's state by parameter name.
+    """
+
+    model: Any
+    tokenizer: Any
+    moments: "AdamMoments"
+
+    @property
+    def pad_token_id(self) -> int:
+        """What padding is filled with; any valid id does."""
+        return self.tokenizer.pad_token_id or 0
+
+    @cached_property
+    def _sketches(self) -> dict[tuple, "Sketch"]:
+        return {}
+
+    def sketch(self, settings: Gradients) -> "Sketch":
+        """The project's projection for this model's parameters."""
+        from less_assets.method.gradients.per_example import lora_parameters
+        from less_assets.method.gradients.sketch import Sketch
+
+        key = (settings.sketch, settings.dimension, settings.seed)
+        if key not in self._sketches:
+            self._sketches[key] = Sketch(
+                settings.sketch, settings.dimension, settings.seed, lora_parameters(self.model)
+            )
+        return self._sketches[key]
+
+    def token_budget(self, settings: Gradients, longest: int) -> int:
+        """Padded tokens of a batch: the project's, or what fits into free memory."""
+        from less_assets.method.gradients.features import resolve_token_budget
+
+        if settings.token_budget is not None:
+            return settings.token_budget
+        return resolve_token_budget(
+            self.model,
+            forms=settings.forms,
+            dimension=settings.dimension,
+            longest=longest,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+
+    def batching(self, settings: Gradients, longest: int) -> "Batching":
+        """How rows are batched for gradients."""
+        from less_assets.method.gradients.features import Batching
+
+        return Batching(
+            self.token_budget(settings, longest),
+            self.pad_token_id,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+
+
+class ModelLoader:
+    """Loads models on demand and keeps the last checkpoint, so that neighbouring partitions share it.
+
+    Args:
+        project: The project file.
+        cache: Local folder for dequantised models.
+
+    Attributes:
+        loads: Base models loaded so far.
+        loading_seconds: Time that took.
+    """
+
+    def __init__(self, project: Project, cache: Path) -> None:
+        self._project, self._cache = project, cache
+        self._checkpoint: tuple[str, LoadedCheckpoint] | None = None
+        self._tokenizer: Any = None
+        self._frozen: tuple[Any, Any] | None = None
+        self.loads, self.loading_seconds = 0, 0.0
+
+    def describe_base(self, base: str) -> dict[str, Any]:
+        """What the base model is: digest, licence, and where it comes from."""
+        from less_assets.method.training.models import find_base
+
+        found = find_base(base, self._cache, trust_remote_code=self._project.model.trust_remote_code)
+        return {"base": base, "digest": found.digest, "revision": found.revision, "licence": found.licence}
+
+    def base(self, base: str | None = None) -> tuple[Any, Any]:
+        """A fresh copy of a base model (the project's by default) and its tokenizer.
+
+        Leave to run a model's own code is given for the project's model, and for no other.
+        """
+        from less_assets.method.training.models import load_base
+
+        model = self._project.model
+        started = time.perf_counter()
+        loaded = load_base(
+            base or model.base,
+            dtype=model.dtype,
+            device=model.device,
+            cache_dir=self._cache,
+            trust_remote_code=model.trust_remote_code and base in (None, model.base),
+            quantization=None if model.quantization == "none" else model.quantization,
+            device_map=model.device_map,
+        )
+        self.loads, self.loading_seconds = self.loads + 1, self.loading_seconds + time.perf_counter() - started
+        return loaded
+
+    def frozen_base(self) -> tuple[Any, Any]:
+        """The project's base model for forward passes only, and its tokenizer; stays loaded for the next partition."""
+        if self._frozen is None:
+            self._checkpoint = None  # two models may not fit
+            self._frozen = self.base()
+        return self._frozen
+
+    def forget(self) -> None:
+        """Let go of the models that stayed loaded."""
+        self._checkpoint = self._frozen = None
+
+    def scratch(self, name: str) -> Path:
+        """A local folder for a training's unfinished work; a killed run goes on from what is there."""
+        folder = scratch_folder(self._cache) / name
+        with storage_trouble(UPath(folder), "create"):
+            folder.mkdir(parents=True, exist_ok=True)
+        hold_folder(folder)  # for as long as this process lives: `gc` leaves it alone
+        return folder
+
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer alone."""
+        if self._tokenizer is None:
+            from less_assets.method.training.models import load_tokenizer
+
+            model = self._project.model
+            self._tokenizer = load_tokenizer(
+                model.base, cache_dir=self._cache, trust_remote_code=model.trust_remote_code
+            )
+        return self._tokenizer
+
+    def adapter_parameters(self) -> int:
+        """P, the number of parameters of the project's adapter on the base model; no weights are loaded for it."""
+        from less_assets.method.training.models import LoraSettings, count_adapter_parameters
+
+        model, lora = self._project.model, self._project.lora
+        return count_adapter_parameters(
+            model.base,
+            LoraSettings(lora.rank, lora.alpha, lora.dropout, tuple(lora.target_modules)),
+            cache_dir=self._cache,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    def checkpoint(self, lineage: Lineage, checkpoint: str) -> LoadedCheckpoint:
+        """A warm-up checkpoint with Adam's moments; the last one stays loaded."""
+        from less_assets.method.training.models import load_adapter
+        from less_assets.method.training.warmup import load_moments
+
+        fingerprint = lineage.fresh("warmup_checkpoints", checkpoint).fingerprint
+        if self._checkpoint is None or self._checkpoint[0] != fingerprint:
+            self._checkpoint = self._frozen = None  # before the next one is loaded: two may not fit
+            model, tokenizer = self.base()
+            with lineage.folder("warmup_checkpoints", checkpoint).local(write=False) as folder:
+                adapted = load_adapter(model, folder)
+                moments = load_moments(folder)
+            self._checkpoint = (fingerprint, LoadedCheckpoint(adapted, tokenizer, moments))
+        return self._checkpoint[1]
+
+
+def open_store(project: Project) -> ArtifactStore:
+    """The store that a project file names."""
+    return ArtifactStore(project.storage.root)
+
+
+def cache_folder(store: ArtifactStore) -> Path:
+    """A local folder for what libraries want as files: inside a local store, else the user's cache."""
+    here = local_path(store.root)
+    return here / "cache" if here else Path.home() / ".cache" / "less-assets"
+
+
+def scratch_folder(cache: Path) -> Path:
+    """Where unfinished trainings lie in a cache folder."""
+    return cache / "training"
+
+
+@contextlib.contextmanager
+def spared_from_collection() -> Iterator[None]:
+    """Let Python's collector skip what is there already, and free what the block leaves behind.
+
+    Dagster and the libraries are a million objects, and looking through them again and again slows training and
+    gradients of small models: https://docs.python.org/3/library/gc.html#gc.freeze.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
+
+
+def open_resources(project: Project) -> dict[str, Any]:
+    """The resources of a project, by the names that assets ask for."""
+    from less_assets.compute.ray_backend import open_backend
+
+    store = open_store(project)
+
+    @dg.resource(description="Loads models on demand; one for each run.")
+    def models(_: dg.InitResourceContext) -> Iterator[ModelLoader]:
+        loader = ModelLoader(project, cache_folder(store))
+        with spared_from_collection():
+            yield loader
+            loader.forget()
+
+    return {"project": project, "store": store, "models": models, "backend": open_backend(project)}

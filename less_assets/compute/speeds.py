@@ -1,0 +1,175 @@
+"""Measured speeds: seconds per unit of work of each asset, kept beside the artifacts and outside them.
+
+Belongs here: the file of rates, what it is keyed by, and recording into it. How much work there is says `workload.py`;
+how a speed is measured before anything ran, `method/calibration.py`.
+"""
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from less_assets.errors import StorageError
+from less_assets.lineage.plan import digest
+from less_assets.project.project import Project
+from less_assets.store.artifacts import ArtifactStore
+from less_assets.store.files import read_bytes, write_atomically
+
+RATES_FILE = "rates.json"
+MODEL_LOAD = "model_load"
+TRAINING = "training"
+"""What a calibration measures for warm-up and fine-tuning, which are the same loop."""
+_LIKE = {
+    "warmup_checkpoints": ("finetuned_model", TRAINING),
+    "finetuned_model": ("warmup_checkpoints", TRAINING),
+    "target_gradients": ("train_gradients",),
+    "exact_scores": ("train_gradients",),
+    "pool_embeddings": ("target_embeddings", "train_gradients"),  # a forward pass: at most what gradients take
+    "target_embeddings": ("pool_embeddings", "train_gradients"),
+    "token_attribution": ("train_gradients",),
+    "fidelity_certificate": ("exact_scores", "train_gradients"),
+    "real_steps": ("train_gradients",),
+}
+"""Whose speed serves where a name's own is not known."""
+_TIMES = {"token_attribution": 2.5, "real_steps": 0.4}
+"""How much longer a token takes than one whose speed serves (the demo): three passes; mostly forward passes."""
+_MEMORY = 0.9
+"""Weight of all earlier measurements against a new one of the same size: a machine may have become faster."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How long a unit of work takes.
+
+    Attributes:
+        seconds: Time measured, older measurements weighing less.
+        units: Units of work in that time: tokens, rows, samples or loads, as the asset counts them.
+        source: `measured`: in runs; `calibrated`: by a short trial, until a run has measured it.
+    """
+
+    seconds: float
+    units: float
+    source: Literal["measured", "calibrated"] = "measured"
+
+    @property
+    def per_unit(self) -> float:
+        """Seconds per unit."""
+        return self.seconds / self.units
+
+
+class Rates:
+    """The rates of one project on one machine.
+
+    Args:
+        setup: Hash of what the rates depend on.
+        rates: Name (`rate_name`) → rate.
+    """
+
+    def __init__(self, setup: str, rates: Mapping[str, Rate]) -> None:
+        self.setup, self._rates = setup, dict(rates)
+
+    @classmethod
+    def load(cls, store: ArtifactStore, project: Project) -> "Rates":
+        """The rates stored so far for this project's model on this machine; none if the file is gone or damaged."""
+        setup = setup_of(project)
+        return cls(setup, _read(store).get(setup, {}))
+
+    def get(self, name: str) -> Rate | None:
+        """The rate of a name, or of the asset most like it; None if nothing is known."""
+        if name in self._rates:
+            return self._rates[name]
+        like = next((self._rates[each] for each in _LIKE.get(name, ()) if each in self._rates), None)
+        return like and replace(like, seconds=like.seconds * _TIMES.get(name, 1.0))
+
+    def with_calibrated(self, rates: Mapping[str, Rate]) -> "Rates":
+        """These rates, and calibrated ones where nothing was measured."""
+        measured = {name: rate for name, rate in self._rates.items() if rate.source == "measured"}
+        return Rates(self.setup, {**self._rates, **rates, **measured})
+
+
+def rate_name(asset: str, partition: str | None) -> str:
+    """What an artifact's speed is filed under: its asset, and for evaluations, whose samples differ, the task too."""
+    return f"{asset}/{str(partition).partition('|')[2]}" if asset == "eval_results" else asset
+
+
+def record(store: ArtifactStore, project: Project, name: str, seconds: float, units: float) -> None:
+    """Add a measurement. Two runs at once may lose one another's: a speed is an estimate, and never stops a run."""
+    if units <= 0 or seconds <= 0:
+        return
+    setup = setup_of(project)
+    content = _read(store)
+    before = content.setdefault(setup, {}).get(name)
+    if before is None or before.source == "calibrated":
+        content[setup][name] = Rate(seconds, units)
+    else:
+        content[setup][name] = Rate(_MEMORY * before.seconds + seconds, _MEMORY * before.units + units)
+    _write(store, content)
+
+
+def keep_calibrated(store: ArtifactStore, project: Project, rates: Mapping[str, Rate]) -> None:
+    """Keep what a calibration found, except where a run has measured the same."""
+    setup = setup_of(project)
+    content = _read(store)
+    known = content.setdefault(setup, {})
+    known |= {name: rate for name, rate in rates.items() if name not in known or known[name].source == "calibrated"}
+    _write(store, content)
+
+
+def setup_of(project: Project) -> str:
+    """Hash of what speed depends on: the machine, the model and its adapter, and what is computed of each row."""
+    model = project.model
+    placed = [model.device, model.device_map, project.compute.backend]
+    settings = [project.model_settings(), placed, project.lora.model_dump(), project.gradient_settings()]
+    return digest([machine(), settings])[:16]
+
+
+def machine() -> str:
+    """This machine's processors and accelerators in words; no library is loaded for it."""
+    found = [platform.machine(), f"{os.cpu_count()} cores", _first_value(Path("/proc/cpuinfo"), "model name")]
+    found += sorted(
+        _first_value(path, "Model") for path in Path("/proc/driver/nvidia/gpus").glob("*/information") if path.is_file()
+    )
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        found.append(f"{threads} threads")
+    return ", ".join(part for part in found if part)
+
+
+def _first_value(path: Path, name: str) -> str:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def _read(store: ArtifactStore) -> dict[str, dict[str, Rate]]:
+    try:
+        content = json.loads(read_bytes(store.root / RATES_FILE))
+        found = {
+            setup: {name: Rate(**rate) for name, rate in rates.items()} for setup, rates in content["setups"].items()
+        }
+        sound = all(rate.seconds > 0 and rate.units > 0 for rates in found.values() for rate in rates.values())
+        return found if sound else {}
+    except FileNotFoundError:
+        return {}
+    except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("the speeds of earlier runs cannot be read and are measured anew: %s", error)
+        return {}
+
+
+def _write(store: ArtifactStore, content: Mapping[str, Mapping[str, Rate]]) -> None:
+    document = {
+        "setups": {
+            setup: {name: asdict(rate) for name, rate in sorted(rates.items())} for setup, rates in content.items()
+        }
+    }
+    try:
+        write_atomically(store.root / RATES_FILE, json.dumps(document, indent=1).encode() + b"\n")
+    except StorageError as error:
+        _log.warning("the speed of this step is not kept: %s", error)

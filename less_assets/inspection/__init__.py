@@ -1,0 +1,1 @@
+"""Why a row was selected, where it came from, what came out."""

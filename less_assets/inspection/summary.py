@@ -1,0 +1,92 @@
+"""What `less-assets run` says at its end: results, what was selected, where it lies, how to look at it.
+
+Belongs here: words for a terminal. The leaderboard's tables are made by `method/leaderboard.py`.
+"""
+
+import polars as pl
+
+from less_assets.errors import MissingArtifactError, StaleArtifactError
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import Project
+from less_assets.steps.evaluation import BOARD
+from less_assets.steps.explanations import REPORT
+from less_assets.steps.selection import SUBSET
+from less_assets.store.artifacts import ArtifactStore
+from less_assets.store.tables import read_parquet
+
+
+def results(project: Project, store: ArtifactStore) -> str:
+    """The leaderboard, the share of each source among the selected rows, and where everything is.
+
+    Parts whose artifacts are not up to date are left out.
+    """
+    lineage = Lineage(project, store)
+    parts = []
+    try:
+        parts.append(_leaderboard(lineage))
+        parts += [_shares(lineage, task) for task in project.task_names]
+    except (MissingArtifactError, StaleArtifactError):
+        parts.append("(The leaderboard is made by a run without --until, --task and --recipe.)")
+    if pages := _pages(lineage):
+        parts.append("Reports, one page each; open them in a browser\n" + "\n".join(pages))
+    parts.append(
+        f"artifacts   {store.root}\n"
+        f"subsets     {store.root}/selection/TASK/recipes/RECIPE/…/subset.jsonl\n"
+        "look at it  make dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _pages(lineage: Lineage) -> list[str]:
+    """Path of every selection report that is up to date."""
+    pages = []
+    reported = [key for key in lineage.project.recipe_keys if lineage.project.needs(key, "selection_report")]
+    for key, task in ((key, task) for task in lineage.project.task_names for key in reported):
+        if lineage.status("selection_report", f"{key}|{task}").state == "fresh":
+            page = lineage.folder("selection_report", f"{key}|{task}").path(REPORT)
+            pages.append(f"{f'{key} for {task}':<32}{page}")
+    return pages
+
+
+def _leaderboard(lineage: Lineage) -> str:
+    from less_assets.method.evaluation.leaderboard import COSTS_HEADING, costs, differences, recipes_by_tasks
+
+    board = read_parquet(lineage.folder("leaderboard"), BOARD)
+    if board.is_empty():
+        return "No task has an evaluation."
+    parts = [
+        ("Held-out loss (nats per token, lower is better)", recipes_by_tasks(board, "loss")),
+        ("Score (higher is better)", recipes_by_tasks(board, "score")),
+        ("Difference from random, on the same samples", differences(board, "random")),
+        (COSTS_HEADING, costs(board)),
+    ]
+    note = (
+        "[95 % bootstrap interval over samples]  ± standard deviation over seeds  "
+        "* better than random: the interval of the paired difference excludes 0"
+    )
+    return "\n\n".join([*(f"{heading}\n{_text_table(table)}" for heading, table in parts if table.height), note])
+
+
+def _shares(lineage: Lineage, task: str) -> str:
+    """Share of each source in the pool and among the rows that each recipe selected for a task."""
+    pool: dict[str, int] = dict(lineage.summary("pool_index")["sources"])
+    columns: dict[str, dict[str, int]] = {"pool": pool}
+    for key, recipe in lineage.project.recipe_keys.items():
+        if recipe.strategy not in ("none", "full") and recipe.seed in (None, 0):
+            subset = read_parquet(lineage.folder("selected_subset", f"{key}|{task}"), SUBSET, ["source"])
+            columns[key] = dict(subset["source"].value_counts().iter_rows())
+    table = pl.DataFrame({"source": list(pool)}).with_columns(
+        pl.Series(name, [f"{100 * counts.get(source, 0) / max(1, sum(counts.values())):.1f} %" for source in pool])
+        for name, counts in columns.items()
+    )
+    return f"Share of each source among the rows selected for {task}\n{_text_table(table)}"
+
+
+def _text_table(table: pl.DataFrame) -> str:
+    """Columns side by side, padded to their widest cell."""
+    columns = [[name, *table[name].cast(pl.String).fill_null("").to_list()] for name in table.columns]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    )

@@ -1,0 +1,93 @@
+"""Rows of Parquet files, a batch at a time; a damaged page shifts none of them.
+
+Belongs here: a Parquet stream to raw rows. Opening files is `row_files.py`.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from less_assets.method.data import raw_rows
+from less_assets.method.data.raw_rows import RawRow, too_large
+
+_BATCH_ROWS = 64
+
+
+def read_parquet_rows(stream: io.BufferedIOBase, first_row: int) -> Iterator[RawRow]:
+    """The rows from `first_row` on; row groups before it are not read."""
+    file = open_parquet(stream)
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    ends = list(itertools.accumulate(sizes))
+    groups = [group for group, end in enumerate(ends) if end > first_row]
+    if not groups:
+        return
+    start = ends[groups[0]] - sizes[groups[0]]
+    for batch in _batches(file, groups):
+        skipped = min(max(0, first_row - start), batch.num_rows)
+        for number, (record, problem) in enumerate(_records(batch.slice(skipped)), start=start + skipped + 1):
+            size = _text_size(record)
+            if problem:
+                yield RawRow(number, None, "invalid_utf8", problem)
+            elif size > raw_rows.MAX_ROW_BYTES:
+                yield RawRow(number, None, "too_large", too_large(size))
+            else:
+                yield RawRow(number, record)
+        start += batch.num_rows
+
+
+def parquet_digests(stream: io.BufferedIOBase) -> Iterator[bytes]:
+    """blake2b-128 of each row's names and values."""
+    file = open_parquet(stream)
+    for batch in _batches(file, range(file.num_row_groups)):
+        for record, _ in _records(batch):
+            text = json.dumps(record, sort_keys=True, default=repr, ensure_ascii=True)
+            yield hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def open_parquet(stream: io.BufferedIOBase) -> pq.ParquetFile:
+    """Read a file's footer.
+
+    Raises:
+        pyarrow.ArrowInvalid: It is damaged, or disagrees with itself.
+    """
+    file = pq.ParquetFile(stream)
+    counted = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    if file.metadata.num_rows != counted:
+        raise pa.ArrowInvalid(f"its footer says {file.metadata.num_rows} rows, its row groups {counted}")
+    return file
+
+
+def _batches(file: pq.ParquetFile, groups: Sequence[int]) -> Iterator[pa.RecordBatch]:
+    """The rows of row groups; a damaged page can hold fewer of them than were counted, and no row may shift."""
+    left = sum(file.metadata.row_group(group).num_rows for group in groups)
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups):
+        left -= batch.num_rows
+        yield batch
+    if left:
+        raise pa.ArrowInvalid(f"it holds {abs(left)} rows {'fewer' if left > 0 else 'more'} than its footer says")
+
+
+def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    """Yield (record, None) per row, or (None, problem) where a string is not UTF-8."""
+    try:
+        yield from ((record, None) for record in batch.to_pylist())
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0], None
+            except UnicodeDecodeError as error:
+                yield None, f"a string is not UTF-8: {error.reason}"
+
+
+def _text_size(value: Any) -> int:
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_text_size, value.values()))
+    return sum(map(_text_size, value)) if isinstance(value, list) else 0

@@ -1,0 +1,215 @@
+"""Rows of text: JSON lines and CSV records, with their digests and places, in memory that does not grow with the file.
+
+Belongs here: bytes of a stream to raw rows. Opening files is `row_files.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from less_assets.method.data import raw_rows
+from less_assets.method.data.raw_rows import Place, RawRow, too_large
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BLOCK_BYTES = 1 << 20
+"""What is read at once where rows do not matter."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line: its first `MAX_ROW_BYTES`, its size without line end, its quotation marks, the digest of all of it."""
+
+    content: bytes
+    size: int
+    quotes: int
+    digest: bytes
+
+
+class Lines:
+    r"""Lines of a stream that end at `\n` only; of an oversized line only the start is kept."""
+
+    def __init__(self, stream: io.BufferedIOBase) -> None:
+        self._stream, self._offset, self._line = stream, 0, 0
+
+    @property
+    def place(self) -> Place:
+        """Where the next line begins."""
+        return Place(self._offset, self._line)
+
+    def skip_to(self, place: tuple[int, int]) -> None:
+        """Go on with the line that begins there; streams that cannot seek are read up to it."""
+        offset, self._line = place
+        if self._stream.seekable():
+            self._stream.seek(offset)
+        else:
+            left = offset - self._offset
+            while left and (block := self._stream.read(min(left, BLOCK_BYTES))):
+                left -= len(block)
+        self._offset = offset
+
+    def __iter__(self) -> Iterator[Line]:
+        return self
+
+    def __next__(self) -> Line:
+        # Two bytes more than the limit: room for `\r\n`.
+        piece = kept = self._stream.readline(raw_rows.MAX_ROW_BYTES + 2)
+        if not piece:
+            raise StopIteration
+        digest, size, quotes = hashlib.blake2b(digest_size=16), 0, 0
+        is_first = not self._offset
+        while piece:
+            self._offset += len(piece)
+            digest.update(piece.removesuffix(b"\n"))
+            size += len(piece.removesuffix(b"\n").removesuffix(b"\r"))
+            quotes += piece.count(b'"')
+            piece = b"" if piece.endswith(b"\n") else self._stream.readline(raw_rows.MAX_ROW_BYTES + 2)
+        self._line += 1
+        if is_first:
+            kept = kept.removeprefix(BYTE_ORDER_MARK)
+        return Line(kept, size, quotes, digest.digest())
+
+
+def count_lines(stream: io.BufferedIOBase) -> int:
+    """Number of lines; the last one need not end."""
+    lines, last = 0, b"\n"
+    while block := stream.read(BLOCK_BYTES):
+        lines += block.count(b"\n")
+        last = block
+    return lines + (not last.endswith(b"\n"))
+
+
+def read_json_lines(stream: io.BufferedIOBase, first_row: int, begins: tuple[int, int] | None) -> Iterator[RawRow]:
+    """The rows from `first_row` on; `begins` says where that is, if it is known."""
+    lines = Lines(stream)
+    _skip(lines, first_row, begins)
+    for index, line in enumerate(lines, start=first_row + 1):
+        if line.size > raw_rows.MAX_ROW_BYTES:
+            yield RawRow(index, None, "too_large", too_large(line.size))
+        elif not line.content.strip():
+            yield RawRow(index, None, "blank")
+        else:
+            yield _parse_json_line(index, line.content)
+
+
+def _skip(rows: Lines | CsvRecords, count: int, place: tuple[int, int] | None) -> None:
+    """Leave out so many rows: go to where they end, if that is known."""
+    if place is not None:
+        rows.skip_to(place)
+    else:
+        for _ in itertools.islice(rows, count):
+            pass
+
+
+def _parse_json_line(number: int, line: bytes) -> RawRow:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return RawRow(number, None, "invalid_utf8", f"byte {line[error.start]:#04x} at byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return RawRow(
+            number, None, "invalid_json", f"{error}" if isinstance(error, ValueError) else "nested too deeply"
+        )
+    if not isinstance(record, dict):
+        return RawRow(number, None, "wrong_type", f"a JSON object is expected, not {type(record).__name__}")
+    return RawRow(number, record)
+
+
+@dataclass(frozen=True)
+class CsvRecord:
+    """A record: its fields (None: not readable, see `error`), its first line, its bytes, and their digest."""
+
+    fields: list[str] | None
+    line: int
+    size: int
+    error: str | None
+    digest: bytes
+
+
+class CsvRecords:
+    """Records of a CSV stream with what they are made of; an oversized record costs no memory and shifts nothing."""
+
+    def __init__(self, stream: io.BufferedIOBase, kind: str) -> None:
+        # An unterminated quote ends as an error after so many characters instead of swallowing the rest of the file.
+        csv.field_size_limit(raw_rows.MAX_ROW_BYTES)
+        self._lines = Lines(stream)
+        self._reader = csv.reader(self._feed(), delimiter="\t" if kind == "tsv" else ",")
+        self._begin_record()
+
+    def _begin_record(self) -> None:
+        self._first_line, self._size, self._digest = self.place.line + 1, 0, hashlib.blake2b(digest_size=16)
+
+    @property
+    def place(self) -> Place:
+        """Where the next record begins."""
+        return self._lines.place
+
+    def skip_to(self, place: tuple[int, int]) -> None:
+        """Go on with the record that begins there."""
+        self._lines.skip_to(place)
+        self._begin_record()
+
+    def _feed(self) -> Iterator[str]:
+        for line in self._lines:
+            self._size += line.size
+            self._digest.update(line.digest)
+            if line.size > raw_rows.MAX_ROW_BYTES:
+                # All that the reader needs to know of it is whether a quoted field goes on in the next line.
+                yield '"\n' if line.quotes % 2 else "\n"
+            else:
+                yield line.content.decode("utf-8", errors="surrogateescape")
+
+    def __iter__(self) -> Iterator[CsvRecord]:
+        return self
+
+    def __next__(self) -> CsvRecord:
+        fields, error = None, None
+        try:
+            fields = next(self._reader)
+        except csv.Error as problem:
+            error = str(problem)
+        record = CsvRecord(fields, self._first_line, self._size, error, self._digest.digest())
+        self._begin_record()
+        return record
+
+
+def read_csv_records(
+    stream: io.BufferedIOBase, kind: str, first_row: int, begins: tuple[int, int] | None
+) -> Iterator[RawRow]:
+    """The records from `first_row` on, after the header; `begins` says where that is, if it is known."""
+    records = CsvRecords(stream, kind)
+    header = next(records, None)
+    if header is None:
+        return
+    names = header.fields or []
+    _skip(records, first_row, begins)
+    for number, record in enumerate(records, start=first_row + 1):
+        yield _csv_row(number, names, record)
+
+
+def _csv_row(number: int, names: list[str], record: CsvRecord) -> RawRow:
+    at = f"line {record.line}: "
+    if record.size > raw_rows.MAX_ROW_BYTES:
+        return RawRow(number, None, "too_large", at + too_large(record.size))
+    if record.fields is None:
+        return RawRow(number, None, "invalid_csv", at + str(record.error))
+    if not record.fields:
+        return RawRow(number, None, "blank")
+    if any(not _is_text(field) for field in record.fields):
+        return RawRow(number, None, "invalid_utf8", at + "a field is not UTF-8")
+    if len(record.fields) != len(names):
+        return RawRow(number, None, "invalid_csv", at + f"{len(record.fields)} fields, the header has {len(names)}")
+    return RawRow(number, dict(zip(names, record.fields, strict=True)))
+
+
+def _is_text(field: str) -> bool:
+    try:
+        field.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

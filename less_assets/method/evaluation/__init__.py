@@ -1,0 +1,1 @@
+"""Losses, answers and scores of models, their intervals, and recipes side by side."""

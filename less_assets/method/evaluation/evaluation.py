@@ -1,0 +1,608 @@
+"""How good a model is on a task: held-out loss, graded answers, and what the numbers are worth.
+
+Belongs here: evaluation examples, the harness task made from them, and the tables of samples and metrics. Running the
+model lives in `generation.py` and `harness.py`, grading in `answers.py`, the bootstrap in `intervals.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import polars as pl
+from torch.nn.functional import cross_entropy
+
+from less_assets.errors import EvaluationError
+from less_assets.method.data.chat import IGNORED, ChatFormat, EncodedExample, encode_target
+from less_assets.method.data.targets import EvaluationExample, TargetExample
+from less_assets.method.evaluation.answers import RULES, AnswerRule, RuleName
+from less_assets.method.evaluation.generation import logits_at
+from less_assets.method.evaluation.intervals import CONFIDENCE, REPLICATES, clustered_bootstrap
+
+if TYPE_CHECKING:
+    from less_assets.method.evaluation.harness import HarnessModel
+
+# A generation needs some room beyond the longest reference: models put words before the answer.
+SPARE_NEW_TOKENS = 8
+
+_SCORES: Any = pl.List(pl.Struct({"metric": pl.String, "value": pl.Float64}))
+
+SAMPLE_SCHEMA = pl.Schema(
+    {
+        "example_id": pl.String,  # id of the evaluation example (harness tasks: hash of the document)
+        "subtask": pl.String,
+        "prompt": pl.String,  # as the model saw it, special tokens included
+        "output": pl.String,  # generated text, or the chosen continuation
+        "answer": pl.String,  # extracted from the output; what was graded
+        "reference": pl.String,  # accepted answers, one a line
+        "metric": pl.String,  # name of the score
+        "score": pl.Float64,  # the task's first metric, 0 to 1
+        "correct": pl.Boolean,  # score is 1
+        "scores": _SCORES,  # every metric
+        "loss": pl.Float64,  # nats per loss token of the reference completion; null if it has none
+        "loss_tokens": pl.Int64,
+    }
+)
+
+METRIC_SCHEMA = pl.Schema(
+    {
+        "metric": pl.String,  # loss, exact_match, f1, accuracy, …
+        "subtask": pl.String,  # null: the whole task
+        "value": pl.Float64,
+        "low": pl.Float64,  # bootstrap interval; null where the harness reports a figure without samples
+        "high": pl.Float64,
+        "n": pl.Int64,  # samples
+        "higher_is_better": pl.Boolean,
+        "primary": pl.Boolean,  # the task's score: the first metric
+        "average": pl.String,  # what counts the same in a total: samples or subtasks
+    }
+)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How examples are asked and graded.
+
+    Attributes:
+        rule: Name of the rule in `answers.RULES` that extracts and grades; None: the examples' own.
+        max_new_tokens: Longest generation in tokens; None: the rule's, or enough for the longest reference.
+        chat_format: How turns become text; see `chat.py`.
+        max_length: Longest prompt and completion together, in tokens; prompts are cut from the left. None: the model's
+            context.
+        token_budget: Padded tokens per batch.
+        replicates: Bootstrap replicates.
+        confidence: Coverage of the intervals.
+        seed: Seed of the bootstrap and of few-shot sampling.
+    """
+
+    rule: RuleName | None = None
+    max_new_tokens: int | None = None
+    chat_format: ChatFormat = "template"
+    max_length: int | None = None
+    token_budget: int = 4096
+    replicates: int = REPLICATES
+    confidence: float = CONFIDENCE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every sample (`SAMPLE_SCHEMA`) and the metrics per subtask and in all (`METRIC_SCHEMA`)."""
+
+    samples: pl.DataFrame
+    metrics: pl.DataFrame
+
+
+def held_out_loss(
+    model: Any,
+    examples: Sequence[EncodedExample],
+    *,
+    token_budget: int = 4096,
+    on_progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each example's mean cross-entropy over its loss tokens, in nats, and how many those are.
+
+    A diverged model gives NaN or infinite losses, which are returned as they are.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        examples: Encoded examples with unshifted labels (-100: no loss).
+        token_budget: Padded tokens per batch.
+        on_progress: Called with the number of examples done since the last call.
+
+    Returns:
+        Losses float64 (n,) and loss tokens int64 (n,), in the order given.
+
+    Raises:
+        EvaluationError: If an example has no loss token.
+    """
+    positions = [np.flatnonzero(np.asarray(example.labels)[1:] != IGNORED) for example in examples]
+    for example, wanted in zip(examples, positions, strict=True):
+        if len(wanted) == 0:
+            raise EvaluationError("An evaluation example has no token to take the loss of.", where=example.example_id)
+    losses = np.empty(len(examples))
+    scored = logits_at(
+        model,
+        [example.input_ids for example in examples],
+        positions,
+        token_budget=token_budget,
+    )
+    for i, logits in scored:
+        labels = logits.new_tensor(np.asarray(examples[i].labels)[1:][positions[i]]).long()
+        losses[i] = float(cross_entropy(logits, labels))
+        if on_progress:
+            on_progress(1)
+    return losses, np.array([len(wanted) for wanted in positions], dtype=np.int64)
+
+
+def evaluate_examples(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[EvaluationExample],
+    settings: EvaluationSettings | None = None,
+    *,
+    name: str = "held_out",
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Evaluate held-out examples: loss of the reference completion, and graded answers through the harness.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        tokenizer: Its tokenizer.
+        examples: What to ask; at least one, all graded by the same rule.
+        settings: How to ask and grade.
+        name: Name of the generated harness task.
+        on_progress: Called with the number of requests done since the last call; an example is one request, or one per
+            choice where choices are compared.
+
+    Raises:
+        EvaluationError: If there is nothing to evaluate, or an example cannot be asked.
+    """
+    from less_assets.method.evaluation.harness import (  # lm_eval takes seconds to import
+        HarnessModel,
+        load_task,
+        run_tasks,
+    )
+
+    settings = settings or EvaluationSettings()
+    if not examples:
+        raise EvaluationError("There are no evaluation examples.", where=name, fix="give a file with at least one row")
+    rule = _common_rule(examples, settings, name)
+    new_tokens = settings.max_new_tokens or rule.max_new_tokens or _longest_reference(examples, tokenizer)
+    max_length = _max_length(model, settings)
+    prompts, encodings = _encode_requests(examples, tokenizer, settings.chat_format, max_length)
+    lm = HarnessModel(
+        model,
+        tokenizer,
+        max_length=min(max_length + new_tokens, _context_length(model)),
+        token_budget=settings.token_budget,
+        encodings=encodings,
+        on_progress=on_progress,
+    )
+    tasks = load_task(harness_task(name, examples, prompts, rule, max_new_tokens=new_tokens))
+    logged = sorted(run_tasks(lm, tasks, seed=settings.seed)["samples"][name], key=lambda sample: sample["doc_id"])
+
+    records = []
+    for example, prompt, sample in zip(examples, prompts, logged, strict=True):
+        output, answer = _output_and_answer(example, rule, sample)
+        loss_tokens = len(encodings[prompt, example.completion][1])
+        if example.choices:
+            loss = -sample["resps"][example.choices.index(example.completion)][0][0] / loss_tokens
+        else:
+            loss = lm.reference_losses[prompt, example.completion]
+        scores = {metric: float(sample[metric]) for metric in rule.metrics}
+        records.append(
+            _record(
+                example_id=example.example_id,
+                subtask=example.subtask,
+                prompt=prompt,
+                output=output,
+                answer=answer,
+                reference="\n".join(example.answers),
+                scores=scores,
+                loss=loss,
+                loss_tokens=loss_tokens,
+            )
+        )
+    samples = pl.DataFrame(records, schema=SAMPLE_SCHEMA)
+    return Evaluation(samples, summarize(samples, average=rule.average, settings=settings))
+
+
+def harness_task(
+    name: str,
+    examples: Sequence[EvaluationExample],
+    prompts: Sequence[str],
+    rule: AnswerRule,
+    *,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Return a harness task, as a dictionary, that asks the examples and grades them by the rule.
+
+    Args:
+        name: Name of the task.
+        examples: All with choices (compared by likelihood), or all without (answered by generation).
+        prompts: Full prompt text of each example.
+        rule: Extraction (the task's filter) and metrics.
+        max_new_tokens: Longest generation in tokens.
+
+    Raises:
+        EvaluationError: If some examples have choices and some have not.
+    """
+    if len({bool(each.choices) for each in examples}) > 1:
+        raise EvaluationError("Some evaluation examples have choices and some have not.", where=name)
+    documents = [
+        {
+            "example_id": each.example_id,
+            "subtask": each.subtask,
+            "prompt": prompt,
+            "answers": list(each.answers),
+            "choices": list(each.choices),
+            "gold": each.completion,
+        }
+        for each, prompt in zip(examples, prompts, strict=True)
+    ]
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        import datasets
+
+        return {"test": datasets.Dataset.from_list(documents)}
+
+    shared = {
+        "task": name,
+        "custom_dataset": dataset,
+        "test_split": "test",
+        "doc_to_text": lambda document: document["prompt"],
+        "num_fewshot": 0,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in rule.metrics],
+        "target_delimiter": "",
+        "metadata": {"version": 1},
+    }
+    if examples[0].choices:
+        return {
+            **shared,
+            "output_type": "multiple_choice",
+            "doc_to_choice": lambda document: document["choices"],
+            "doc_to_target": lambda document: document["choices"].index(document["gold"]),
+            "process_results": lambda document, results: rule.grade(
+                rule.extract(document["choices"][_most_likely(results)]), document["answers"]
+            ),
+        }
+    return {
+        **shared,
+        "output_type": "generate_until",
+        "doc_to_target": lambda document: document["gold"],
+        "generation_kwargs": {"until": list(rule.stop), "max_gen_toks": max_new_tokens, "do_sample": False},
+        "filter_list": [
+            {
+                "name": "answer",
+                "filter": [
+                    {
+                        "function": "custom",
+                        "filter_fn": lambda outputs, _: [[rule.extract(each[0])] for each in outputs],
+                    },
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "process_results": lambda document, results: rule.grade(results[0], document["answers"]),
+    }
+
+
+def evaluate_with_harness(
+    model: Any,
+    tokenizer: Any,
+    task: str | Path | Mapping[str, Any],
+    settings: EvaluationSettings | None = None,
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Evaluate an lm-evaluation-harness task; its leaf tasks are the subtasks.
+
+    The loss is that of the reference continuation after the harness's own prompt. Metrics that the harness does not
+    average over samples (perplexities, corpus F1) appear with its own figure and without an interval.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        tokenizer: Its tokenizer.
+        task: Name of a harness task, group or tag; path of a YAML file; or the task as a dictionary.
+        settings: `max_length`, `token_budget` and the bootstrap's settings apply; the rest is the task's own.
+        include_path: Folder with the user's own task YAML files.
+        limit: First examples of each leaf task only; None: all.
+        num_fewshot: Overrides the task's number of examples.
+        apply_chat_template: Put the prompts into the tokenizer's chat template.
+        on_progress: Called with the number of requests done since the last call.
+
+    Raises:
+        EvaluationError: If the task cannot be loaded, or its data cannot be had.
+    """
+    from less_assets.method.evaluation.harness import (  # lm_eval takes seconds to import
+        HarnessModel,
+        load_task,
+        run_tasks,
+    )
+
+    settings = settings or EvaluationSettings()
+    tasks = load_task(task, include_path)
+    lm = HarnessModel(
+        model,
+        tokenizer,
+        max_length=_max_length(model, settings),
+        token_budget=settings.token_budget,
+        on_progress=on_progress,
+    )
+    result = run_tasks(
+        lm,
+        tasks,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        seed=settings.seed,
+    )
+    records: list[dict[str, Any]] = []
+    figures: list[dict[str, Any]] = []
+    for name, leaf in tasks.items():
+        averaged = {metric for metric, how in leaf.aggregation().items() if how is _harness_mean()}
+        records += _harness_records(name, leaf, result["samples"][name], averaged, lm)
+        figures += _harness_figures(name, result["results"][name], averaged, leaf.higher_is_better())
+    samples = pl.DataFrame(records, schema=SAMPLE_SCHEMA)
+    metrics = summarize(samples, average="samples", settings=settings)
+    return Evaluation(samples, pl.concat([metrics, pl.DataFrame(figures, schema=METRIC_SCHEMA)]))
+
+
+def summarize(
+    samples: pl.DataFrame, *, average: Literal["samples", "subtasks"], settings: EvaluationSettings | None = None
+) -> pl.DataFrame:
+    """Return each metric's mean with its interval, for the whole task (subtask null) and for every subtask.
+
+    Args:
+        samples: Table of `SAMPLE_SCHEMA`.
+        average: Whether samples or subtasks count the same in the total.
+        settings: Bootstrap settings.
+
+    Returns:
+        Table of `METRIC_SCHEMA`; the loss first, then metrics in the task's order; totals before subtasks.
+    """
+    settings = settings or EvaluationSettings()
+    long = pl.concat(
+        [
+            samples.select("subtask", pl.lit("loss").alias("metric"), pl.col("loss").alias("value")).drop_nulls(),
+            samples.select("subtask", "scores")
+            .filter(pl.col("scores").list.len() > 0)
+            .explode("scores")
+            .unnest("scores"),
+        ],
+        how="diagonal",
+    )
+    primary = samples["metric"].drop_nulls().unique()
+    rows = []
+    for (metric,), values in long.group_by("metric", maintain_order=True):
+        parts = [(None, values), *((key[0], part) for key, part in values.group_by("subtask", maintain_order=True))]
+        for subtask, part in parts:
+            interval = clustered_bootstrap(
+                part["value"].to_numpy(),
+                part["subtask"].to_list(),
+                average=average,
+                replicates=settings.replicates,
+                confidence=settings.confidence,
+                seed=settings.seed,
+            )
+            rows.append(
+                {
+                    "metric": metric,
+                    "subtask": subtask,
+                    "value": interval.mean,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "n": len(part),
+                    "higher_is_better": metric != "loss",
+                    "primary": metric in primary,
+                    "average": average,
+                }
+            )
+    return pl.DataFrame(rows, schema=METRIC_SCHEMA)
+
+
+def _common_rule(examples: Sequence[EvaluationExample], settings: EvaluationSettings, name: str) -> AnswerRule:
+    rules = {settings.rule} if settings.rule else {each.metric for each in examples}
+    if len(rules) > 1:
+        raise EvaluationError(
+            f"Evaluation examples of different kinds cannot be mixed: {', '.join(sorted(rules))}.", where=name
+        )
+    return RULES[rules.pop()]
+
+
+def _encode(
+    example: EvaluationExample, completion: str, tokenizer: Any, chat_format: ChatFormat, max_length: int
+) -> EncodedExample:
+    target = TargetExample(example.example_id, example.subtask, example.messages, example.assistant_prefix, completion)
+    return encode_target(target, tokenizer, chat_format=chat_format, max_length=max_length)
+
+
+def _context_length(model: Any) -> int:
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def _max_length(model: Any, settings: EvaluationSettings) -> int:
+    return min(settings.max_length or _context_length(model), _context_length(model))
+
+
+def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: Any) -> int:
+    answers = {answer for each in examples for answer in each.answers}
+    return SPARE_NEW_TOKENS + max(len(tokenizer(each, add_special_tokens=False).input_ids) for each in answers)
+
+
+def _encode_requests(
+    examples: Sequence[EvaluationExample], tokenizer: Any, chat_format: ChatFormat, max_length: int
+) -> tuple[list[str], dict[tuple[str, str], tuple[list[int], list[int]]]]:
+    """Return each example's prompt text, and the ids of prompt and continuation that the harness must use for it.
+
+    They are encoded as target examples are, so that training, loss, likelihoods and generation see the very same
+    prompt; text that is tokenized again could differ from it at the seams.
+    """
+    prompts: list[str] = []
+    encodings: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+    for example in examples:
+        choices = {
+            continuation: _split(_encode(example, continuation, tokenizer, chat_format, max_length))
+            for continuation in example.choices or (example.completion,)
+        }
+        prompt_ids, _ = choices[example.completion]
+        prompts.append(tokenizer.decode(prompt_ids))
+        encodings |= {(prompts[-1], each): (prompt_ids, ids) for each, (_, ids) in choices.items()}
+    return prompts, encodings
+
+
+def _split(encoded: EncodedExample) -> tuple[list[int], list[int]]:
+    """Split an encoded target into the ids before its first loss token and the rest."""
+    start = int(np.argmax(np.asarray(encoded.labels) != IGNORED))
+    ids = np.asarray(encoded.input_ids).tolist()
+    return ids[:start], ids[start:]
+
+
+def _most_likely(results: Sequence[tuple[float, bool]]) -> int:
+    """Return the index of the highest log-likelihood; the first of equal ones."""
+    return int(np.argmax([each[0] for each in results]))
+
+
+def _output_and_answer(example: EvaluationExample, rule: AnswerRule, sample: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the generated text and the extracted answer of a logged sample."""
+    if example.choices:
+        output = example.choices[_most_likely([each[0] for each in sample["resps"]])]
+        return output, rule.extract(output)
+    return sample["resps"][0][0], sample["filtered_resps"][0]
+
+
+def _record(
+    *,
+    example_id: str,
+    subtask: str,
+    prompt: str,
+    output: str,
+    answer: str,
+    reference: str,
+    scores: Mapping[str, float],
+    loss: float | None,
+    loss_tokens: int,
+) -> dict[str, Any]:
+    """Return a row of `SAMPLE_SCHEMA`; the first of the scores is the sample's own."""
+    metric, score = next(iter(scores.items()), (None, None))
+    return {
+        "example_id": example_id,
+        "subtask": subtask,
+        "prompt": prompt,
+        "output": output,
+        "answer": answer,
+        "reference": reference,
+        "metric": metric,
+        "score": score,
+        "correct": None if score is None else score == 1.0,
+        "scores": [{"metric": key, "value": value} for key, value in scores.items()],
+        "loss": loss,
+        "loss_tokens": loss_tokens,
+    }
+
+
+def _harness_mean() -> Any:
+    """The harness's plain mean, by identity: what is aggregated otherwise has no per-sample bootstrap here."""
+    from lm_eval.api.metrics import mean
+
+    return mean
+
+
+def _harness_records(
+    name: str, leaf: Any, logged: Sequence[Mapping[str, Any]], averaged: set[str], lm: HarnessModel
+) -> list[dict[str, Any]]:
+    """Return rows of `SAMPLE_SCHEMA` from a leaf task's samples, logged once per document and filter."""
+    by_document: dict[int, list[Mapping[str, Any]]] = {}
+    for sample in logged:
+        by_document.setdefault(sample["doc_id"], []).append(sample)
+    groups = list(by_document.values())
+    losses = lm.continuation_losses([_gold_pair(leaf, group[0]) for group in groups])
+    records = []
+    for group, (loss, loss_tokens) in zip(groups, losses, strict=True):
+        scores = {}
+        for sample in group:
+            suffix = "" if sample is group[0] else f",{sample['filter']}"
+            for metric in sample["metrics"]:
+                if metric in averaged and isinstance(sample[metric], int | float | np.number):
+                    scores[metric + suffix] = float(sample[metric])
+        first = group[0]
+        output, answer = _harness_output(leaf, first)
+        target = first["target"]
+        document = first["doc"] if isinstance(first["doc"], Mapping) else {}
+        records.append(
+            _record(
+                example_id=str(document.get("example_id") or first["doc_hash"][:32]),
+                subtask=str(document.get("subtask") or name),
+                prompt=str(first["arguments"][0][0]),
+                output=output,
+                answer=answer,
+                reference="\n".join(map(str, target))
+                if isinstance(target, list)
+                else _gold_pair(leaf, first)[1].strip(),
+                scores=scores,
+                loss=loss if loss_tokens else None,
+                loss_tokens=loss_tokens,
+            )
+        )
+    return records
+
+
+def _harness_output(leaf: Any, sample: Mapping[str, Any]) -> tuple[str, str]:
+    """Return output and answer of a logged sample: generated text, or the most likely continuation."""
+    if leaf.OUTPUT_TYPE == "generate_until":
+        return str(sample["resps"][0][0]), str(sample["filtered_resps"][0])
+    if leaf.OUTPUT_TYPE == "multiple_choice":
+        best = _most_likely(sample["filtered_resps"])
+        context, continuation = sample["arguments"][best][:2]
+        chosen = context if getattr(leaf, "multiple_input", 0) else continuation
+        return chosen, chosen.strip()
+    return "", ""
+
+
+def _gold_pair(leaf: Any, sample: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (context, reference continuation) of a logged sample, for its loss."""
+    arguments, target = sample["arguments"], sample["target"]
+    if leaf.OUTPUT_TYPE == "loglikelihood_rolling":
+        return "", arguments[0][0]
+    if leaf.OUTPUT_TYPE == "loglikelihood":
+        return arguments[0][0], arguments[0][1]
+    if leaf.OUTPUT_TYPE == "multiple_choice":
+        gold = leaf.doc_to_text(sample["doc"]) if getattr(leaf, "multiple_input", 0) else target
+        gold = gold[0] if isinstance(gold, list) else gold
+        if isinstance(gold, str):
+            gold = leaf.doc_to_choice(sample["doc"]).index(gold)
+        return arguments[gold][0], arguments[gold][1]
+    text = str(target[0] if isinstance(target, list) else target)
+    return arguments[0][0], f"{leaf.config.target_delimiter}{text}"
+
+
+def _harness_figures(
+    name: str, results: Mapping[str, Any], averaged: set[str], higher_is_better: Mapping[str, bool]
+) -> list[dict[str, Any]]:
+    """Return rows of `METRIC_SCHEMA` for the metrics that are no means over samples."""
+    rows = []
+    for key, value in results.items():
+        metric, _, suffix = key.partition(",")
+        if metric in higher_is_better and metric not in averaged and isinstance(value, int | float):
+            rows.append(
+                {
+                    "metric": metric if suffix == "none" else key,
+                    "subtask": name,
+                    "value": float(value),
+                    "low": None,
+                    "high": None,
+                    "n": int(results.get("sample_len") or 0),
+                    "higher_is_better": higher_is_better[metric],
+                    "primary": False,
+                    "average": "samples",
+                }
+            )
+    return rows

@@ -1,0 +1,1 @@
+"""Dagster's view of the graph: definitions, partitions, checks, sensors, metadata."""

@@ -1,0 +1,239 @@
+"""What a run would cost: the work that is missing, multiplied by measured speeds, calibrated where none is known.
+
+Belongs here: putting work and speeds together for `less-assets plan`. Amounts are `workload.py`, measured speeds
+`rates.py`, the trials `method/calibration.py`.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from less_assets.compute import speeds as stored_rates
+from less_assets.compute.models import ModelLoader
+from less_assets.compute.speeds import MODEL_LOAD, TRAINING, Rate, Rates, rate_name
+from less_assets.lineage.lineage import Lineage, Status
+from less_assets.planning.workload import ASSUMED, TOKEN_ASSETS, Amount, Workload
+from less_assets.project.project import Project, Task
+from less_assets.running.runner import GraphRunner, Partition, Request
+
+GRADIENT_SECONDS, TRAINING_SECONDS, ASKING_SECONDS = 10.0, 12.0, 20.0
+"""Limits of the trials: with loading a small model, under a minute."""
+
+
+@dataclass(frozen=True)
+class AssetEstimate:
+    """One line of the plan.
+
+    Attributes:
+        asset: Name.
+        statuses: Status of every partition that the request needs.
+        amount: The missing work; None if nothing of it is missing.
+        seconds: Its time; None where a speed is not known.
+    """
+
+    asset: str
+    statuses: Mapping[Partition, Status]
+    amount: Amount | None
+    seconds: float | None
+
+    @property
+    def due(self) -> int:
+        """Artifacts to make."""
+        return sum(status.state != "fresh" for status in self.statuses.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The whole plan.
+
+    Attributes:
+        assets: In the order of the run.
+        measured: Names of the speeds that earlier runs have measured, of those that were used.
+        calibrated: Names of those that a short trial has.
+        unknown: Names of those that nobody knows, whose work is left out of the time.
+    """
+
+    assets: list[AssetEstimate]
+    measured: list[str]
+    calibrated: list[str]
+    unknown: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Time of everything whose speed is known."""
+        return sum(asset.seconds or 0 for asset in self.assets)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens through the model."""
+        return sum(asset.amount.tokens for asset in self.assets if asset.amount)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes written."""
+        return sum(asset.amount.bytes or 0 for asset in self.assets if asset.amount)
+
+
+def estimate(
+    runner: GraphRunner,
+    lineage: Lineage,
+    models: ModelLoader,
+    request: Request,
+    *,
+    calibrate: bool,
+    log: Callable[[str], object],
+) -> Estimate:
+    """What a request would make, how much work that is, and how long it takes on this machine.
+
+    Args:
+        runner: Knows what the request needs.
+        lineage: The plans and what is stored.
+        models: Loads tokenizer and model; the model only for a calibration.
+        request: What a person asked for.
+        calibrate: Measure speeds that are not known, on the real model; their results are kept.
+        log: Receives a line before something takes long.
+
+    Raises:
+        LessAssetsError: Data or model cannot be read.
+    """
+    statuses: dict[str, dict[Partition, Status]] = {}
+    for asset, partition, status in runner.status(request):
+        statuses.setdefault(asset, {})[partition] = status
+    due = {
+        asset: [partition for partition, status in found.items() if status.state != "fresh"]
+        for asset, found in statuses.items()
+    }
+    rates = Rates.load(lineage.store, lineage.project)
+    work = Workload(lineage, models)
+    unknown = _unknown(rates, due, lineage.project)
+    if calibrate and unknown:
+        log(f"measuring the speed of {', '.join(sorted(unknown))}: up to a minute")
+        found = calibration(lineage.project, models, work, unknown)
+        stored_rates.keep_calibrated(lineage.store, lineage.project, found)
+        rates = rates.with_calibrated(found)
+    lines = []
+    for asset, found_statuses in statuses.items():
+        missing = due[asset]
+        amount = work.amount(asset, missing, len(runner.runs(asset, missing))) if missing else None
+        lines.append(AssetEstimate(asset, found_statuses, amount, amount.seconds(rates) if amount else None))
+    return Estimate(lines, **_sources(rates, [each.amount for each in lines if each.amount]))
+
+
+def _sources(rates: Rates, amounts: Sequence[Amount]) -> dict[str, list[str]]:
+    names = {name for amount in amounts for name, units in amount.units.items() if units} - ASSUMED.keys()
+    found = {name: rates.get(name) for name in sorted(names)}
+    return {
+        "measured": [name for name, rate in found.items() if rate and rate.source == "measured"],
+        "calibrated": [name for name, rate in found.items() if rate and rate.source == "calibrated"],
+        "unknown": [name for name, rate in found.items() if rate is None],
+    }
+
+
+def _unknown(rates: Rates, due: Mapping[str, Sequence[Partition]], project: Project) -> set[str]:
+    """Speeds that the missing work needs, nobody has measured yet, and a calibration can."""
+    needed = {asset for asset, partitions in due.items() if partitions} - {"eval_results"}
+    needed &= {"base_model", *TOKEN_ASSETS, "influence_scores"}
+    needed |= {
+        rate_name("eval_results", key)
+        for key in due.get("eval_results", [])
+        if any(_can_ask(member) for member in project.member_tasks(str(key).partition("|")[2]))
+    }
+    if project.warmup.imported:
+        needed.discard("warmup_checkpoints")
+    return {name for name in needed if rates.get(name) is None}
+
+
+def _can_ask(task: Task) -> bool:
+    return task.evaluation is not None and task.evaluation.harness is None
+
+
+def calibration(project: Project, models: ModelLoader, work: Workload, unknown: set[str]) -> dict[str, Rate]:
+    """Measure the speeds of some names on the real model and rows of the pool.
+
+    The base model is fetched, and dequantised into the cache, if it is not there yet; nothing else is stored.
+    """
+    from less_assets.method.gradients.features import resolve_token_budget
+    from less_assets.method.training.training import TrainingSettings
+    from less_assets.planning import trials
+    from less_assets.steps.warmup import lora_settings
+
+    found: dict[str, Rate] = {}
+    started = time.perf_counter()
+    models.describe_base(project.model.base)
+    found["base_model"] = Rate(time.perf_counter() - started, 1, "calibrated")
+    model, tokenizer = models.base()
+    found[MODEL_LOAD] = Rate(models.loading_seconds, models.loads, "calibrated")
+    rows = _mixed([sample.examples for sample in work.samples.values()])
+    settings, gradients = TrainingSettings(**project.finetuning.training_values()), project.gradients
+    with tempfile.TemporaryDirectory(prefix="less-assets-") as folder:
+        trained = trials.try_training(
+            model,
+            tokenizer,
+            rows,
+            settings,
+            Path(folder),
+            lora=lora_settings(project),
+            limit_seconds=TRAINING_SECONDS,
+        )
+    found[TRAINING] = _calibrated(trained.speed)
+    budget = gradients.token_budget or resolve_token_budget(
+        trained.model,
+        forms=gradients.forms,
+        dimension=gradients.dimension,
+        longest=max(len(row.input_ids) for row in rows),
+        gradient_checkpointing=gradients.gradient_checkpointing,
+    )
+    found["train_gradients"] = _calibrated(
+        trials.try_gradients(
+            trained,
+            rows,
+            forms=gradients.forms,
+            sketch=gradients.sketch,
+            dimension=gradients.dimension,
+            token_budget=budget,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            gradient_checkpointing=gradients.gradient_checkpointing,
+            limit_seconds=GRADIENT_SECONDS,
+        )
+    )
+    if "influence_scores" in unknown:
+        found["influence_scores"] = _calibrated(trials.try_scoring(gradients.dimension, gradients.storage, 8))
+    tasks = [name.removeprefix("eval_results/") for name in unknown if name.startswith("eval_results/")]
+    for task in tasks:
+        found[f"eval_results/{task}"] = _try_evaluation(
+            project, task, trained.model, tokenizer, ASKING_SECONDS / len(tasks)
+        )
+    return found
+
+
+def _try_evaluation(project: Project, task: str, model: Any, tokenizer: Any, limit_seconds: float) -> Rate:
+    from less_assets.method.evaluation.evaluation import evaluate_examples
+    from less_assets.planning.trials import try_asking
+    from less_assets.steps.evaluation import evaluation_examples, evaluation_settings
+
+    members = [member for member in project.member_tasks(task) if _can_ask(member)]
+    seconds = units = 0.0
+    for member in members:
+        asked = evaluation_settings(project, member)
+
+        def ask(examples: Sequence[Any], asked: Any = asked) -> None:
+            evaluate_examples(model, tokenizer, examples, asked)
+
+        speed = try_asking(ask, evaluation_examples(member), limit_seconds / len(members))
+        seconds, units = seconds + speed.seconds, units + speed.units
+    return Rate(seconds, units, "calibrated")
+
+
+def _mixed(samples: Sequence[Sequence[Any]]) -> list[Any]:
+    """Rows of all sources in turn, those without loss tokens left out."""
+    longest = max(map(len, samples), default=0)
+    return [
+        rows[place] for place in range(longest) for rows in samples if place < len(rows) and rows[place].loss_tokens
+    ]
+
+
+def _calibrated(speed: Any) -> Rate:
+    return Rate(speed.seconds, speed.units, "calibrated")

@@ -1,0 +1,154 @@
+"""Whether the data that a project names are there and usable: what `less-assets check` reports besides the file itself.
+
+Belongs here: looking, with all problems collected. Nothing is computed, written or downloaded. Errors of the project
+file are `project.py`'s matter.
+"""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from less_assets.compute.ray_backend import missing_package
+from less_assets.errors import LessAssetsError
+from less_assets.project.project import Evaluation, Project, Source, TargetExamples
+from less_assets.project.yaml_file import Problem
+
+PEEK_ROWS = 256
+"""Rows looked at in each file."""
+PEEK_FILES = 32
+"""Files looked into in each source."""
+
+# What reading files raises: the project's own errors; files, network; a file system whose package is not installed.
+_TROUBLE = (LessAssetsError, OSError, ImportError, ValueError)
+
+
+def check_data(project: Project) -> list[Problem]:
+    """Look at everything a project names: models, pool sources, imported checkpoints, target and held-out examples.
+
+    Hugging Face ids and harness task names are not looked up: that would need the network.
+
+    Args:
+        project: The project file, loaded.
+
+    Returns:
+        All problems, in the order of the project file; empty if the first run can begin.
+    """
+    problems = [*not_built(project), *_base_model("model.base", project.model.base)]
+    if project.model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "pip install bitsandbytes on a machine with CUDA, or leave `quantization` out"
+        problems.append(Problem("model.quantization", "the Python package 'bitsandbytes' is not installed", fix))
+    for source in project.pool.sources:
+        problems += _source(project, source)
+    for path in project.warmup.imported or []:
+        problems += _imported_checkpoint(project, path)
+    for task in project.tasks:
+        if task.examples:
+            problems += _targets(project, task.name, task.examples)
+        if task.evaluation:
+            problems += _evaluation(project, task.name, task.evaluation, task.examples)
+    for recipe in project.recipes:
+        if recipe.model:
+            problems += _base_model(f"recipe {recipe.name}", recipe.model)
+    return problems
+
+
+def not_built(project: Project) -> list[Problem]:
+    """What the project file may say but this version cannot do yet: refused before anything is computed."""
+    problems = []
+    if package := missing_package(project.compute):
+        fix = "pip install 'less-assets[ray]', or use `backend: local`"
+        problems.append(Problem("compute.backend", f"the Python package {package!r} is not installed", fix))
+    return problems
+
+
+def _base_model(where: str, base: str) -> Iterator[Problem]:
+    if base.startswith("gguf:"):
+        package, _, name = base.removeprefix("gguf:").partition("/")
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            install = f"pip install --no-deps {package.partition('.')[0].replace('_', '-')}"
+            yield Problem(where, f"the Python package {package!r} is not installed", install)
+        elif not any((Path(folder) / name).is_file() for folder in spec.submodule_search_locations):
+            folder = next(iter(spec.submodule_search_locations))
+            yield Problem(where, f"the package {package!r} has no file {name!r}", f"look into {folder}")
+    elif Path(base).is_absolute():
+        missing = [name for name in ("config.json", "tokenizer_config.json") if not (Path(base) / name).is_file()]
+        if not Path(base).is_dir():
+            yield Problem(where, f"there is no folder {base}", "correct the path, or give a Hugging Face id")
+        elif missing:
+            yield Problem(where, f"{base} has no {' and no '.join(missing)}", "save model and tokenizer there")
+
+
+def _source(project: Project, source: Source) -> Iterator[Problem]:
+    """Every file must be readable, and at least one row good."""
+    from less_assets.method.data.examples import read_rows
+    from less_assets.method.data.row_files import list_files
+
+    where = f"source {source.name} ({project.as_written(source.path)})"
+    try:
+        files = list_files(source.path)
+    except _TROUBLE as error:
+        yield _told(where, error)
+        return
+    rows = PEEK_ROWS if source.limit is None else min(PEEK_ROWS, source.limit)
+    statuses: Counter[str] = Counter()
+    unreadable = False
+    for file in files[:PEEK_FILES]:
+        try:
+            tables = read_rows(file, source.name, source.format, max_rows=rows)
+            for table in tables:
+                statuses.update(table["status"].to_list())
+        except _TROUBLE as error:
+            unreadable = True
+            yield _told(where, error)
+    if not statuses["ok"] and not unreadable:
+        looked = f"the first {rows} rows" + ("" if len(files) == 1 else f" of {min(len(files), PEEK_FILES)} files")
+        reasons = ", ".join(f"{status}: {count}" for status, count in statuses.most_common()) or "they are empty"
+        yield Problem(where, f"no usable example in {looked} ({reasons})", "check the files and the source's `format`")
+
+
+def _imported_checkpoint(project: Project, path: str) -> Iterator[Problem]:
+    if not (Path(path) / "adapter_config.json").is_file():
+        yield Problem(
+            f"warmup.import ({project.as_written(path)})",
+            "there is no adapter_config.json",
+            "name the folder of a PEFT checkpoint, as transformers' Trainer saves it",
+        )
+
+
+def _targets(project: Project, task: str, examples: TargetExamples) -> Iterator[Problem]:
+    from less_assets.method.data.targets import read_targets
+
+    try:
+        read_targets(examples.format, examples.path)
+    except _TROUBLE as error:
+        yield _told(f"task {task}, examples ({project.as_written(examples.path)})", error)
+
+
+def _evaluation(
+    project: Project, task: str, evaluation: Evaluation, examples: TargetExamples | None
+) -> Iterator[Problem]:
+    from less_assets.method.data.targets import read_evaluation
+
+    path = evaluation.held_out or evaluation.path
+    if path:
+        shots = examples.path if examples and examples.format == evaluation.format else None
+        try:
+            read_evaluation(evaluation.format or "messages", path, 1, shots_path=shots, few_shot=evaluation.few_shot)
+        except _TROUBLE as error:
+            yield _told(f"task {task}, evaluation ({project.as_written(path)})", error)
+    harness = evaluation.harness
+    if isinstance(harness, str) and harness.endswith((".yaml", ".yml")) and not Path(harness).is_file():
+        where = f"task {task}, evaluation ({project.as_written(harness)})"
+        yield Problem(where, "there is no such harness task file", "correct the path")
+
+
+def _told(where: str, error: Exception) -> Problem:
+    if isinstance(error, LessAssetsError):
+        at = f" ({error.where})" if error.where else ""
+        return Problem(where, error.what + at, error.fix)
+    return Problem(where, f"{type(error).__name__}: {error}", "correct the path, or make it reachable")

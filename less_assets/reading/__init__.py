@@ -1,0 +1,1 @@
+"""What steps have stored, read back: rows, scores, cuts, certificates."""

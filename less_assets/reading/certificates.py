@@ -1,0 +1,144 @@
+"""How far a selection can be trusted: reading the certificate that a check of `influence_scores` has left.
+
+Belongs here: where certificates lie, when one counts, and what it says of a selection; for whoever shows selections.
+Not here: making one (`assets/fidelity.py`) and the mathematics (`method/fidelity.py`).
+
+A certificate is no asset: nothing is computed from it, and a selection without one is as good. It is stored like an
+artifact, and counts only while the scores that it was made for are in force.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.plan import ArtifactPlan
+from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.store.artifacts import ArtifactFolder
+from less_assets.store.tables import read_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.selection.fidelity import Judgement, Queue, ScoredSample
+
+CERTIFICATE, REAL_STEPS = "fidelity_certificate", "real_steps"
+SAMPLE, POOL, STEPS = "sample.parquet", "pool.parquet", "steps.parquet"
+
+
+def certified_recipes(project: Project) -> list[ResolvedRecipe]:
+    """The recipes whose selections a certificate is about."""
+    return [recipe for recipe in project.recipe_keys.values() if recipe.strategy == "less"]
+
+
+def certified_rules(project: Project) -> list[str]:
+    """The subtask rules that these recipes use."""
+    return sorted({str(recipe.subtask) for recipe in certified_recipes(project)})
+
+
+def certificate_plan(lineage: Lineage, task: str) -> ArtifactPlan:
+    """What a task's certificate is made from.
+
+    Raises:
+        MissingArtifactError, StaleArtifactError: The scores are not there, or not those in force.
+    """
+    settings = {"rows": lineage.project.gradients.certificate_rows, "rules": certified_rules(lineage.project)}
+    folder = f"selection/{task}/fidelity"
+    return ArtifactPlan(CERTIFICATE, task, folder, folder, settings, lineage.version("influence_scores", task))
+
+
+def steps_plan(lineage: Lineage, task: str) -> ArtifactPlan:
+    """What the comparison of predicted with real influence on a task is made from; raises as `certificate_plan`."""
+    folder = f"selection/{task}/real_steps"
+    settings = {"rows": lineage.project.gradients.real_step_rows}
+    return ArtifactPlan(REAL_STEPS, task, folder, folder, settings, lineage.version("influence_scores", task))
+
+
+def read_certificate(lineage: Lineage, task: str) -> ArtifactFolder | None:
+    """The certificate of the scores in force; None if there is none, or a damaged one: no run makes those again."""
+    try:
+        plan = certificate_plan(lineage, task)
+        manifest = lineage.store.current(plan.pointer)
+        # One that was made with other settings still says the truth about what it covers.
+        if manifest is None or manifest.inputs != dict(plan.inputs):
+            return None
+        folder = lineage.store.artifact(manifest.key, manifest.fingerprint)
+        folder.verify()
+    except (MissingArtifactError, StaleArtifactError, CorruptArtifactError):
+        return None
+    return folder
+
+
+def lacks_certificate(lineage: Lineage, task: str) -> bool:
+    """Whether a certificate, or a comparison with real steps, that the project asks for was never made.
+
+    The checks that make them run after the scores are in force: a run that was killed in between leaves none.
+    """
+    gradients, plans = lineage.project.gradients, []
+    if gradients.certificate_rows and certified_recipes(lineage.project):
+        plans.append(certificate_plan(lineage, task))
+    if gradients.real_step_rows:
+        plans.append(steps_plan(lineage, task))
+    try:
+        found = [(lineage.store.current(plan.pointer), dict(plan.inputs)) for plan in plans]
+    except CorruptArtifactError:
+        return False
+    return any(manifest is None or manifest.inputs != inputs for manifest, inputs in found)
+
+
+def judge_selection(lineage: Lineage, key: str, selected: pl.DataFrame) -> "Judgement | None":
+    """The chance of each selected row to be selected by exact scores, too, and whether it is certain or borderline.
+
+    Args:
+        lineage: The project's lineage.
+        key: Partition key `recipe|task`.
+        selected: The subset as stored (`subset.parquet`).
+
+    Returns:
+        None if the recipe does not select by influence, or no certificate covers its scores.
+    """
+    from less_assets.method.selection.fidelity import judge
+
+    recipe_key, task = split(key)
+    recipe = lineage.project.recipe(recipe_key)
+    if recipe.strategy != "less" or (folder := read_certificate(lineage, task)) is None:
+        return None
+    sample = scored_sample(folder, recipe)
+    if sample is None or selected.is_empty():
+        return None
+    return judge(sample, recipe_queues(lineage, recipe, task), selected, candidates=recipe.candidates)
+
+
+def scored_sample(folder: ArtifactFolder, recipe: ResolvedRecipe) -> "ScoredSample | None":
+    """The certificate's scores of a recipe's form and subtask rule; None if it does not cover these, or by too few."""
+    from less_assets.method.selection.fidelity import FEWEST, ScoredSample
+
+    sample, pool = read_parquet(folder, SAMPLE), read_parquet(folder, POOL)
+    column = f"{recipe.form}.{recipe.subtask}"
+    if column not in pool.columns or sample.height < FEWEST:
+        return None
+    arrays = (_matrix(sample[f"sketched.{column}"]), _matrix(sample[f"exact.{column}"]), _matrix(pool[column]))
+    rows: Any = folder.manifest().summary["pool_rows"]
+    return ScoredSample(*arrays, pool_rows=int(rows))
+
+
+def recipe_queues(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> "list[Queue]":
+    """The orders in which a recipe ranks the pool for a task, or for the members of a group."""
+    from less_assets.method.selection.fidelity import queues_of
+
+    labels: Sequence[str] = lineage.summary("influence_scores", task)["subtasks"]
+    places = list(enumerate(labels))
+    if lineage.project.task(task).members is None:
+        tasks = {task: [(label, place) for place, label in places]}
+    else:
+        members = [member.name for member in lineage.project.member_tasks(task)]
+        tasks = {
+            name: [(label.removeprefix(f"{name}/"), place) for place, label in places if label.startswith(f"{name}/")]
+            for name in members
+        }
+    return queues_of(tasks, str(recipe.aggregate))
+
+
+def _matrix(column: pl.Series) -> np.ndarray:
+    return column.to_numpy().reshape(len(column), -1)

@@ -1,0 +1,1 @@
+"""What `less-assets run` does with a Dagster instance."""

@@ -1,0 +1,394 @@
+"""Running the graph from the command line: what is missing or stale, asset after asset, through Dagster.
+
+Belongs here: which partitions to run, in which runs, and in which order. Does not belong here: what they compute, or
+how results are printed (`cli.py`).
+"""
+
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._core.events import DagsterEventType
+from dagster._core.instance.config import dagster_instance_config
+from dagster._core.instance.ref import InstanceRef
+from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
+
+from less_assets.errors import LessAssetsError
+from less_assets.lineage.lineage import Lineage, Status
+from less_assets.lineage.pool_files import PoolFiles
+from less_assets.orchestration.materialization import Failures
+from less_assets.orchestration.partitions import ASSET_AXES
+from less_assets.project.project import Project
+from less_assets.reading.certificates import lacks_certificate
+from less_assets.running.event_log import KeptEventLog
+from less_assets.running.killed_runs import PROCESS_TAG, process_name, report_killed_runs
+from less_assets.store.artifacts import ArtifactStore
+
+PARTITION_TAG = "dagster/partition"
+RANGE_START_TAG = "dagster/asset_partition_range_start"
+RANGE_END_TAG = "dagster/asset_partition_range_end"
+Partition = str | None
+EXPLANATIONS = ("token_attribution", "selection_report")
+"""Assets that nothing is made from: a run comes to them last, so that no training waits for them."""
+MODEL_AND_ANSWERS = ("finetuned_model", "eval_results")
+"""Assets of one recipe and task that one run makes, so that answers come as soon as a model is trained."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for.
+
+    Attributes:
+        tasks: Only these tasks; empty for all.
+        recipes: Only these recipe keys; empty for all.
+        until: Stop with this asset; None runs everything.
+        verify: Compare every stored file with its digest; what is damaged is made again.
+    """
+
+    tasks: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
+    until: str | None = None
+    verify: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a run of the graph did.
+
+    Attributes:
+        materialized: Asset → partitions that were materialized (None: the asset is unpartitioned).
+        fresh: Number of artifacts that were there already and matched.
+    """
+
+    materialized: dict[str, list[Partition]] = field(default_factory=dict)
+    fresh: int = 0
+
+
+class GraphRunner:
+    """Brings a project's graph up to date in this process, on a persistent Dagster instance.
+
+    Args:
+        definitions: The project's definitions.
+        project: The project file.
+        store: Where artifacts are kept.
+        instance: Receives runs and events; the UI on the same DAGSTER_HOME shows them.
+        log: Receives one line for each asset that has something to do.
+    """
+
+    def __init__(
+        self,
+        definitions: dg.Definitions,
+        project: Project,
+        store: ArtifactStore,
+        instance: dg.DagsterInstance,
+        log: Callable[[str], object],
+    ) -> None:
+        self._project, self._store, self._instance, self._log = project, store, instance, log
+        self._graph = definitions.resolve_asset_graph()
+        self._job = definitions.resolve_implicit_global_asset_job_def()
+
+    def run(self, request: Request) -> Outcome:
+        """Materialize what is missing or stale, in order; status is looked at again after each asset.
+
+        Raises:
+            LessAssetsError: What was asked for does not exist, or something failed: what can be made without it is made
+                first, unless `Failures` has no hope. What is done stays done.
+        """
+        report_killed_runs(self._instance, self._log)
+        with process_name(self._instance) as name:
+            return self._run(request, name)
+
+    def _run(self, request: Request, process: str) -> Outcome:
+        outcome = Outcome()
+        needed = self.needed(request)
+        made: dict[str, set[Partition]] = {asset: set() for asset in needed}
+        failed: dict[str, set[Partition]] = {asset: set() for asset in needed}
+        trouble: LessAssetsError | None = None
+        for asset, partitions in needed.items():
+            lineage = Lineage(self._project, self._store, verify_files=request.verify)
+            due = [partition for partition in partitions if not self._is_current(lineage, asset, partition)]
+            if asset == "influence_scores":
+                self._certify(lineage, [partition for partition in partitions if partition not in due], process)
+            if trouble:
+                due = self._not_waiting(lineage, asset, [each for each in due if each not in failed[asset]])
+            if due:
+                first = [asset, *self._never_made_from(asset, due[:1], needed)]
+                self._log(f"{', '.join(first)}: {_count(due, partitions)}")
+            failures = Failures(asset, self._log)
+            for chunk in self.runs(asset, due):
+                together = [asset, *self._never_made_from(asset, chunk, needed)]
+                try:
+                    self._execute(together, chunk, process)
+                except LessAssetsError as error:
+                    failures.add(_span(chunk), error)
+                    if failures.hopeless:
+                        failures.raise_first()
+                    for each in together:
+                        failed[each].update(chunk)
+                else:
+                    failures.succeeded()
+                    for each in together:
+                        made[each].update(chunk)
+            trouble = trouble or failures.first
+            if made[asset]:
+                outcome.materialized[asset] = [partition for partition in partitions if partition in made[asset]]
+            outcome.fresh += len(partitions) - len(made[asset])
+        if trouble:
+            raise trouble
+        return outcome
+
+    def _not_waiting(self, lineage: Lineage, asset: str, due: Sequence[Partition]) -> list[Partition]:
+        """What of an asset can be made although something has failed before; the log says how much cannot."""
+        left = [partition for partition in due if lineage.status(asset, partition).state != "blocked"]
+        if len(left) < len(due):
+            self._log(f"{asset}: {len(due) - len(left)} of {len(due)} cannot be made without what failed")
+        return left
+
+    def _never_made_from(
+        self, asset: str, partitions: Sequence[Partition], needed: Mapping[str, Sequence[Partition]]
+    ) -> list[str]:
+        """Assets that the same run can go on with: needed, of the same partition, and never made before.
+
+        What was made before has to wait: whether it is stale, only the content of what it is made from can tell.
+        """
+        if asset not in MODEL_AND_ANSWERS or len(partitions) > 1:
+            return []
+        found = []
+        for name in MODEL_AND_ANSWERS[MODEL_AND_ANSWERS.index(asset) + 1 :]:
+            if partitions[0] not in needed.get(name, ()) or self._recorded_version(name, partitions[0]) is not None:
+                break
+            found.append(name)
+        return found
+
+    def status(self, request: Request) -> Iterator[tuple[str, Partition, Status]]:
+        """Status of every artifact that a request needs, in order; computes nothing."""
+        lineage = Lineage(self._project, self._store)
+        for asset, partitions in self.needed(request).items():
+            for partition in partitions:
+                yield asset, partition, lineage.status(asset, partition)
+
+    def needed(self, request: Request) -> dict[str, list[Partition]]:
+        """Which partitions of which assets a request needs, in topological order of the assets.
+
+        Follows the graph upwards from what was asked for, partition by partition: `--recipe random` needs no
+        gradients, `--task bbh` no other task's.
+        """
+        order = sorted(self._graph.toposorted_asset_keys, key=lambda key: key.to_user_string() in EXPLANATIONS)
+        needed: dict[dg.AssetKey, set[Partition]] = {key: set() for key in order}
+        with partition_loading_context(dynamic_partitions_store=self._instance):
+            for key in order:
+                if request.until in (None, key.to_user_string()):
+                    needed[key] = {part for part in self._partitions(key) if self._asked_for(key, part, request)}
+            for key in reversed(order):
+                for parent in self._graph.get(key).parent_keys:
+                    for partition in needed[key]:
+                        needed[parent] |= self._upstream(key, partition, parent)
+            return {
+                key.to_user_string(): [part for part in self._partitions(key) if part in needed[key]]
+                for key in order
+                if needed[key]
+            }
+
+    def _partitions(self, key: dg.AssetKey) -> Sequence[Partition]:
+        definition = self._graph.get(key).partitions_def
+        if definition is None:
+            return [None]
+        shards = set(PoolFiles.load(self._store).shard_keys())
+        keys = definition.get_partition_keys(dynamic_partitions_store=self._instance)
+        # Shards of a source that was removed stay registered with Dagster; they need nothing any more.
+        asset = key.to_user_string()
+        return [each for each in keys if "shard" not in ASSET_AXES[asset] or _part(each, asset, "shard") in shards]
+
+    def _upstream(self, key: dg.AssetKey, partition: Partition, parent: dg.AssetKey) -> set[Partition]:
+        definition = self._graph.get(parent).partitions_def
+        if definition is None:
+            return {None}
+        if partition is None:
+            return set(self._partitions(parent))
+        found = self._graph.get_parent_partition_keys_for_child(partition, parent, key)
+        upstream: set[Partition] = set(found.partitions_subset.get_partition_keys())
+        return upstream & set(self._partitions(parent))
+
+    def _asked_for(self, key: dg.AssetKey, partition: Partition, request: Request) -> bool:
+        """Whether a partition is among those named: on every axis that the request names, it has one of the names."""
+        asset = key.to_user_string()
+        axes = ASSET_AXES[asset]
+        filters = {axis: names for axis, names in (("task", request.tasks), ("recipe", request.recipes)) if names}
+        if request.until is None and not filters.keys() <= set(axes):
+            return False  # it covers more than was asked for; what is needed of it follows from the graph
+        return all(_part(partition, asset, axis) in names for axis, names in filters.items() if axis in axes)
+
+    def _is_current(self, lineage: Lineage, asset: str, partition: Partition) -> bool:
+        """Whether the stored artifact matches its plan and Dagster has recorded just this version of it."""
+        if lineage.status(asset, partition).state != "fresh":
+            return False
+        return self._recorded_version(asset, partition) == lineage.fresh(asset, partition).data_version
+
+    def _recorded_version(self, asset: str, partition: Partition) -> str | None:
+        key = dg.AssetKey(asset)
+        if partition is None:
+            event = self._instance.get_latest_materialization_event(key)
+            found = event.asset_materialization if event else None
+            return (found.tags or {}).get(DATA_VERSION_TAG) if found else None
+        tags = self._instance.event_log_storage.get_latest_tags_by_partition(
+            key, DagsterEventType.ASSET_MATERIALIZATION, [DATA_VERSION_TAG], asset_partitions=[partition]
+        )
+        return tags.get(partition, {}).get(DATA_VERSION_TAG)
+
+    def runs(self, asset: str, due: Sequence[Partition]) -> list[list[Partition]]:
+        """Cut what is due into runs: neighbours in one run where the asset takes ranges, else one run each."""
+        key = dg.AssetKey(asset)
+        policy = self._graph.get(key).backfill_policy
+        if policy is None or due == [None]:
+            return [[partition] for partition in due]
+        with partition_loading_context(dynamic_partitions_store=self._instance):
+            definition = self._graph.get(key).partitions_def
+            assert definition is not None
+            every = list(definition.get_partition_keys(dynamic_partitions_store=self._instance))
+        position = {partition: index for index, partition in enumerate(every)}
+        grid = isinstance(definition, dg.MultiPartitionsDefinition)
+        runs: list[list[Partition]] = []
+        for partition in sorted(due, key=lambda name: position[str(name)]):
+            previous = runs[-1][-1] if runs else None
+            neighbours = previous is not None and position[str(partition)] == position[str(previous)] + 1
+            # A range of a grid is a product of two ranges: it must stay within one checkpoint.
+            same_row = not grid or (previous is not None and _row(previous) == _row(partition))
+            if neighbours and same_row:
+                runs[-1].append(partition)
+            else:
+                runs.append([partition])
+        return runs
+
+    def _execute(self, assets: Sequence[str], partitions: Sequence[Partition], process: str) -> None:
+        """Run assets of the same partitions; of several partitions, one asset."""
+        for asset in assets:
+            self._tell_who_is_waited_for(asset)
+        tags = {"less-assets/command": "run", PROCESS_TAG: process}
+        partition_key = None
+        if len(partitions) > 1:
+            tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
+        else:
+            partition_key = partitions[0]
+        with _interrupts():
+            self._job.execute_in_process(
+                asset_selection=[dg.AssetKey(asset) for asset in assets],
+                run_config={"loggers": {"console": {"config": {}}}},
+                partition_key=partition_key,
+                tags=tags,
+                instance=self._instance,
+                raise_on_error=True,
+            )
+
+    def _check(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
+        """Run an asset's checks on partitions that are there already."""
+        checks = self._graph.get_check_keys_for_assets({dg.AssetKey(asset)})
+        job = self._job.get_subset(asset_selection=set(), asset_check_selection=checks)
+        for partition in partitions:
+            with _interrupts():
+                job.execute_in_process(
+                    run_config={"loggers": {"console": {"config": {}}}},
+                    tags={"less-assets/command": "run", PROCESS_TAG: process, PARTITION_TAG: str(partition)},
+                    instance=self._instance,
+                    raise_on_error=True,
+                )
+
+    def _certify(self, lineage: Lineage, tasks: Sequence[Partition], process: str) -> None:
+        """Run the checks of scores that are in force, but whose run was killed, or left its checks out."""
+        unchecked = [task for task in tasks if lacks_certificate(lineage, str(task))]
+        if unchecked:
+            self._log(f"influence_scores: checks of {', '.join(map(str, unchecked))}, which no run has finished")
+            self._check("influence_scores", unchecked, process)
+
+    def _tell_who_is_waited_for(self, asset: str) -> None:
+        """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
+        for pool in self._graph.get(dg.AssetKey(asset)).pools or ():
+            found = self._instance.event_log_storage.get_concurrency_info(pool)
+            if found.claimed_slots and len(found.claimed_slots) >= found.slot_count:
+                holders = ", ".join(sorted(slot.run_id[:8] for slot in found.claimed_slots))
+                self._log(
+                    f"{asset}: waiting for the pool {pool}, held by run {holders}. If that run is dead, start "
+                    "Dagster (make dev): it frees the pool, or do it by hand under Deployment, Concurrency."
+                )
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C while Dagster works is Ctrl-C: not an error of Dagster's, nor forgotten, as it is between two steps."""
+    if threading.current_thread() is not threading.main_thread():  # only that one can be interrupted
+        yield
+        return
+    received, sent = socket.socketpair()
+    with received, sent:
+        received.setblocking(False)
+        sent.setblocking(False)
+        before = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        except DagsterExecutionInterruptedError:
+            raise KeyboardInterrupt from None
+        finally:
+            signal.set_wakeup_fd(before)
+        with contextlib.suppress(BlockingIOError):
+            if {signal.SIGINT, signal.SIGTERM} & set(received.recv(4096)):
+                raise KeyboardInterrupt
+
+
+def open_instance(home: Path) -> dg.DagsterInstance:
+    """Dagster's records in a folder, for runs in this process: what they print goes to its terminal, as it is.
+
+    By default Dagster diverts it into files and starts four processes a run that copy it back. Where `dagster.yaml` has
+    `compute_logs`, these are kept. Likewise its event log is opened once, unless `dagster.yaml` names a storage.
+
+    Args:
+        home: DAGSTER_HOME.
+    """
+    configured, _ = dagster_instance_config(str(home))
+    overrides: dict[str, Any] = {}
+    if not configured.get("compute_logs"):
+        overrides["compute_logs"] = _named(NoOpComputeLogManager)
+    if not configured.keys() & {"storage", "run_storage", "event_log_storage", "schedule_storage"}:
+        usual = InstanceRef.config_defaults(str(home))["event_log_storage"]
+        assert usual is not None
+        overrides["event_log_storage"] = {**_named(KeptEventLog), "config": usual.config_dict}
+    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=overrides))
+
+
+def _named(storage: type) -> dict[str, str]:
+    return {"module": storage.__module__, "class": storage.__name__}
+
+
+def register_shards(project: Project, store: ArtifactStore, instance: dg.DagsterInstance) -> PoolFiles:
+    """Scan the pool's files, write the ledger, and register new shards with Dagster."""
+    pool_files = PoolFiles.scan(project, store)
+    known = set(instance.get_dynamic_partitions("shard"))
+    new = [key for key in pool_files.shard_keys() if key not in known]
+    if new:
+        instance.add_dynamic_partitions("shard", new)
+    return pool_files
+
+
+def _part(partition: Partition, asset: str, axis: str) -> str:
+    return dict(zip(ASSET_AXES[asset], str(partition).split("|"), strict=True))[axis]
+
+
+def _row(partition: Partition) -> str:
+    return str(partition).partition("|")[0]
+
+
+def _span(partitions: Sequence[Partition]) -> str:
+    return " to ".join(dict.fromkeys(each or "" for each in (partitions[0], partitions[-1])))
+
+
+def _count(due: Sequence[Partition], every: Sequence[Partition]) -> str:
+    if due == [None]:
+        return "to make"
+    return f"{len(due)} of {len(every)} partitions to make"

@@ -1,0 +1,320 @@
+"""Certificates for influence scores: a random sample of the pool scored exactly, and real optimizer steps.
+
+Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method/fidelity.py`, reading a certificate
+`certificates.py`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from less_assets.compute.models import ModelLoader
+from less_assets.errors import LessAssetsError
+from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.plan import ArtifactPlan
+from less_assets.orchestration.materialization import Compute, StepInputs, StepResult, materialize, measured
+from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.reading.certificates import (
+    POOL,
+    SAMPLE,
+    STEPS,
+    certificate_plan,
+    certified_recipes,
+    certified_rules,
+    recipe_queues,
+    scored_sample,
+    steps_plan,
+)
+from less_assets.steps.gradients import encode_targets
+from less_assets.steps.pool import INDEX
+from less_assets.steps.ranking import budget_of, score_file
+from less_assets.steps.rescoring import encode_rows
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.tables import read_parquet, write_parquet
+
+POOL_SAMPLE = 20_000
+"""Rows of the pool whose scores a certificate keeps: enough to know where the cut lies."""
+STEP_TARGETS = 32
+"""Target examples whose loss is looked at after each real step: a forward pass over them for each row."""
+SALT = b"fidelity"
+
+
+@dataclass(frozen=True)
+class RecipeFidelity:
+    """What the certificate says of one recipe before anything is selected.
+
+    Attributes:
+        recipe: The recipe's key.
+        spearman: Rank correlation of sketched and exact scores over the sample.
+        sample_overlap: Share of the sample's best rows, as many as the budget's share, that are best by both.
+        overlap: Expected share of the selection that exact scores would select, too.
+        certain: Share of the selection that is certain.
+        band: Distance above the cut from which rows are certain (the largest one, where there are several cuts).
+        scores: Sketched and exact scores of the sample, as the recipe's first order ranks them; and the cut.
+    """
+
+    recipe: str
+    spearman: float
+    sample_overlap: float
+    overlap: float
+    certain: float
+    band: float | None
+    scores: tuple[np.ndarray, np.ndarray, tuple[float, float]]
+
+
+def certify(
+    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
+) -> ArtifactFolder:
+    """Make the certificate of a task's scores, unless it is there."""
+    return _make(project, store, models, certificate_plan(Lineage(project, store), task), score_sample, log)
+
+
+def take_real_steps(
+    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
+) -> ArtifactFolder:
+    """Compare predicted with real influence on a task, unless that was done."""
+    return _make(project, store, models, steps_plan(Lineage(project, store), task), measure_steps, log)
+
+
+def _make(
+    project: Project,
+    store: ArtifactStore,
+    models: ModelLoader,
+    plan: ArtifactPlan,
+    compute: Compute,
+    log: Callable[[str], object],
+) -> ArtifactFolder:
+    lineage, task = Lineage(project, store), str(plan.partition)
+
+    def timed_compute(folder: ArtifactFolder) -> StepResult:
+        with measured(lineage, plan.asset, task, models) as done:
+            done.append(compute(StepInputs(lineage, task, folder, models, log, f"{plan.asset} {task}")))
+        return done[0]
+
+    manifest = materialize(store, plan, timed_compute)
+    return store.artifact(manifest.key, manifest.fingerprint)
+
+
+def score_sample(work: StepInputs) -> StepResult:
+    """Score a random sample of the pool exactly, and keep an even sample of the pool's own scores."""
+    from less_assets.method.gradients.exact import exact_influence
+    from less_assets.method.selection.influence import normalised_weights
+
+    lineage, task = work.lineage, work.partition
+    checkpoints, forms = work.project.checkpoints, work.project.gradients.forms
+    rules = certified_rules(work.project)
+    sample = draw_sample(lineage, task, work.project.gradients.certificate_rows)
+    examples = encode_rows(work, sample)
+    weights = normalised_weights(
+        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
+    )
+    columns = [f"{form}.{rule}" for form in forms for rule in rules]
+    exact: dict[str, Any] = dict.fromkeys(columns, np.float32(0))
+    errors: dict[str, list[float]] = {column: [] for column in columns}
+    targets = lineage.summary("target_examples", task)["examples"]
+    tokens = 0
+    progress = work.progress(len(checkpoints) * len(rules) * (len(examples) + 2 * targets), "rows")
+    for checkpoint in checkpoints:
+        loaded = work.models.checkpoint(lineage, checkpoint)
+        encoded, subtasks = encode_targets(work, task, loaded.tokenizer)
+        longest = max(len(example.input_ids) for example in [*examples, *encoded])
+        tokens += len(rules) * (_tokens(examples) + 2 * _tokens(encoded))
+        for rule in rules:
+            _, scores = exact_influence(
+                loaded.model,
+                examples,
+                encoded,
+                subtasks,
+                rule=rule,
+                forms=forms,
+                moments=loaded.moments,
+                batching=loaded.batching(work.project.gradients, longest),
+                directions_limit=work.project.gradients.directions_limit,
+                on_progress=progress,
+            )
+            for form in forms:
+                column = f"{form}.{rule}"
+                exact[column] = exact[column] + np.float32(weights[checkpoint]) * scores[form]
+                sketched = _matrix(sample[f"{column}.{checkpoint}"])
+                errors[column].append(float(np.nanmean(np.square(sketched - scores[form], dtype=np.float64))))
+    width = sample[columns[0]].dtype.shape[0]  # type: ignore[attr-defined]
+    kept = sample.select(
+        "example_id",
+        "source",
+        "shard",
+        "row",
+        "loss_tokens",
+        *(pl.col(column).alias(f"sketched.{column}") for column in columns),
+        *(pl.Series(f"exact.{column}", values, pl.Array(pl.Float32, width)) for column, values in exact.items()),
+    )
+    finite = np.isfinite(np.stack(list(exact.values()))).all(axis=(0, 2))
+    if not finite.any():
+        raise LessAssetsError(
+            "None of the sampled rows has a gradient any more, although all had one when features were extracted.",
+            where=f"influence_scores {task}",
+            fix="run `less-assets run --verify`",
+        )
+    write_parquet(work.folder, SAMPLE, kept.filter(pl.Series(finite)))
+    even, pool_rows = even_sample(lineage, task, ["loss_tokens", *columns])
+    write_parquet(work.folder, POOL, even)
+    summary = {
+        "rows": int(finite.sum()),
+        "pool_rows": pool_rows,
+        "cosine_error": {column: float(np.sqrt(np.mean(squares))) for column, squares in errors.items()},
+        "theory": work.project.gradients.dimension**-0.5,
+    }
+    return StepResult(summary, units=tokens)
+
+
+def draw_sample(lineage: Lineage, task: str, rows: int) -> pl.DataFrame:
+    """A random sample of the pool's scored rows with all their scores, in the pool's order.
+
+    It is the rows with the lowest keyed hash of their id: the same ones however the pool is cut into shards.
+    """
+    drawn: pl.DataFrame | None = None
+    for table in _scored_rows(lineage, task):
+        keyed = table.with_columns(hash=pl.Series(list(map(_hash, table["example_id"])), dtype=pl.UInt64))
+        drawn = (keyed if drawn is None else pl.concat([drawn, keyed])).sort("hash").head(rows)
+    assert drawn is not None
+    return drawn.sort("shard", "row")
+
+
+def even_sample(lineage: Lineage, task: str, columns: list[str]) -> tuple[pl.DataFrame, int]:
+    """Some columns of every row of a small pool, of every m-th scored row of a large one; and how many there are."""
+    step = max(1, -(-lineage.summary("influence_scores", task)["scored"] // POOL_SAMPLE))
+    kept: list[pl.DataFrame] = []
+    seen = 0
+    for table in _scored_rows(lineage, task, columns):
+        kept.append(table.gather_every(step, offset=-seen % step).select(columns))
+        seen += table.height
+    return pl.concat(kept), seen
+
+
+def _scored_rows(lineage: Lineage, task: str, columns: list[str] | None = None) -> Iterator[pl.DataFrame]:
+    """The rows that can be selected, shard by shard; all columns by default."""
+    folder = lineage.folder("influence_scores", task)
+    canonical = read_parquet(lineage.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
+    wanted = None if columns is None else ["shard", "row", "status", *columns]
+    for shard in lineage.shards():
+        table = read_parquet(folder, score_file(shard), wanted).join(canonical, on=["shard", "row"], how="left")
+        yield table.filter((pl.col("status") == "ok") & pl.col("canonical").fill_null(False))
+
+
+def _hash(example_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(example_id.encode(), digest_size=8, key=SALT).digest(), "big")
+
+
+def _matrix(column: pl.Series) -> np.ndarray:
+    return column.to_numpy().reshape(len(column), -1)
+
+
+def recipe_fidelity(
+    lineage: Lineage, folder: ArtifactFolder, recipe: ResolvedRecipe, task: str
+) -> RecipeFidelity | None:
+    """What a certificate says of a recipe, on the pool's even sample; None if it does not cover the recipe's scores."""
+    from less_assets.method.selection.fidelity import calibrate, judge, spearman, take_in_turn, top_overlap
+
+    sample = scored_sample(folder, recipe)
+    if sample is None:
+        return None
+    queues = recipe_queues(lineage, recipe, task)
+    share = budget_share(lineage, recipe, read_parquet(folder, POOL, ["loss_tokens"])["loss_tokens"], sample.pool_rows)
+    selected = take_in_turn(sample.pool, queues, max(1, round(share * len(sample.pool))))
+    judged = judge(sample, queues, selected)
+    sketched, exact = queues[0].scores(sample.sketched), queues[0].scores(sample.exact)
+    best_sketched, best_exact = (_over_queues(queues, array) for array in (sample.sketched, sample.exact))
+    own = selected.filter(pl.col("task") == queues[0].task)
+    own = own if queues[0].subtask is None else own.filter(pl.col("subtask") == queues[0].subtask)
+    cut = float(own["score"].min()) if own.height else float(sketched.max())  # type: ignore[arg-type]
+    pool = queues[0].scores(sample.pool)
+    exact_cut = calibrate(sketched, exact).exact_cut(pool, max(float((pool >= cut).mean()), 1 / len(pool)))
+    bands = [band for band in judged.bands if band is not None]
+    return RecipeFidelity(
+        recipe.key,
+        spearman(best_sketched, best_exact),
+        top_overlap(best_sketched, best_exact, share),
+        judged.overlap,
+        judged.certain / selected.height,
+        max(bands) if bands else None,
+        (sketched, exact, (cut, exact_cut)),
+    )
+
+
+def _over_queues(queues: list[Any], array: np.ndarray) -> np.ndarray:
+    """One score a row: the best over the recipe's orders."""
+    return np.max([queue.scores(array) for queue in queues], axis=0)
+
+
+def budget_share(lineage: Lineage, recipe: ResolvedRecipe, loss_tokens: pl.Series, pool_rows: int) -> float:
+    """The share of the pool's rows that a budget takes; for tokens, at the pool's mean length."""
+    budget = budget_of(lineage, recipe)
+    mean: Any = loss_tokens.mean()
+    rows = budget.amount / mean if budget.kind == "tokens" else budget.amount
+    return min(1.0, max(1.0, rows) / pool_rows)
+
+
+def measure_steps(work: StepInputs) -> StepResult:
+    """Take a true optimizer step on each of a few random rows, at the checkpoint that weighs most."""
+    from less_assets.method.selection.fidelity import pearson, spearman, step_effects
+
+    lineage, task, settings = work.lineage, work.partition, work.project.gradients
+    rates = {
+        name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in work.project.checkpoints
+    }
+    checkpoint = max(rates, key=lambda name: rates[name])
+    sample = draw_sample(lineage, task, settings.real_step_rows)
+    loaded = work.models.checkpoint(lineage, checkpoint)
+    examples = encode_rows(work, sample)
+    targets, _ = encode_targets(work, task, loaded.tokenizer)
+    targets = targets[:: -(-len(targets) // STEP_TARGETS)]
+    longest = max(len(example.input_ids) for example in [*examples, *targets])
+    effects = step_effects(
+        loaded.model,
+        examples,
+        targets,
+        forms=settings.forms,
+        moments=loaded.moments,
+        learning_rate=rates[checkpoint],
+        batching=loaded.batching(settings, longest),
+        on_progress=work.progress(len(examples), "steps"),
+    )
+    cosines = {f"cosine.{form}": values for form, values in effects.cosines.items()}
+    table = sample.select("example_id", "source").with_columns(
+        real=pl.Series(effects.real),
+        predicted=pl.Series(effects.predicted),
+        **{n: pl.Series(v) for n, v in cosines.items()},
+    )
+    write_parquet(work.folder, STEPS, table)
+    agreement = {
+        name: {"pearson": _number(pearson(values, effects.real)), "spearman": _number(spearman(values, effects.real))}
+        for name, values in {"predicted": effects.predicted, **cosines}.items()
+    }
+    return StepResult(
+        {
+            "checkpoint": checkpoint,
+            "learning_rate": rates[checkpoint],
+            "rows": table.height,
+            "target_examples": len(targets),
+            "agreement": agreement,
+        },
+        units=len(examples) * _tokens(targets) + _tokens(examples),
+    )
+
+
+def _tokens(examples: Iterable[Any]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def _number(value: float) -> float | None:
+    """What JSON can hold: a correlation with a constant is not a number."""
+    return value if np.isfinite(value) else None
+
+
+def certified_on(lineage: Lineage, folder: ArtifactFolder, task: str) -> list[RecipeFidelity]:
+    """What a certificate says of each recipe that it covers."""
+    found = [recipe_fidelity(lineage, folder, recipe, task) for recipe in certified_recipes(lineage.project)]
+    return [each for each in found if each is not None]

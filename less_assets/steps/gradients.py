@@ -1,0 +1,319 @@
+"""Gradient features: of the pool per checkpoint and shard, of the targets per checkpoint and task, and the gate.
+
+Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `store/features.py`.
+"""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import polars as pl
+
+from less_assets.compute.models import LoadedCheckpoint, ModelLoader
+from less_assets.errors import StaleArtifactError, TargetFormatError
+from less_assets.lineage.lineage import split
+from less_assets.orchestration import ui_metadata as metadata
+from less_assets.orchestration.materialization import Backend, StepInputs, StepResult, materialize_range
+from less_assets.orchestration.partitions import Axes
+from less_assets.project.project import Project
+from less_assets.steps.pool import EXAMPLES
+from less_assets.steps.targets import TARGETS
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.features import FeatureWriter, open_features
+from less_assets.store.files import read_bytes
+from less_assets.store.manifest import Manifest
+from less_assets.store.tables import read_parquet, write_json, write_parquet
+
+FEATURES = "features.zarr"
+BATCHING = "batching.json"
+TARGET_FEATURES = "features.parquet"
+REASONS = 20
+"""Reasons shown for rows that the chat template refuses, the most frequent ones."""
+
+
+def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
+    """The assets `train_gradients`, `gradient_datastore` and `target_gradients`."""
+
+    @dg.asset(
+        group_name="gradients",
+        kinds={"pytorch", "zarr"},
+        pool="gpu",
+        partitions_def=axes.of("train_gradients"),
+        deps=["warmup_checkpoints", "instruction_pool"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def train_gradients(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+        backend: dg.ResourceParam[Backend],
+    ) -> Iterator[dg.MaterializeResult]:
+        """Sketched Adam directions of every example of a shard at a checkpoint, with exact norms and losses."""
+        yield from materialize_range(
+            context, project, store, models, extract_train_gradients, describe_train_gradients, backend
+        )
+
+    @dg.asset(
+        group_name="gradients",
+        partitions_def=axes.of("gradient_datastore"),
+        deps=["train_gradients", "pool_index"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def gradient_datastore(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> Iterator[dg.MaterializeResult]:
+        """The gate before scoring: every shard of the pool has features at this checkpoint, all of one making."""
+        yield from materialize_range(context, project, store, models, close_datastore, metadata.summary)
+
+    @dg.asset(
+        group_name="gradients",
+        kinds={"pytorch"},
+        pool="gpu",
+        partitions_def=axes.of("target_gradients"),
+        deps=["warmup_checkpoints", "target_examples"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def target_gradients(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> Iterator[dg.MaterializeResult]:
+        """Sketched plain gradients of a task's target examples at a checkpoint."""
+        yield from materialize_range(
+            context, project, store, models, extract_target_gradients, metadata.table_summary(TARGET_FEATURES)
+        )
+
+    return [train_gradients, gradient_datastore, target_gradients]
+
+
+def extract_train_gradients(work: StepInputs) -> StepResult:
+    """Extract a shard's features block by block; blocks that an interrupted run finished are kept."""
+    from less_assets.method.data.chat import encode_messages
+    from less_assets.method.gradients.features import RowStatus, extract_features
+
+    checkpoint, shard = split(work.partition)
+    table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages", "status"])
+    settings, model = work.project.gradients, work.project.model
+    loaded = work.models.checkpoint(work.lineage, checkpoint)
+    examples = [
+        encode_messages(
+            row["example_id"],
+            row["messages"],
+            loaded.tokenizer,
+            chat_format=model.chat_format,
+            max_length=model.max_length,
+        )
+        if row["status"] == "ok"
+        else None
+        for row in table.iter_rows(named=True)
+    ]
+    writer = FeatureWriter(
+        work.folder.path(FEATURES),
+        settings.forms,
+        len(examples),
+        settings.dimension,
+        settings.storage,
+        min(settings.block_rows, max(1, len(examples))),
+    )
+    longest = max((len(example.input_ids) for example in examples if example), default=1)
+    budget = _token_budget(work, loaded, longest)
+    finished = writer.finished_blocks()
+    done = sum(stop - start for start, stop in map(writer.bounds, finished))
+    progress = work.progress(len(examples), "rows", done)
+    lengths = [len(example.input_ids) for example in examples if example]
+    mean_tokens = sum(lengths) / max(1, len(lengths))
+    extracted = 0
+    for block in range(writer.blocks):
+        if block not in finished:
+            start, stop = writer.bounds(block)
+            features = extract_features(
+                loaded.model,
+                examples[start:stop],
+                forms=settings.forms,
+                moments=loaded.moments,
+                sketch=loaded.sketch(settings),
+                token_budget=budget,
+                pad_token_id=loaded.pad_token_id,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                on_progress=lambda rows: progress(rows, round(rows * mean_tokens)),
+            )
+            writer.write_block(block, features)
+            extracted += _tokens(examples[start:stop])
+    reasons = Counter(example.problem for example in examples if example and example.problem)
+    refused: dict[str, Any] = {"template_refused": dict(reasons.most_common(REASONS))} if reasons else {}
+    sketch = {"sketch_digest": loaded.sketch(settings).fingerprint}
+    summary = _feature_summary(work, RowStatus, _tokens(examples)) | sketch | refused
+    return StepResult(summary, units=extracted)
+
+
+def _tokens(examples: Iterable[Any]) -> int:
+    return sum(len(example.input_ids) for example in examples if example is not None)
+
+
+def _token_budget(work: StepInputs, loaded: LoadedCheckpoint, longest: int) -> int:
+    """The batch size in tokens: resolved once for an artifact and recorded, so that a resumed run batches alike."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # not asked yet, or damaged
+        return int(json.loads(read_bytes(work.folder.path(BATCHING)))["token_budget"])
+    budget = loaded.token_budget(work.project.gradients, longest)
+    write_json(work.folder, BATCHING, {"token_budget": budget})
+    return budget
+
+
+def _feature_summary(work: StepInputs, statuses: Any, tokens: int) -> dict[str, Any]:
+    from less_assets.store.features import FeatureReader
+
+    reader = FeatureReader(work.folder.path(FEATURES))
+    usable = reader.status == statuses.OK
+    counts = {
+        statuses(code).name.lower(): int(count)
+        for code, count in zip(*np.unique(reader.status, return_counts=True), strict=True)
+    }
+    return {
+        "rows": reader.rows,
+        "tokens": tokens,
+        "usable": int(usable.sum()),
+        "status": counts,
+        "loss_tokens": int(reader.loss_tokens[usable].sum()),
+        "mean_loss": float(reader.loss[usable].mean()) if usable.any() else None,
+        "dimension": reader.dimension,
+        "storage": reader.storage,
+        "forms": list(reader.forms),
+        "median_norm": {form: float(np.median(reader.norms(form)[usable])) for form in reader.forms}
+        if usable.any()
+        else {},
+    }
+
+
+def describe_train_gradients(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """The shard's figures, and its row count where the UI plots it over partitions; why the template refused rows."""
+    norms: Any = manifest.summary["median_norm"]
+    # One figure each, so that the UI plots them over checkpoints and shards.
+    plotted = {f"median_norm/{form}": norm for form, norm in norms.items()}
+    shown = {**metadata.summary(folder, manifest), **plotted, "dagster/partition_row_count": manifest.summary["rows"]}
+    if refused := manifest.summary.get("template_refused"):
+        reasons = pl.DataFrame(list(refused.items()), ["reason", "rows"], orient="row")  # type: ignore[union-attr]
+        shown["template_refused"] = metadata.table(reasons)
+    return shown
+
+
+def close_datastore(work: StepInputs) -> StepResult:
+    """Check that every shard's features are whole, and list them."""
+    checkpoint = work.partition
+    rows: dict[str, int] = {}
+    usable = loss_tokens = 0
+    sketches: dict[str, str] = {}
+    for shard in work.lineage.shards():
+        key = f"{checkpoint}|{shard}"
+        found = work.lineage.summary("train_gradients", key)
+        check_sketch(sketches, f"train_gradients {key}", found["sketch_digest"])
+        open_features(work.lineage.folder("train_gradients", key), FEATURES)
+        rows[shard] = found["rows"]
+        usable += found["usable"]
+        loss_tokens += found["loss_tokens"]
+    summary = {
+        "shards": len(rows),
+        "rows": sum(rows.values()),
+        "usable": usable,
+        "loss_tokens": loss_tokens,
+        "sketch_digest": next(iter(sketches.values()), None),
+    }
+    write_json(work.folder, "shards.json", {"rows": rows})  # type: ignore[dict-item]
+    return StepResult(summary)
+
+
+def check_sketch(known: dict[str, str], name: str, digest: str) -> None:
+    """Remember an artifact's sketch, and refuse one that is not like those before.
+
+    Equal settings give another sketch if a library has changed the order of the model's parameters, which no setting
+    shows.
+
+    Raises:
+        StaleArtifactError: Naming both artifacts.
+    """
+    first = next(iter(known), None)
+    if first is not None and known[first] != digest:
+        raise StaleArtifactError(
+            f"The features of {first} and {name} were sketched with the parameters in different orders.",
+            where=name,
+            fix="transformers or PEFT has changed in between; set another `gradients.seed` to make all features again",
+        )
+    known[name] = digest
+
+
+def extract_target_gradients(work: StepInputs) -> StepResult:
+    """Sketch the plain gradient of each target example."""
+    from less_assets.method.gradients.features import RowStatus, extract_features
+
+    checkpoint, task = split(work.partition)
+    table = read_parquet(work.lineage.folder("target_examples", task), TARGETS)
+    settings = work.project.gradients
+    loaded = work.models.checkpoint(work.lineage, checkpoint)
+    examples, _ = encode_targets(work, task, loaded.tokenizer)
+    longest = max(len(example.input_ids) for example in examples)
+    block = extract_features(
+        loaded.model,
+        examples,
+        forms=("sgd",),
+        moments=None,
+        sketch=loaded.sketch(settings),
+        token_budget=loaded.token_budget(settings, longest),
+        pad_token_id=loaded.pad_token_id,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        on_progress=work.progress(len(examples), "target examples"),
+    )
+    bad = np.flatnonzero(block.status != RowStatus.OK)
+    if len(bad):
+        raise TargetFormatError(
+            f"{len(bad)} target examples have no usable gradient: {RowStatus(block.status[bad[0]]).name.lower()}.",
+            where=f"task {task}, example {table['example_id'][int(bad[0])]}",
+            fix="look at the example's completion; a target is never left out silently",
+        )
+    stored = table.select("example_id", "subtask").with_columns(
+        pl.Series("loss", block.loss),
+        pl.Series("loss_tokens", block.loss_tokens),
+        pl.Series("norm", block.norms["sgd"]),
+        pl.Series("features", block.features["sgd"]),
+    )
+    write_parquet(work.folder, TARGET_FEATURES, stored)
+    subtasks = dict(sorted(table["subtask"].value_counts().iter_rows()))
+    return StepResult(
+        {
+            "examples": table.height,
+            "subtasks": subtasks,
+            "mean_loss": float(block.loss.mean()),
+            "tokens": _tokens(examples),
+            "loss_tokens": int(block.loss_tokens.sum()),
+            "sketch_digest": loaded.sketch(settings).fingerprint,
+        },
+        units=_tokens(examples),
+    )
+
+
+def encode_targets(work: StepInputs, task: str, tokenizer: Any) -> tuple[list[Any], list[str]]:
+    """A task's target examples as tokens, and the subtask of each; a group's members keep their own longest length."""
+    from less_assets.method.data.chat import encode_target
+    from less_assets.method.data.targets import targets_from_table
+
+    model = work.project.model
+    table = read_parquet(work.lineage.folder("target_examples", task), TARGETS)
+    longest = {
+        member.name: (member.examples.max_length if member.examples else None) or model.max_length
+        for member in work.project.member_tasks(task)
+    }
+    examples = [
+        encode_target(target, tokenizer, chat_format=model.chat_format, max_length=longest[member])
+        for target, member in zip(targets_from_table(table), table["member"], strict=True)
+    ]
+    return examples, table["subtask"].to_list()

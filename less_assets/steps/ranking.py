@@ -1,0 +1,283 @@
+"""How each recipe ranks the pool: which scores it reads, what it counts, what it passes over.
+
+Belongs here: reading stored scores and rows for `method/selection.py`, shard by shard. Not here: making scores
+(`selection.py`, `baselines.py`, `rescoring.py`) or storing the selected rows (`selection.py`).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from less_assets.lineage.lineage import Lineage
+from less_assets.orchestration.materialization import StepInputs
+from less_assets.project.project import TEXT_SCORED, ResolvedRecipe
+from less_assets.steps import baselines
+from less_assets.steps.gradients import FEATURES, encode_targets
+from less_assets.steps.pool import EXAMPLES, INDEX
+from less_assets.store.features import open_features
+from less_assets.store.tables import read_json, read_parquet
+
+EXACT = "exact.parquet"
+EXACT_COLUMN = "exact"
+
+
+def score_file(shard: str) -> str:
+    """Name of a shard's score table inside `influence_scores`."""
+    return f"scores/{shard}.parquet"
+
+
+class Pool:
+    """The pool's usable rows by shard; tokens are counted once for each shard.
+
+    Args:
+        work: Reads the pool.
+    """
+
+    def __init__(self, work: StepInputs) -> None:
+        self._work = work
+        self._index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+        self._tokens: dict[str, pl.Series] = {}
+
+    def shards(self, *, tokens: bool) -> Callable[[], Iterator[pl.DataFrame]]:
+        """Rows of the index with status "ok", shard by shard, and their loss tokens if asked for."""
+
+        def read() -> Iterator[pl.DataFrame]:
+            for shard in self._work.lineage.shards():
+                yield self.rows(shard, tokens=tokens)
+
+        return read
+
+    def rows(self, shard: str, *, tokens: bool) -> pl.DataFrame:
+        """A shard's usable rows, as in `shards`."""
+        rows = self._index.filter(pl.col("shard") == shard)
+        if not tokens:
+            return rows
+        if shard not in self._tokens:
+            self._tokens[shard] = _loss_tokens(self._work, shard, rows)
+        return rows.with_columns(self._tokens[shard])
+
+
+def _loss_tokens(work: StepInputs, shard: str, rows: pl.DataFrame) -> pl.Series:
+    from less_assets.method.data.chat import encode_messages
+
+    table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+    tokenizer, model = work.models.tokenizer(), work.project.model
+    counts = [
+        encode_messages(
+            each["example_id"], each["messages"], tokenizer, chat_format=model.chat_format, max_length=model.max_length
+        ).loss_tokens
+        for each in table[rows["row"].to_list()].iter_rows(named=True)
+    ]
+    return pl.Series("loss_tokens", counts, pl.Int32)
+
+
+def budget_of(lineage: Lineage, recipe: ResolvedRecipe) -> Any:
+    """A recipe's budget in the method's words.
+
+    A fraction is one of the pool's distinct examples, for every strategy alike: so that recipes stay comparable where
+    one of them cannot use all rows.
+    """
+    from less_assets.method.selection.selection import Budget
+
+    assert recipe.budget is not None
+    budget = Budget(recipe.budget.unit, recipe.budget.amount)
+    rows = budget.rows_of(lineage.summary("pool_index")["unique"])
+    return Budget("rows", rows) if rows else budget
+
+
+def aggregate_of(recipe: ResolvedRecipe) -> str:
+    """How a recipe's scores make one ranking; a single score is its own best."""
+    return recipe.aggregate or "max"
+
+
+def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Any:
+    """The rows that a recipe with scores selects for a task."""
+    from less_assets.method.selection.selection import select_by_score
+
+    if recipe.candidates is not None:
+        exact = read_parquet(work.lineage.folder("exact_scores", f"{recipe.key}|{task}"), EXACT)
+        candidates = candidates_of(work.lineage, recipe, task, exact=exact)
+    else:
+        candidates = scored_pool(work, pool, recipe, task)
+    return select_by_score(
+        candidates, budget_of(work.lineage, recipe), aggregate_of(recipe), restraints_of(work, recipe)
+    )
+
+
+def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Any:
+    """The rows that a recipe draws: all alike, or by their length."""
+    from less_assets.method.selection.selection import select_at_random
+
+    budget, restraints = budget_of(work.lineage, recipe), restraints_of(work, recipe)
+    assert recipe.seed is not None
+    if recipe.strategy == "random":
+        rows = pool.shards(tokens=budget.kind == "tokens")
+        return select_at_random(rows, budget, recipe.seed, restraints=restraints)
+    weights = _length_weights(work, pool, recipe, task)
+    return select_at_random(pool.shards(tokens=True), budget, recipe.seed, log_weights=weights, restraints=restraints)
+
+
+def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
+    """The whole pool as a recipe scores it, by influence, text or embeddings; see `candidates_of`."""
+    if recipe.strategy == "less":
+        return candidates_of(work.lineage, recipe, task)
+    return _baseline_candidates(work, pool, recipe, task)
+
+
+def candidates_of(lineage: Lineage, recipe: ResolvedRecipe, task: str, exact: pl.DataFrame | None = None) -> list[Any]:
+    """The scored pool: once for a task, once for each member of a group (whose labels are `member/subtask`).
+
+    Args:
+        lineage: Reads the scores.
+        recipe: Says which of the scores.
+        task: The task or group.
+        exact: Rows with exact scores, instead of the whole pool with sketched ones.
+    """
+    from less_assets.method.selection.selection import Candidates
+
+    folder = lineage.folder("influence_scores", task)
+    labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
+    column = f"{recipe.form}.{recipe.subtask}" if exact is None else EXACT_COLUMN
+    canonical = read_parquet(lineage.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
+
+    def tables() -> Iterator[pl.DataFrame]:
+        if exact is not None:
+            yield exact
+            return
+        columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
+        for shard in lineage.shards():
+            table = read_parquet(folder, score_file(shard), columns)
+            yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
+                pl.col("canonical").fill_null(False)
+            )
+
+    def shards(places: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
+        def read() -> Iterator[pl.DataFrame]:
+            for table in tables():
+                if len(places) < len(labels):
+                    part = pl.concat_arr(pl.col(column).arr.get(place) for place in places)
+                    table = table.with_columns(pl.when(pl.col(column).is_not_null()).then(part).alias(column))
+                yield table
+
+        return read
+
+    if lineage.project.task(task).members is None:
+        return [Candidates(task, column, tuple(labels), shards(list(range(len(labels)))))]
+    members = []
+    for member in lineage.project.member_tasks(task):
+        places = [place for place, label in enumerate(labels) if label.startswith(f"{member.name}/")]
+        own = tuple(labels[place].removeprefix(f"{member.name}/") for place in places)
+        members.append(Candidates(member.name, column, own, shards(places)))
+    return members
+
+
+def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
+    """The pool scored by a baseline: once for a task, once for each member of a group."""
+    from less_assets.method.selection.selection import Candidates
+
+    asset = "text_scores" if recipe.strategy in TEXT_SCORED else "embedding_scores"
+    folder = work.lineage.folder(asset, f"{recipe.key}|{task}")
+    places: Any = read_json(folder, baselines.PLACES)
+    final = _final_scores(work, recipe, folder)
+    counted = recipe.budget is not None and recipe.budget.unit == "tokens"
+
+    def shards(wanted: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
+        kind = pl.Array(pl.Float32, len(wanted))
+
+        def read() -> Iterator[pl.DataFrame]:
+            for shard in work.lineage.shards():
+                table = read_parquet(folder, baselines.score_file(shard)).drop("loss_tokens", strict=False)
+                scores = pl.Series("score", final(table["example_id"].to_list(), _matrix(table))[:, wanted], dtype=kind)
+                rows = pool.rows(shard, tokens=counted).drop("example_id", "source", "shard", "copies", "status")
+                joined = table.with_columns(scores).join(rows, on="row", how="left", maintain_order="left")
+                yield joined.with_columns(pl.col("canonical").fill_null(False))
+
+        return read
+
+    # In the order of the project file, as influence does; a score that no task has a part in stands under the task.
+    names = [member.name for member in work.project.member_tasks(task)]
+    members = {name: [place for place, (member, _) in enumerate(places) if member == name] for name in [*names, task]}
+    return [
+        Candidates(member, "score", tuple(places[place][1] for place in own), shards(own))
+        for member, own in members.items()
+        if own
+    ]
+
+
+def _final_scores(
+    work: StepInputs, recipe: ResolvedRecipe, folder: Any
+) -> Callable[[list[str], np.ndarray], np.ndarray]:
+    """From the stored scores (n, J) of rows to those that a recipe ranks by."""
+    from less_assets.method.selection.baselines import perplexity_scores, with_gumbel_noise
+
+    if recipe.strategy == "perplexity":
+        # Four bytes a row of the pool, far less than its index, which is in memory too.
+        tables = (read_parquet(folder, baselines.score_file(shard), ["score"]) for shard in work.lineage.shards())
+        losses = np.concatenate([_matrix(table)[:, 0] for table in tables])
+        keep = recipe.keep or "mid"
+        return lambda _, scores: perplexity_scores(scores[:, 0], keep, losses)[:, None]
+    if recipe.strategy == "dsir":
+        seed = int(recipe.seed or 0)
+        return lambda ids, scores: np.stack([with_gumbel_noise(column, ids, seed) for column in scores.T], axis=1)
+    return lambda _, scores: scores
+
+
+def _matrix(table: pl.DataFrame) -> np.ndarray:
+    """The column `score` as float32 (n, J); null rows are NaN."""
+    column = table["score"]
+    scores = np.full((table.height, column.dtype.shape[0]), np.nan, dtype=np.float32)  # type: ignore[attr-defined]
+    scores[column.is_not_null().to_numpy()] = column.drop_nulls().to_numpy()
+    return scores
+
+
+def _length_weights(
+    work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str
+) -> Callable[[pl.DataFrame], np.ndarray]:
+    """Log weights under which rows drawn at random are as long as the matched recipe's, or as the task's targets."""
+    from less_assets.method.selection.baselines import length_histogram, length_matched_log_weights
+
+    canonical = (rows.filter("canonical")["loss_tokens"].to_numpy() for rows in pool.shards(tokens=True)())
+    counts = np.sum([length_histogram(lengths) for lengths in canonical], axis=0)
+    reference = length_histogram(_matched_lengths(work, pool, recipe, task))
+    return lambda rows: length_matched_log_weights(rows["loss_tokens"].to_numpy(), counts, reference)
+
+
+def _matched_lengths(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> np.ndarray:
+    """Loss tokens of the rows that the matched recipe selects, or of the task's target examples."""
+    if recipe.match is None:
+        examples, _ = encode_targets(work, task, work.models.tokenizer())
+        return np.array([example.loss_tokens for example in examples])
+    chosen = select_by_recipe(work, pool, work.project.recipe(recipe.match), task).table
+    parts = []
+    for shard in chosen["shard"].unique(maintain_order=True):
+        rows = pool.rows(shard, tokens=True)
+        parts.append(rows.filter(pl.col("row").is_in(chosen.filter(shard=shard)["row"].implode()))["loss_tokens"])
+    return pl.concat(parts).to_numpy()
+
+
+def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Any:
+    """A recipe's quotas, and its near-duplicates by the cosine of gradient features."""
+    from less_assets.method.selection.influence import normalised_weights, similarity_vectors
+    from less_assets.method.selection.selection import Restraints
+
+    if recipe.near_duplicates is None:
+        return Restraints(recipe.quotas)
+    lineage, checkpoints = work.lineage, work.project.checkpoints
+    weights = normalised_weights(
+        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
+    )
+
+    def vectors(rows: pl.DataFrame) -> np.ndarray:
+        """Vectors of rows that come sorted by shard and row."""
+        parts = []
+        for (shard,), here in rows.group_by("shard", maintain_order=True):
+            sources = {
+                name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES)
+                for name in checkpoints
+            }
+            parts.append(similarity_vectors(sources, weights, str(recipe.form), here["row"].to_numpy()))
+        return np.concatenate(parts)
+
+    return Restraints(recipe.quotas, recipe.near_duplicates, vectors)

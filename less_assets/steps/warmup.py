@@ -1,0 +1,270 @@
+"""Step 1: the warm-up sample, drawn once, and the checkpoints that gradients are taken at.
+
+Belongs here: wiring only. Training is `method/warmup.py`, foreign checkpoints `method/checkpoints.py`.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from less_assets.compute.models import ModelLoader
+from less_assets.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.plan import digest
+from less_assets.orchestration import ui_metadata as metadata
+from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one, materialize_range
+from less_assets.orchestration.partitions import Axes
+from less_assets.project.project import Project
+from less_assets.steps.pool import EXAMPLES, INDEX
+from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.files import storage_trouble
+from less_assets.store.manifest import Manifest
+from less_assets.store.tables import read_parquet, write_parquet
+
+SAMPLE = "sample.parquet"
+
+
+def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
+    """The assets `warmup_sample` and `warmup_checkpoints`."""
+
+    @dg.asset(group_name="warmup", deps=["pool_index"])
+    def warmup_sample(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> dg.MaterializeResult:
+        """Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again."""
+        check_sample(Lineage(project, store))
+        return materialize_one(context, project, store, models, draw_warmup_sample, describe_sample)
+
+    @dg.asset(
+        group_name="warmup",
+        kinds={"pytorch", "huggingface"},
+        pool="gpu",
+        partitions_def=axes.of("warmup_checkpoints"),
+        deps=["base_model", "warmup_sample"],
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        output_required=False,
+    )
+    def warmup_checkpoints(
+        context: dg.AssetExecutionContext,
+        project: dg.ResourceParam[Project],
+        store: dg.ResourceParam[ArtifactStore],
+        models: dg.ResourceParam[ModelLoader],
+    ) -> Iterator[dg.MaterializeResult]:
+        """Adapter, Adam's moments by parameter name, and mean learning rate after an epoch of the warm-up training."""
+        yield from materialize_range(context, project, store, models, make_checkpoint, describe_checkpoint)
+
+    return [warmup_sample, warmup_checkpoints]
+
+
+def draw_warmup_sample(work: StepInputs) -> StepResult:
+    """Draw the sample by a keyed hash of the ids, independent of the pool's order."""
+    from less_assets.method.selection.selection import Budget, select_at_random
+
+    settings = work.project.sample_settings()
+    if not settings:  # imported checkpoints were trained on data of their own
+        write_parquet(work.folder, SAMPLE, pl.DataFrame(schema={"example_id": pl.String, "shard": pl.String}))
+        return StepResult({"rows": 0}, data_version=digest([]))
+    index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+    draw = work.lineage.plan("warmup_sample").settings["draw"]
+    seed = settings["seed"] + 1_000_003 * draw
+    sample = select_at_random(lambda: [index], Budget("fraction", settings["fraction"]), seed).table
+    write_parquet(work.folder, SAMPLE, sample.select("example_id", "shard"))
+    sources = dict(sorted(sample["source"].value_counts().iter_rows()))
+    return StepResult({"rows": sample.height, "sources": sources}, data_version=digest(sample["example_id"].to_list()))
+
+
+def describe_sample(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """Counts, the table's columns, and the share of each source."""
+    from less_assets.report import charts
+
+    shown = {**metadata.summary(folder, manifest), **metadata.table_facts(folder, SAMPLE, partitioned=False)}
+    sources: Any = manifest.summary.get("sources", {})
+    if len(sources) > 1:
+        shown["shares_by_source"] = metadata.picture(charts.share_bars(sources, kind="source"), "share of each source")
+    return shown
+
+
+def check_sample(lineage: Lineage) -> None:
+    """Refuse to put a frozen sample in force again if a row of it has vanished from the pool.
+
+    Raises:
+        MissingArtifactError: A row of the sample is not in the pool any more.
+    """
+    plan = lineage.plan("warmup_sample")
+    frozen = lineage.store.artifact(plan.folder, plan.fingerprint)
+    try:
+        sample = read_parquet(frozen, SAMPLE)["example_id"]
+    except (MissingArtifactError, CorruptArtifactError):
+        return  # it is going to be drawn from the pool as it is
+    index = read_parquet(lineage.folder("pool_index"), INDEX, ["example_id"])["example_id"]
+    gone = sample.filter(~sample.is_in(index.implode()))
+    if len(gone):
+        raise MissingArtifactError(
+            f"{len(gone)} of {len(sample)} warm-up examples are not in the pool any more, the first is {gone[0]}",
+            fix="put the rows back, or draw and train again with `less-assets run --resample-warmup`",
+        )
+
+
+def make_checkpoint(work: StepInputs) -> StepResult:
+    """Train (or go on training) up to the partition's epoch, or import the checkpoint that stands in its place."""
+    if work.project.warmup.imported:
+        return adopt_checkpoint(work)
+    return train_checkpoint(work)
+
+
+def describe_checkpoint(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+    """The epoch's figures and the losses of its steps."""
+    from less_assets.report import charts
+
+    shown = dict(metadata.summary(folder, manifest))
+    losses = json.loads(folder.read_bytes("state.json"))["losses"]
+    if losses:
+        last: Any = manifest.summary["step"]
+        steps = range(last - len(losses) + 1, last + 1)
+        shown["losses"] = metadata.picture(charts.training_curve(list(steps), losses), "loss of the epoch's steps")
+    return shown
+
+
+def train_checkpoint(work: StepInputs) -> StepResult:
+    """Train epochs 1 to k under the schedule of all epochs; finished epochs are taken from earlier runs."""
+    from less_assets.method.training.training import TrainingSettings, steps_per_epoch
+    from less_assets.method.training.warmup import mean_learning_rates, warm_up
+
+    lineage, epoch = work.lineage, work.project.checkpoints.index(work.partition) + 1
+    settings = TrainingSettings(**work.project.warmup.training_values())
+    examples = warmup_examples(work)
+    if examples and not any(mean_learning_rates(settings, len(examples))):
+        raise TrainingError(
+            f"All steps of the warm-up have the learning rate 0: {len(examples)} examples are too few for it.",
+            where="warmup",
+            fix="Lower warmup.batch_size, or raise warmup.fraction or warmup.epochs.",
+        )
+    model, tokenizer = work.models.base()
+    folder = work.models.scratch(training_fingerprint(lineage))
+    restore_epochs(lineage, folder, epoch - 1)
+    steps = steps_per_epoch(len(examples), settings.batch_size)
+    progress = work.progress(steps * epoch, "steps", done=steps * _finished(folder, epoch))
+    trained: list[int] = []
+
+    def follow(step: Any) -> None:
+        progress(1, step.tokens)
+        trained.append(step.tokens)
+
+    checkpoint = warm_up(
+        model,
+        tokenizer,
+        examples,
+        settings,
+        folder,
+        lora=lora_settings(work.project),
+        until_epoch=epoch,
+        on_progress=follow,
+    )[-1]
+    copy_files(checkpoint.folder, work.folder)
+    return StepResult(
+        {
+            "step": checkpoint.step,
+            "mean_learning_rate": checkpoint.mean_learning_rate,
+            "mean_loss": fmean(checkpoint.losses),
+            "examples": len(examples),
+            "tokens": sum(len(example.input_ids) for example in examples),  # of the epoch that the checkpoint ends
+        },
+        units=sum(trained),
+    )
+
+
+def adopt_checkpoint(work: StepInputs) -> StepResult:
+    """Import the checkpoint that the project file names in this epoch's place; it is verified, never guessed."""
+    from less_assets.method.training.imported_checkpoint import import_checkpoint
+
+    settings = work.project.warmup
+    place = work.project.checkpoints.index(work.partition)
+    rates = settings.mean_learning_rates
+    model, _ = work.models.base()
+    source = Path(settings.imported[place])  # type: ignore[index]
+    with tempfile.TemporaryDirectory(prefix="less-assets-") as temporary:
+        checkpoint = import_checkpoint(
+            source,
+            model,
+            Path(temporary) / work.partition,
+            epoch=place + 1,
+            mean_learning_rate=rates[place] if rates else None,
+        )
+        copy_files(checkpoint.folder, work.folder)
+    return StepResult(
+        {
+            "imported_from": source.name,
+            "step": checkpoint.step,
+            "mean_learning_rate": checkpoint.mean_learning_rate,
+            "mean_loss": fmean(checkpoint.losses) if checkpoint.losses else None,
+        }
+    )
+
+
+def warmup_examples(work: StepInputs) -> list[Any]:
+    """The warm-up sample, encoded, in the order it was drawn; rows without loss tokens are left out."""
+    from less_assets.method.data.chat import encode_messages
+
+    sample = read_parquet(work.lineage.folder("warmup_sample"), SAMPLE)
+    tokenizer, model = work.models.tokenizer(), work.project.model
+    messages: dict[str, Any] = {}
+    for shard in sample["shard"].unique(maintain_order=True):
+        table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+        wanted = table.filter(pl.col("example_id").is_in(sample["example_id"].implode()))
+        messages |= dict(wanted.iter_rows())
+    encoded = [
+        encode_messages(name, messages[name], tokenizer, chat_format=model.chat_format, max_length=model.max_length)
+        for name in sample["example_id"]
+    ]
+    return [example for example in encoded if example.loss_tokens]
+
+
+def training_fingerprint(lineage: Lineage) -> str:
+    """One fingerprint for all epochs of the warm-up: what its scratch folder is called."""
+    plan = lineage.plan("warmup_checkpoints", lineage.project.checkpoints[0])
+    settings = {name: value for name, value in plan.settings.items() if name != "checkpoint"}
+    return digest([settings, dict(plan.inputs)])
+
+
+def restore_epochs(lineage: Lineage, folder: Path, epochs: int) -> None:
+    """Bring finished epochs from the store into an empty scratch folder (a new machine, a cleared cache)."""
+    from less_assets.method.training.models import whole_folder
+
+    for checkpoint in lineage.project.checkpoints[:epochs]:
+        plan = lineage.plan("warmup_checkpoints", checkpoint)
+        stored = lineage.store.artifact(plan.folder, plan.fingerprint)
+        if stored.exists() and not (folder / checkpoint).exists():
+            with stored.local(write=False) as source, whole_folder(folder / checkpoint) as target:
+                for name in stored.manifest().files:
+                    shutil.copyfile(source / name, target / name)
+
+
+def _finished(folder: Path, epoch: int) -> int:
+    from less_assets.method.training.training import finished_epochs
+
+    return min(finished_epochs(folder), epoch)
+
+
+def copy_files(source: Path, folder: ArtifactFolder) -> None:
+    """Copy the files of a local folder into an artifact."""
+    with folder.local() as target, storage_trouble(folder.root, "write"):
+        for file in sorted(source.iterdir()):
+            shutil.copyfile(file, target / file.name)
+
+
+def lora_settings(project: Project) -> Any:
+    """The project's adapter in the method's words."""
+    from less_assets.method.training.models import LoraSettings
+
+    lora = project.lora
+    return LoraSettings(lora.rank, lora.alpha, lora.dropout, tuple(lora.target_modules))

@@ -1,0 +1,395 @@
+"""Physical rows: nothing shifts, whatever stands in the file, and every way of looking at a file agrees."""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import tracemalloc
+import zipfile
+
+import fsspec
+import polars as pl
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from less_assets.errors import PoolFormatError
+from less_assets.method.data import raw_rows
+from less_assets.method.data.row_files import (
+    count_rows,
+    file_digest,
+    files_below,
+    list_files,
+    read_raw,
+    scan_ranges,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rows")
+
+
+def write(path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def assert_every_range_agrees(path: str) -> list:
+    rows = list(read_raw(path))
+    assert count_rows(path) == len(rows)
+    assert [row.number for row in rows] == list(range(1, len(rows) + 1))
+    begins = [found.begins for found in scan_ranges(path, [(first_row, 1) for first_row in range(len(rows) + 2)])]
+    for first_row, place in enumerate(begins):
+        for known in (None, place):
+            assert list(read_raw(path, first_row, 2, known)) == rows[first_row : first_row + 2]
+    return rows
+
+
+def range_digests(path: str, ranges: list[tuple[int, int]]) -> list[str]:
+    return [found.digest for found in scan_ranges(path, ranges)]
+
+
+# ---- JSON lines ----
+
+json_line = st.one_of(
+    st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")),
+    st.dictionaries(st.text(max_size=3), st.text(max_size=8), max_size=3).map(
+        lambda record: json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ),
+    st.sampled_from([b"", b"  ", b"\r", b"{}", b"[1]", b"null", b'{"a": "\xe2\x80\xa8"}', b"[" * 5000]),
+)
+
+
+@given(lines=st.lists(json_line, max_size=8), ending=st.sampled_from([b"", b"\n"]))
+def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, ending):
+    path = write(folder / "any.jsonl", b"\n".join(lines) + ending)
+    rows = assert_every_range_agrees(path)
+    content = b"\n".join(lines) + ending
+    expected = content.split(b"\n")[: -1 if content.endswith(b"\n") or not content else None]
+    assert len(rows) == len(expected)
+    expected[:1] = [first.removeprefix(b"\xef\xbb\xbf") for first in expected[:1]]
+    for row, line in zip(rows, expected, strict=True):
+        assert (row.status == "blank") == (not line.strip())
+        assert (row.record is not None) == (row.status == "ok")
+
+
+def test_separators_inside_strings_are_data_and_broken_lines_keep_their_place(folder):
+    lines = [
+        '{"a": "one\u2028two\u2029three\x85four\x0b\x0c\x1c"}'.replace("\x0b\x0c\x1c", ""),
+        "",
+        '{"a": ',
+        '{"a": "last"}\r',
+    ]
+    path = write(folder / "separators.jsonl", "\n".join(lines).encode())
+    first, blank, broken, last = read_raw(path)
+    assert first.record == {"a": "one\u2028two\u2029three\x85four"}
+    assert (blank.number, blank.status) == (2, "blank")
+    assert (broken.number, broken.status) == (3, "invalid_json")
+    assert (last.number, last.record) == (4, {"a": "last"})
+
+
+def test_each_broken_line_has_its_reason(folder):
+    lines = [b'{"a": "\xff"}', b"[1, 2]", b'"text"', b"{'a': 1}", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+    rows = list(read_raw(write(folder / "broken.jsonl", b"\n".join(lines))))
+    assert [row.status for row in rows] == [
+        "invalid_utf8",
+        "wrong_type",
+        "wrong_type",
+        "invalid_json",
+        "invalid_json",
+        "invalid_json",
+    ]
+    assert "0xff" in rows[0].detail
+    assert "list" in rows[1].detail
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_row(folder):
+    assert next(read_raw(write(folder / "bom.jsonl", b'\xef\xbb\xbf{"a": 1}\n'))).record == {"a": 1}
+    assert next(read_raw(write(folder / "bom.csv", b"\xef\xbb\xbfa\n1\n"))).record == {"a": "1"}
+
+
+def test_a_row_over_the_limit_is_quarantined_and_its_neighbours_are_read(folder, monkeypatch):
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 100)
+    exactly, over = b'{"a": "' + b"x" * 91 + b'"}', b'{"a": "' + b"x" * 92 + b'"}'
+    far_over = b'{"a": "' + b"x" * 1000 + b'"}'
+    assert len(exactly) == 100
+    path = write(folder / "large.jsonl", b"\n".join([exactly, over, far_over, exactly + b"\r"]) + b"\n")
+    rows = assert_every_range_agrees(path)
+    assert [row.status for row in rows] == ["ok", "too_large", "too_large", "ok"]
+    assert rows[2].detail == "1,009 bytes, more than 100"
+
+
+def test_memory_does_not_grow_with_the_file(folder):
+    row = json.dumps({"a": "x" * 1000}).encode() + b"\n"
+    giant = b'{"a": "' + b"y" * 12_000_000 + b'"}\n'
+    path = write(folder / "big.jsonl", row * 5000 + giant + row * 5000)
+    tracemalloc.start()
+    statuses = {}
+    for each in read_raw(path):
+        statuses[each.status] = statuses.get(each.status, 0) + 1
+    digests = range_digests(path, [(0, 5000), (5000, 1), (5001, 5000)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert statuses == {"ok": 10_000, "too_large": 1}
+    assert digests[0] == digests[2] != digests[1]
+    assert peak < 5_000_000
+
+
+def test_a_json_array_is_refused_with_advice(folder):
+    path = write(folder / "array.json", b' [{"a": 1}]')
+    for read in (count_rows, lambda each: list(read_raw(each))):
+        with pytest.raises(PoolFormatError, match="one JSON array"):
+            read(path)
+    assert len(list(read_raw(write(folder / "lines.json", b'{"a": 1}\n{"a": 2}\n')))) == 2
+
+
+# ---- CSV ----
+
+
+@given(
+    table=st.lists(
+        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=6), min_size=2, max_size=2),
+        max_size=6,
+    ),
+    newline=st.sampled_from(["\n", "\r\n"]),
+)
+def test_any_csv_table_survives(folder, table, newline):
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator=newline, quoting=csv.QUOTE_ALL)
+    writer.writerows([["question", "answer"], *table])
+    rows = assert_every_range_agrees(write(folder / "any.csv", text.getvalue().encode()))
+    assert [row.record for row in rows] == [{"question": a, "answer": b} for a, b in table]
+
+
+@given(st.binary(max_size=120), st.integers(10, 60))
+def test_any_bytes_as_csv_are_counted_and_sliced_alike(folder, content, limit):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        path = write(folder / "bytes.csv", b"a,b\n" + content)
+        assert_every_range_agrees(path)
+        range_digests(path, [(0, 2), (2, 2)])
+
+
+def test_broken_csv_records_have_a_reason_and_the_line_they_begin_at(folder, monkeypatch):
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 60)
+    content = (
+        b'q,a\n"two\nlines",1\nonly one field\n\nx,\xff\n"'
+        + b"long " * 30
+        + b'\nstill",2\ngood,"quo""ted"\n"'
+        + b"z" * 70
+    )
+    rows = assert_every_range_agrees(write(folder / "broken.csv", content))
+    assert [row.status for row in rows] == [
+        "ok",
+        "invalid_csv",
+        "blank",
+        "invalid_utf8",
+        "too_large",
+        "ok",
+        "too_large",
+    ]
+    assert rows[0].record == {"q": "two\nlines", "a": "1"}
+    assert rows[1].detail == "line 4: 1 fields, the header has 2"
+    assert rows[4].detail.startswith("line 7: ")
+    assert rows[5].record == {"q": "good", "a": 'quo"ted'}
+
+
+def test_an_unterminated_quote_ends_and_later_rows_are_read(folder, monkeypatch):
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 50)
+    content = b'q,a\n"never closed,1\n' + b"filler,2\n" * 20
+    rows = assert_every_range_agrees(write(folder / "open.csv", content))
+    assert rows[0].record is None
+    assert rows[-1].record == {"q": "filler", "a": "2"}
+
+
+def test_tab_separated_files_are_read(folder):
+    assert next(read_raw(write(folder / "t.tsv", b"a\tb\n1,2\t3\n"))).record == {"a": "1,2", "b": "3"}
+
+
+# ---- Parquet ----
+
+
+@pytest.mark.parametrize("row_group_size", [1, 7, 64, 1000])
+def test_parquet_rows_are_read_from_any_position(folder, row_group_size):
+    path = str(folder / f"{row_group_size}.parquet")
+    table = pl.DataFrame({"n": range(200), "turns": [[{"role": "user", "content": str(i)}] for i in range(200)]})
+    table.write_parquet(path, row_group_size=row_group_size)
+    rows = list(read_raw(path))
+    assert count_rows(path) == len(rows) == 200
+    assert rows[123].record == {"n": 123, "turns": [{"role": "user", "content": "123"}]}
+    for first_row in (0, 1, 6, 7, 63, 64, 65, 128, 199, 200, 500):
+        (found,) = scan_ranges(path, [(first_row, 70)])
+        assert list(read_raw(path, first_row, 70)) == rows[first_row : first_row + 70]
+        assert list(read_raw(path, first_row, 70, found.begins)) == rows[first_row : first_row + 70]
+
+
+def test_a_parquet_file_that_counts_other_rows_than_it_holds_is_refused(folder):
+    path = folder / "count.parquet"
+    pl.DataFrame({"a": [f"row {number}" for number in range(5)]}).write_parquet(path, statistics=False)
+    good, said = path.read_bytes(), []
+    for place in [place for place, byte in enumerate(good) if byte == 10]:  # a 5 in Parquet's numbers
+        path.write_bytes(good[:place] + b"\x08" + good[place + 1 :])
+        try:
+            assert len(list(read_raw(str(path)))) == count_rows(str(path))
+        except PoolFormatError as error:
+            said.append(str(error))
+    assert any("its footer says 4 rows, its row groups 5" in each for each in said)
+
+
+def test_large_parquet_rows_are_quarantined(folder, monkeypatch):
+    monkeypatch.setattr(raw_rows, "MAX_ROW_BYTES", 100)
+    path = str(folder / "large.parquet")
+    pl.DataFrame({"a": ["x", "y" * 101, "z"]}).write_parquet(path)
+    assert [row.status for row in read_raw(path)] == ["ok", "too_large", "ok"]
+
+
+def test_parquet_strings_that_are_not_utf8_are_quarantined(folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    offsets, data = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, data])
+    pq.write_table(pa.table({"a": column}), folder / "bytes.parquet")
+    good, bad = read_raw(str(folder / "bytes.parquet"))
+    assert good.record == {"a": "a"}
+    assert bad.status == "invalid_utf8"
+
+
+# ---- whole files ----
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress)],
+)
+def test_compressed_files_are_read(folder, suffix, compress):
+    content = b'{"a": 1}\n\n{"a": 2}'
+    path = write(folder / f"c.jsonl{suffix}", compress(content))
+    assert [row.status for row in assert_every_range_agrees(path)] == ["ok", "blank", "ok"]
+    assert range_digests(path, [(0, 3)]) == range_digests(write(folder / "c.jsonl", content), [(0, 3)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("missing.jsonl", None),
+        ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 5000)[:60]),
+        ("not.jsonl.gz", b"plain"),
+        ("not.parquet", b"plain"),
+        ("empty.parquet", b""),
+        ("what.txt", b"{}"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_cannot_be_read_as_a_whole_is_one_error_that_names_it(folder, name, content):
+    path = folder / name
+    if content is not None:
+        path.write_bytes(content)
+    for read in (count_rows, lambda each: list(read_raw(each)), lambda each: range_digests(each, [(0, 9999)])):
+        with pytest.raises(PoolFormatError, match=name):
+            read(str(path))
+
+
+def test_unknown_protocols_are_a_clear_error():
+    with pytest.raises(PoolFormatError, match="nosuch"):
+        count_rows("nosuch://bucket/file.jsonl")
+
+
+def test_remote_paths_work_as_local_ones():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/pool/b.jsonl", b'{"a": 1}\n')
+    memory.pipe("/pool/a.jsonl", b'{"a": 2}\n{"a": 3}\n')
+    files = list_files("memory://pool/*.jsonl")
+    assert [file.rsplit("/", 1)[-1] for file in files] == ["a.jsonl", "b.jsonl"]
+    assert [count_rows(file) for file in files] == [2, 1]
+    assert len(list(read_raw(files[0], 1))) == 1
+    assert file_digest(files[0]) != file_digest(files[1])
+
+
+def test_files_inside_an_archive_work_as_local_ones(tmp_path):
+    content = {"data/b.jsonl": b'{"a": 1}\n{"a": 2}\n', "data/a.csv": b"a\n1\n", "data/more/c.txt": b"x"}
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name, content_of in content.items():
+            archive.writestr(name, content_of)
+    write(tmp_path / "b.jsonl", content["data/b.jsonl"])
+    inside = {name: f"zip://{name}::{tmp_path}/all.zip" for name in content}
+    jsonl, table = inside["data/b.jsonl"], inside["data/a.csv"]
+    assert list_files(f"zip://data::{tmp_path}/all.zip") == [table, jsonl]
+    assert list_files(f"zip://data/*.jsonl::{tmp_path}/all.zip") == list_files(jsonl) == [jsonl]
+    assert files_below(f"zip://data::{tmp_path}/all.zip") == [table, jsonl, inside["data/more/c.txt"]]
+    assert files_below(f"zip://other::{tmp_path}/all.zip") == []
+    assert [row.record for row in assert_every_range_agrees(jsonl)] == [{"a": 1}, {"a": 2}]
+    assert [row.record for row in assert_every_range_agrees(table)] == [{"a": "1"}]
+    assert file_digest(jsonl) == file_digest(str(tmp_path / "b.jsonl"))
+    assert range_digests(jsonl, [(0, 1)]) == range_digests(str(tmp_path / "b.jsonl"), [(0, 1)])
+
+
+def test_files_are_listed_in_a_stable_order_and_paths_stay_as_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("b.jsonl", "a.parquet", "c.csv.gz", "notes.md", "[odd].jsonl"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    assert list_files("data/*.jsonl") == ["data/[odd].jsonl", "data/b.jsonl"]
+    assert list_files("data") == ["data/[odd].jsonl", "data/a.parquet", "data/b.jsonl", "data/c.csv.gz"]
+    assert list_files("data/[odd].jsonl") == ["data/[odd].jsonl"]
+    for nothing in ("data/*.tsv", "data/missing.jsonl", "nowhere"):
+        with pytest.raises(PoolFormatError, match="No data file"):
+            list_files(nothing)
+
+
+# ---- digests and places ----
+
+
+def test_rows_before_a_known_place_are_not_read(folder):
+    lines = [b'{"a": %d}\n' % number for number in range(6)]
+    path = write(folder / "known.jsonl", b"".join(lines))
+    (found,) = scan_ranges(path, [(4, 2)])
+    assert found.begins == (sum(map(len, lines[:4])), 4)
+    write(folder / "known.jsonl", b"?" * found.begins.offset + b"".join(lines[4:]))
+    assert [(row.number, row.record) for row in read_raw(path, 4, 2, found.begins)] == [(5, {"a": 4}), (6, {"a": 5})]
+
+
+def test_an_edited_row_changes_the_digest_of_its_range_only(folder):
+    lines = [json.dumps({"a": i}).encode() for i in range(10)]
+    ranges = [(0, 4), (4, 4), (8, 2)]
+    before = range_digests(write(folder / "before.jsonl", b"\n".join(lines)), ranges)
+    lines[5] = b'{"a": "edited"}'
+    after = range_digests(write(folder / "after.jsonl", b"\n".join(lines)), ranges)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_appended_rows_leave_earlier_ranges_as_they_were(folder):
+    short = write(folder / "short.jsonl", b'{"a": 1}\n{"a": 2}')
+    long = write(folder / "long.jsonl", b'{"a": 1}\n{"a": 2}\n{"a": 3}\n')
+    assert range_digests(short, [(0, 2)]) == range_digests(long, [(0, 2)])
+    assert range_digests(short, [(0, 3)]) != range_digests(long, [(0, 3)])
+
+
+@given(rows=st.lists(st.text(st.characters(codec="utf-8"), max_size=4), min_size=1, max_size=8), data=st.data())
+def test_range_digests_depend_on_the_rows_of_the_range_only(folder, rows, data):
+    cut = data.draw(st.integers(0, len(rows)))
+    records = [json.dumps({"a": row}) for row in rows]
+    text = write(folder / "range.jsonl", "\n".join(records).encode())
+    pl.DataFrame({"a": rows}).write_parquet(folder / "range.parquet")
+    head = write(folder / "head.jsonl", "\n".join(records[:cut]).encode())
+    pl.DataFrame({"a": rows[:cut]}, schema={"a": pl.String}).write_parquet(folder / "head.parquet")
+    for whole, part in ((text, head), (str(folder / "range.parquet"), str(folder / "head.parquet"))):
+        assert range_digests(whole, [(0, cut)]) == range_digests(part, [(0, cut)])
+    first, second = range_digests(text, [(0, cut), (cut, len(rows) - cut)])
+    assert second == range_digests(text, [(cut, len(rows) - cut)])[0]
+    assert (first == second) == (rows[:cut] == rows[cut:])
+
+
+def test_another_csv_header_changes_every_range(folder):
+    before = range_digests(write(folder / "h1.csv", b"prompt,completion\na,b\nc,d\n"), [(0, 1), (1, 1)])
+    after = range_digests(write(folder / "h2.csv", b"completion,prompt\na,b\nc,d\n"), [(0, 1), (1, 1)])
+    assert not set(before) & set(after)
+
+
+def test_ranges_out_of_order_are_a_mistake_of_the_caller(folder):
+    path = write(folder / "order.jsonl", b"{}\n{}\n")
+    with pytest.raises(ValueError, match="ascend"):
+        range_digests(path, [(1, 1), (0, 1)])

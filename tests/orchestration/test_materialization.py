@@ -1,0 +1,218 @@
+"""From a plan to an artifact to Dagster's log: once per fingerprint, one event a partition, nothing lost on failure."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
+
+from less_assets.errors import TrainingError
+from less_assets.lineage.plan import ArtifactPlan
+from less_assets.orchestration.materialization import RangeRun, StepResult, materialize
+from less_assets.store.artifacts import ArtifactStore
+from less_assets.store.manifest import Manifest
+
+PLAN = ArtifactPlan("thing", "one", "things/one", "things", {"size": 3}, {"input": "a" * 32})
+
+
+@pytest.fixture
+def store(tmp_path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+class Maker:
+    """Counts how often it is asked to compute."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls, self.error = 0, error
+
+    def __call__(self, folder) -> StepResult:
+        self.calls += 1
+        folder.write_bytes("part.txt", b"half")
+        if self.error:
+            raise self.error
+        return StepResult({"rows": 2})
+
+
+def test_an_artifact_is_computed_once(store):
+    make = Maker()
+    first, second = (materialize(store, PLAN, make) for _ in range(2))
+    assert make.calls == 1
+    assert first == second == store.current("things/one")
+    assert (first.data_version, first.summary, first.settings) == (PLAN.fingerprint, {"rows": 2}, {"size": 3})
+
+
+def test_equal_work_for_another_key_is_shared_and_recorded_with_its_own_inputs(store):
+    make = Maker()
+    materialize(store, PLAN, make)
+    inputs = {"input": "a" * 32, "recorded": "b" * 32}
+    other = ArtifactPlan("thing", "two", "things/two", "things", PLAN.settings, inputs, determined_by=PLAN.inputs)
+    manifest = materialize(store, other, make)
+    assert make.calls == 1
+    assert manifest.inputs == inputs
+    assert store.current("things/one").inputs == dict(PLAN.inputs)
+    assert other.differences(store.current("things/two")) == []
+
+
+def test_other_inputs_are_other_work(store):
+    make = Maker()
+    materialize(store, PLAN, make)
+    materialize(store, ArtifactPlan("thing", "one", "things/one", "things", PLAN.settings, {"input": "c" * 32}), make)
+    assert make.calls == 2
+
+
+def test_a_failure_leaves_nothing_in_force_and_nothing_behind(store, tmp_path):
+    with pytest.raises(TrainingError):
+        materialize(store, PLAN, Maker(TrainingError("no memory")))
+    assert store.current("things/one") is None
+    assert not [path for path in tmp_path.rglob("*") if path.name == "part.txt"]
+    assert materialize(store, PLAN, Maker()).summary == {"rows": 2}
+
+
+def test_a_failure_of_a_resumable_artifact_keeps_what_was_finished(store):
+    with pytest.raises(TrainingError):
+        materialize(store, PLAN, Maker(TrainingError("killed")), resumable=True)
+    assert store.current("things/one") is None
+    seen = []
+
+    def go_on(folder) -> StepResult:
+        seen.append(folder.path("part.txt").read_bytes())
+        return StepResult({})
+
+    materialize(store, PLAN, go_on, resumable=True)
+    assert seen == [b"half"]
+
+
+def test_a_failed_attempt_leaves_the_artifact_in_force_before_it(store):
+    before = materialize(store, PLAN, Maker())
+    newer = ArtifactPlan("thing", "one", "things/one", "things", {"size": 4}, PLAN.inputs)
+    with pytest.raises(TrainingError):
+        materialize(store, newer, Maker(TrainingError("no memory")))
+    assert store.current("things/one") == before
+
+
+def test_a_stated_data_version_is_kept(store):
+    manifest = materialize(store, PLAN, lambda _: StepResult({}, data_version="d" * 32))
+    assert manifest.data_version == "d" * 32
+    assert manifest.fingerprint == PLAN.fingerprint
+
+
+KEYS = ["a", "b", "c"]
+pytestmark = pytest.mark.filterwarnings("ignore::dagster.BetaWarning")
+
+
+class Small:
+    """Three partitions upstream, three below, both logged by `RangeRun` with the versions in `versions`."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self.instance = instance
+        self.versions = {key: f"version of {key}" for key in KEYS}
+        self.fails_at: str | None = None
+        partitions = dg.StaticPartitionsDefinition(KEYS)
+
+        def logged(context: dg.AssetExecutionContext, upstream: bool) -> Iterator[dg.MaterializeResult]:
+            yield from ()
+            run = RangeRun(context)
+            for key in context.partition_keys:
+                if key == self.fails_at:
+                    raise TrainingError("the machine went away")
+                inputs = {f"upper/{key}": self.versions[key]} if upstream else {}
+                version = f"below {self.versions[key]}" if upstream else self.versions[key]
+                made = Manifest(
+                    kind="x", key="x", fingerprint="f" * 32, inputs=inputs, data_version=version, summary={}
+                )
+                run.log(key, made, {"rows": len(key)})
+
+        @dg.asset(
+            partitions_def=partitions,
+            code_version="1",
+            output_required=False,
+            backfill_policy=dg.BackfillPolicy.single_run(),
+        )
+        def upper(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+            yield from logged(context, upstream=False)
+
+        @dg.asset(
+            partitions_def=partitions,
+            code_version="1",
+            output_required=False,
+            deps=[upper],
+            backfill_policy=dg.BackfillPolicy.single_run(),
+        )
+        def lower(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
+            yield from logged(context, upstream=True)
+
+        self.assets = [upper, lower]
+        self.graph = dg.Definitions(assets=self.assets).resolve_asset_graph()
+
+    def run(self, name: str, first: str = "a", last: str = "c", *, succeeds: bool = True) -> None:
+        """One run over a range."""
+        tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
+        done = dg.materialize(self.assets, selection=[name], tags=tags, instance=self.instance, raise_on_error=False)
+        assert done.success is succeeds
+
+    def statuses(self, name: str) -> list[str]:
+        """What Dagster says of each partition."""
+        resolver = CachingStaleStatusResolver(self.instance, self.graph, LoadingContextForTest(self.instance))
+        return [resolver.get_status(dg.AssetKey(name), key).value for key in KEYS]
+
+    def events(self, name: str) -> list[tuple[str, dict]]:
+        """Partition and tags of every materialization, oldest first."""
+        records = self.instance.fetch_materializations(dg.AssetKey(name), limit=50, ascending=True).records
+        found = [record.asset_materialization for record in records]
+        return [(str(event.partition), dict(event.tags or {})) for event in found]
+
+
+@pytest.fixture
+def small() -> Iterator[Small]:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Small(instance)
+
+
+def test_a_range_run_logs_one_event_per_partition_with_its_own_version(small):
+    small.run("upper")
+    small.run("lower")
+    found = small.events("lower")
+    assert [partition for partition, _ in found] == KEYS
+    for partition, tags in found:
+        assert tags["dagster/data_version"] == f"below version of {partition}"
+        assert tags["dagster/data_version_is_user_provided"] == "true"
+        assert tags["dagster/code_version"] == "1"
+        assert "dagster/input_data_version/upper" in tags
+        assert tags["dagster/input_event_pointer/upper"] != "NULL"
+
+
+def test_after_a_range_run_everything_is_fresh(small):
+    small.run("upper")
+    small.run("lower")
+    assert small.statuses("upper") == small.statuses("lower") == ["FRESH"] * 3
+
+
+def test_a_changed_partition_makes_only_its_own_stale(small):
+    small.run("upper")
+    small.run("lower")
+    small.versions["b"] = "edited"
+    small.run("upper")
+    assert small.statuses("lower") == ["FRESH", "STALE", "FRESH"]
+    small.run("lower", "b", "b")
+    assert small.statuses("lower") == ["FRESH"] * 3
+
+
+def test_a_failing_range_run_keeps_the_partitions_that_were_finished(small):
+    small.fails_at = "c"
+    small.run("upper", succeeds=False)
+    assert [partition for partition, _ in small.events("upper")] == ["a", "b"]
+    assert small.statuses("upper") == ["FRESH", "FRESH", "MISSING"]
+    small.fails_at = None
+    small.run("upper", "c", "c")
+    assert small.statuses("upper") == ["FRESH"] * 3
+
+
+def test_the_version_of_several_upstream_partitions_is_a_hash_over_all_of_them():
+    from less_assets.orchestration.materialization import _upstream_version
+
+    both = {"upper/a": "1", "upper/b": "2", "other/a": "3"}
+    assert _upstream_version(both, "upper") == _upstream_version(both | {"other/a": "4"}, "upper")
+    assert _upstream_version(both, "upper") != _upstream_version(both | {"upper/b": "4"}, "upper")
+    assert _upstream_version({"upper": "5"}, "upper") == "5"

@@ -1,0 +1,155 @@
+"""What `less-assets check` finds in the data that a project names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from less_assets.project.data_check import check_data
+from less_assets.project.project import load_project
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+GOOD = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+
+PROJECT = """\
+name: checked
+model: {base: owner/model}
+pool:
+  sources:
+    - {name: good, path: good.jsonl}
+tasks:
+  - name: sums
+    examples: {path: targets.jsonl}
+    evaluation: {held_out: held-out.jsonl}
+recipes:
+  - {name: all, strategy: full}
+"""
+
+
+def write_rows(path: Path, *rows: object) -> None:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project whose data are fine."""
+    write_rows(tmp_path / "good.jsonl", "not json\n", "\n", GOOD)
+    write_rows(tmp_path / "targets.jsonl", GOOD)
+    write_rows(tmp_path / "held-out.jsonl", GOOD)
+    (tmp_path / "project.yaml").write_text(PROJECT)
+    return tmp_path
+
+
+def problems(folder: Path, old: str = "", new: str = "") -> list[str]:
+    assert old in PROJECT
+    (folder / "project.yaml").write_text(PROJECT.replace(old, new) if old else PROJECT)
+    return [str(problem) for problem in check_data(load_project(folder / "project.yaml"))]
+
+
+def test_usable_data_have_no_problems_and_stay_as_they_are(folder: Path):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert problems(folder) == []
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_all_problems_are_told_at_once_each_with_its_place_and_what_to_do(folder: Path):
+    for name in ("good.jsonl", "targets.jsonl", "held-out.jsonl"):
+        (folder / name).unlink()
+    told = problems(folder, "owner/model", "./no-model")
+    places = ["model.base", "source good (good.jsonl)", "task sums, examples (targets.jsonl)"]
+    assert [each.startswith(place) for each, place in zip(told, places, strict=False)] == [True] * 3
+    assert told[3].startswith("task sums, evaluation (held-out.jsonl)")
+    assert all("to do:" in each for each in told)
+
+
+def test_a_source_without_a_usable_row_says_why(folder: Path):
+    write_rows(folder / "good.jsonl", "{\n", {"messages": []}, {"text": "?"})
+    (told,) = problems(folder)
+    assert "no usable example in the first 256 rows" in told
+    assert "invalid_json: 1" in told
+
+
+def test_a_source_in_another_format_than_stated_is_told(folder: Path):
+    (told,) = problems(folder, "path: good.jsonl", "path: good.jsonl, format: alpaca")
+    assert "missing_field: 1" in told
+    assert "check the files and the source's `format`" in told
+
+
+def test_only_the_rows_that_will_be_used_count(folder: Path):
+    (told,) = problems(folder, "path: good.jsonl", "path: good.jsonl, limit: 2")
+    assert "no usable example in the first 2 rows" in told
+
+
+def test_a_pattern_is_good_if_one_of_its_files_has_a_good_row(folder: Path):
+    (folder / "pool").mkdir()
+    write_rows(folder / "pool" / "a.jsonl", "not json\n")
+    write_rows(folder / "pool" / "b.jsonl", GOOD)
+    assert problems(folder, "good.jsonl", "pool/*.jsonl") == []
+
+
+def test_an_unreadable_file_is_told_although_another_one_is_good(folder: Path):
+    (folder / "pool").mkdir()
+    write_rows(folder / "pool" / "a.jsonl", GOOD)
+    (folder / "pool" / "b.parquet").write_bytes(b"PAR1 this is none")
+    (told,) = problems(folder, "good.jsonl", "pool/*")
+    assert "b.parquet" in told
+
+
+def test_a_task_without_examples_is_told(folder: Path):
+    write_rows(folder / "targets.jsonl")
+    (told,) = problems(folder)
+    assert told.startswith("task sums, examples")
+
+
+@pytest.mark.parametrize(
+    ("base", "what"),
+    [
+        ("gguf:no_such_package/a.gguf", "the Python package 'no_such_package' is not installed"),
+        ("gguf:less_assets/a.gguf", "the package 'less_assets' has no file 'a.gguf'"),
+        ("./absent", "there is no folder"),
+        (".", "has no config.json and no tokenizer_config.json"),
+    ],
+)
+def test_a_base_model_that_is_not_on_this_machine_is_told(folder: Path, base: str, what: str):
+    (told,) = problems(folder, "owner/model", base)
+    assert told.startswith("model.base")
+    assert what in told
+
+
+def test_the_model_of_a_recipe_is_looked_at_too(folder: Path):
+    (told,) = problems(folder, "strategy: full", "strategy: full, model: ./absent")
+    assert told.startswith("recipe all")
+
+
+def test_imported_checkpoints_and_harness_files_must_exist(folder: Path):
+    told = problems(
+        folder, "evaluation: {held_out: held-out.jsonl}", "evaluation: {harness: task.yaml}\nwarmup: {import: [run/5]}"
+    )
+    assert [each.partition(":")[0] for each in told] == ["warmup.import (run/5)", "task sums, evaluation (task.yaml)"]
+
+
+def test_a_file_system_whose_package_is_missing_is_a_problem_and_no_crash(folder: Path):
+    (told,) = problems(folder, "good.jsonl", "nosuchprotocol://bucket/x.jsonl")
+    assert told.startswith("source good (nosuchprotocol://bucket/x.jsonl)")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not on this machine")
+def test_the_real_data_in_lesss_own_formats_are_usable(tmp_path: Path):
+    tasks = {
+        "bbh": ("bbh/bbh-three-shot.json", "bbh/test"),
+        "mmlu": ("mmlu", "mmlu"),
+        "tydiqa": ("tydiqa/tydiqa-one-shot.json", "tydiqa/dev"),
+        "gsm8k": ("gsm8k/cot-8-shot.json", "gsm8k/test.jsonl"),
+    }
+    lines = ["name: real", "model: {base: owner/model}", "pool:", "  sources:"]
+    pool = sorted((SHARED / "pool").glob("*.jsonl"))
+    lines += [*(f"    - {{name: {file.stem}, path: '{file}', limit: 100}}" for file in pool), "tasks:"]
+    for name, (examples, test) in tasks.items():
+        lines += [
+            f"  - name: {name}",
+            f"    examples: {{format: {name}, path: '{SHARED / 'tasks' / examples}'}}",
+            f"    evaluation: {{format: {name}, path: '{SHARED / 'tasks' / test}', limit: 5}}",
+        ]
+    lines += ["recipes:", "  - {name: less, strategy: less, fraction: 0.05}"]
+    (tmp_path / "real.yaml").write_text("\n".join(lines))
+    assert check_data(load_project(tmp_path / "real.yaml")) == []
