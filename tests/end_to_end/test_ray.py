@@ -56,7 +56,7 @@ def paths() -> Iterator[None]:
     """Lets workers import what this process can."""
     tests = Path(__file__).parents[1]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join(map(str, [tests.parent, tests])))
+        patched.setenv("PYTHONPATH", os.pathsep.join(map(str, [tests.parent, tests, Path(__file__).parent])))
         patched.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         yield
 

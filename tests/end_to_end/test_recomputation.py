@@ -321,7 +321,7 @@ def test_rows_appended_to_a_file_change_its_last_shard_and_add_new_ones(finished
 
 
 def test_all_tasks_that_are_due_are_scored_in_one_pass_with_the_bytes_of_a_pass_each(finished, monkeypatch):
-    from less_assets.method.selection.selection import influence
+    from less_assets.method.selection import influence
 
     score, passes = influence.score_shard, []
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from less_assets.method.evaluation.evaluation import generation
+from less_assets.method.evaluation import generation
 from less_assets.method.evaluation.generation import (
     cut_before,
     generate,

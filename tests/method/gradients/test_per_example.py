@@ -23,11 +23,11 @@ from transformers import (
 
 from less_assets.errors import LessAssetsError, UnsupportedModelError
 from less_assets.method.data.chat import EncodedExample
+from less_assets.method.gradients import per_example as gradients
 from less_assets.method.gradients.attention import FastAttention, keeps_weights
 from less_assets.method.gradients.exact import per_example_gradients
 from less_assets.method.gradients.features import Batching, RowStatus, extract_features
 from less_assets.method.gradients.per_example import PerExampleBackward, lora_parameters, lora_slices
-from less_assets.method.gradients.per_example import per_example as gradients
 from less_assets.method.gradients.sketch import Sketch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
