@@ -44,13 +44,11 @@ import dagster as dg
 import yaml
 from tiny_project import write_model, write_project, write_rows
 
-from less_assets.compute.models import open_store
 from less_assets.compute.speeds import machine
-from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.partitions import ASSET_AXES
 from less_assets.project.project import Project, load_project
 from less_assets.running.runner import GraphRunner, Outcome, Request, open_instance, register_shards
+from less_assets.steps.registry import ASSETS, open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 HERE = Path(__file__).resolve().parent
@@ -227,6 +225,7 @@ def seconds_through_dagster(folder: str, path: str) -> float:
 def seconds_of_plain_calls(folder: str, path: str) -> float:
     """The same work as function calls: nothing is stored but what training itself writes, nothing is recorded."""
     import polars as pl
+    from less_assets.orchestration.fairness_checks import evaluated_rows
 
     from less_assets.method.data.chat import encode_messages, encode_target
     from less_assets.method.data.examples import read_rows
@@ -255,7 +254,6 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
     from less_assets.method.training.models import load_adapter, load_base
     from less_assets.method.training.training import TrainingSettings, train_adapter
     from less_assets.method.training.warmup import load_checkpoint, load_moments, warm_up
-    from less_assets.orchestration.fairness_checks import evaluated_rows
     from less_assets.report import charts
     from less_assets.steps.evaluation import evaluation_examples, evaluation_settings
     from less_assets.steps.warmup import lora_settings
@@ -491,7 +489,7 @@ def materialize_records(path: Path, home: Path) -> int:
             "recipe": list(project.recipe_keys),
         }
         count = 0
-        for asset, names in ASSET_AXES.items():
+        for asset, names in ASSETS.items():
             keys = [""]
             for name in names:
                 keys = [f"{key}|{part}" if key else part for key in keys for part in axes[name]]
@@ -621,7 +619,7 @@ def _scores(path: Path) -> Any:
     import polars as pl
 
     project = load_project(path)
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     folder = lineage.folder("influence_scores", "task-0")
     return pl.concat([read_parquet(folder, f"scores/{shard}.parquet") for shard in lineage.shards()])
 

@@ -35,11 +35,10 @@ import numpy as np
 import polars as pl
 import yaml
 
-from less_assets.compute.models import open_store
-from less_assets.lineage.lineage import Lineage
 from less_assets.project.data_check import check_data
 from less_assets.project.project import Project, load_project
 from less_assets.running.runner import GraphRunner, Request, open_instance, register_shards
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.artifacts import ArtifactStore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,7 +238,7 @@ def _subtasks(project: Project, task: str) -> int:
 
 def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
     """What is evaluated so far: one entry for each task and recipe key."""
-    lineage, found = Lineage(project, store), []
+    lineage, found = open_lineage(project, store), []
     for task in project.task_names:
         for key, recipe in project.recipe_keys.items():
             if lineage.status("eval_results", f"{key}|{task}").state != "fresh":
@@ -298,12 +297,12 @@ def overview(board: pl.DataFrame) -> str:
 def report(project: Project, store: ArtifactStore, results: Path) -> None:
     """Write the figures and, of finished tasks, the leaderboard."""
     from less_assets.method.evaluation.leaderboard import merge, to_markdown
-    from less_assets.steps.evaluation import BOARD
+    from less_assets.reading.files import BOARD
     from less_assets.store.tables import read_parquet
 
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(figures(project, store), indent=1) + "\n")
-    lineage = Lineage(project, store)
+    lineage = open_lineage(project, store)
     finished = [task for task in project.task_names if lineage.status("task_results", task).state == "fresh"]
     if finished:
         board = merge([read_parquet(lineage.folder("task_results", task), BOARD) for task in finished])

@@ -91,14 +91,14 @@ def plan(
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with _told(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.compute.models import ModelLoader, cache_folder
-        from less_assets.lineage.lineage import Lineage
         from less_assets.planning.estimate import estimate
         from less_assets.running.runner import register_shards
+        from less_assets.steps.registry import open_lineage
 
         register_shards(loaded, store, instance)
         models = ModelLoader(loaded, cache_folder(store))
         request = _request(task, recipe, until, loaded)
-        found = estimate(runner, Lineage(loaded, store), models, request, calibrate=calibrate, log=_say)
+        found = estimate(runner, open_lineage(loaded, store), models, request, calibrate=calibrate, log=_say)
         _print_plan(found)
 
 
@@ -174,7 +174,7 @@ def run(
 
     started = time.monotonic()
     with _told(), _termination_as_ctrl_c(), _opened(project) as (loaded, store, instance, runner):
-        from less_assets.lineage.lineage import draw_sample_again
+        from less_assets.lineage.warmup_draw import draw_sample_again
         from less_assets.project.data_check import check_data
         from less_assets.project.yaml_file import problems_error
         from less_assets.running.runner import register_shards
@@ -251,8 +251,9 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,
 ) -> None:
     """Remove artifacts that nothing current refers to, and what killed runs and trainings have left for a day."""
-    from less_assets.compute.models import cache_folder, open_store, scratch_folder
+    from less_assets.compute.models import cache_folder, scratch_folder
     from less_assets.project.project import load_project
+    from less_assets.steps.registry import open_store
     from less_assets.store.garbage import collect_garbage, collect_scratch
 
     with _told():
@@ -266,15 +267,15 @@ def gc(
 
 
 def _request(task: list[str], recipe: list[str], until: str, project: "Project") -> "Request":
-    from less_assets.orchestration.partitions import ASSET_AXES
     from less_assets.running.runner import Request
+    from less_assets.steps.registry import ASSETS
 
     for name in task:
         project.task(name)
     for key in recipe:
         project.recipe(key)
-    if until and until not in ASSET_AXES:
-        raise LessAssetsError(f"There is no asset {until!r}.", fix=f"choose one of {', '.join(ASSET_AXES)}")
+    if until and until not in ASSETS:
+        raise LessAssetsError(f"There is no asset {until!r}.", fix=f"choose one of {', '.join(ASSETS)}")
     return Request(tuple(task), tuple(recipe), until or None)
 
 
@@ -310,12 +311,11 @@ def _termination_as_ctrl_c() -> Iterator[None]:
 @contextmanager
 def _read(path: Path) -> Iterator["Lineage"]:
     """What is stored of a project, to be read only."""
-    from less_assets.compute.models import open_store
-    from less_assets.lineage.lineage import Lineage
     from less_assets.project.project import load_project
+    from less_assets.steps.registry import open_lineage, open_store
 
     loaded = load_project(path)
-    yield Lineage(loaded, open_store(loaded))
+    yield open_lineage(loaded, open_store(loaded))
 
 
 def _print(found: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
@@ -325,10 +325,10 @@ def _print(found: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple["Project", "ArtifactStore", "dg.DagsterInstance", "GraphRunner"]]:
     """The project, its store, the Dagster instance, and what runs the graph on them."""
-    from less_assets.compute.models import open_store
     from less_assets.orchestration.definitions import build_definitions
     from less_assets.project.project import load_project
     from less_assets.running.runner import GraphRunner, open_instance
+    from less_assets.steps.registry import open_store
     from less_assets.store.artifacts import exclusive_lock
 
     loaded = load_project(path)

@@ -69,10 +69,10 @@ def explained_project(tmp_path_factory, tiny_model) -> Path:
     """Project file of a tiny project, one task, that was run up to its selection reports; not to be changed."""
     import dagster as dg
 
-    from less_assets.compute.models import open_store
     from less_assets.orchestration.definitions import build_definitions
     from less_assets.project.project import load_project
     from less_assets.running.runner import GraphRunner, Request, register_shards
+    from less_assets.steps.registry import open_store
 
     tiny = TinyProject(tmp_path_factory.mktemp("explained"), tiny_model)
     plus = tiny.folder / "data/plus.jsonl"

@@ -11,6 +11,7 @@ import time
 import dagster as dg
 import pytest
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
+from support.graph import replaced
 from support.tiny import write_rows
 from typer.testing import CliRunner
 
@@ -221,12 +222,11 @@ def test_a_damaged_artifact_is_made_again(command):
 
 def test_a_run_that_stops_says_what_is_kept_and_how_to_go_on(command, monkeypatch):
     from less_assets.errors import StorageError
-    from less_assets.steps import pool
 
     def full(*_):
         raise StorageError("Cannot write: the disk is full", fix="Check free space")
 
-    monkeypatch.setattr(pool, "index_pool", full)
+    replaced(monkeypatch, "pool_index", compute=full)
     result = command("run", "--until", "pool_index")
     assert result.exit_code == 1
     assert "what is finished is kept, the same command goes on from there" in result.output
@@ -236,14 +236,12 @@ def test_a_run_that_stops_says_what_is_kept_and_how_to_go_on(command, monkeypatc
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_run_interrupted_in_a_step_says_how_to_go_on_and_closes_its_records(command, monkeypatch, name):
-    from less_assets.steps import pool
-
     def interrupted(work):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(20)
         raise AssertionError("the signal was lost")
 
-    monkeypatch.setattr(pool, "index_pool", interrupted)
+    replaced(monkeypatch, "pool_index", compute=interrupted)
     handler = signal.getsignal(signal.SIGTERM)
     result = command("run", "--until", "pool_index")
     assert result.exit_code == 130

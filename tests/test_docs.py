@@ -14,12 +14,11 @@ import typer
 import zarr
 
 from less_assets.cli import app
-from less_assets.compute.models import open_store
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.partitions import ASSET_AXES
 from less_assets.project.data_check import check_data
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Request, register_shards
+from less_assets.steps.registry import ASSETS, open_store
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -172,7 +171,7 @@ def test_the_graph_in_the_readme_is_the_graph():
     axes = dict.fromkeys(re.findall(r"\b([a-z]+_[a-z]+|leaderboard)\b", mermaid), ())
     for asset, label in re.findall(r'(\w+)\["\w+<br/><i>([^<]+)</i>"\]', mermaid):
         axes[asset] = tuple(label.split(" × "))
-    assert axes == ASSET_AXES
+    assert axes == ASSETS
     text = re.sub(r"\[[^\]]*\]", "", mermaid)
     drawn = set()
     for line in text.splitlines():
@@ -184,8 +183,8 @@ def test_the_graph_in_the_readme_is_the_graph():
         for key in graph.get_all_asset_keys()
         for parent in graph.get(key).parent_keys
     }
-    legible = {(parent, asset) for parent in ASSET_AXES for asset in ("token_attribution", "selection_report")}
-    legible |= {(parent, "exact_scores") for parent in ASSET_AXES}
+    legible = {(parent, asset) for parent in ASSETS for asset in ("token_attribution", "selection_report")}
+    legible |= {(parent, "exact_scores") for parent in ASSETS}
     legible |= {("pool_index", f"{kind}_scores") for kind in ("influence", "embedding", "text")}
     legible |= {("base_model", f"{kind}_embeddings") for kind in ("pool", "target")}
     assert drawn <= edges, "an arrow that the graph does not have"

@@ -1,6 +1,6 @@
-"""What assets are given: the project file, the artifact store, loaded models.
+"""Loaded models for steps: on demand, the last one kept, so that neighbouring partitions share it.
 
-Belongs here: opening these things. Heavy libraries are imported inside functions, so that the code location loads
+Belongs here: loading and letting go. Heavy libraries are imported inside functions, so that the code location loads
 without them.
 """
 
@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dagster as dg
 from upath import UPath
 
 from less_assets.lineage.lineage import Lineage
@@ -192,11 +191,6 @@ class ModelLoader:
         return self._checkpoint[1]
 
 
-def open_store(project: Project) -> ArtifactStore:
-    """The store that a project file names."""
-    return ArtifactStore(project.storage.root)
-
-
 def cache_folder(store: ArtifactStore) -> Path:
     """A local folder for what libraries want as files: inside a local store, else the user's cache."""
     here = local_path(store.root)
@@ -221,19 +215,3 @@ def spared_from_collection() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
-
-
-def open_resources(project: Project) -> dict[str, Any]:
-    """The resources of a project, by the names that assets ask for."""
-    from less_assets.compute.ray_backend import open_backend
-
-    store = open_store(project)
-
-    @dg.resource(description="Loads models on demand; one for each run.")
-    def models(_: dg.InitResourceContext) -> Iterator[ModelLoader]:
-        loader = ModelLoader(project, cache_folder(store))
-        with spared_from_collection():
-            yield loader
-            loader.forget()
-
-    return {"project": project, "store": store, "models": models, "backend": open_backend(project)}

@@ -1,7 +1,7 @@
 """Measured speeds: seconds per unit of work of each asset, kept beside the artifacts and outside them.
 
 Belongs here: the file of rates, what it is keyed by, and recording into it. How much work there is says `workload.py`;
-how a speed is measured before anything ran, `method/calibration.py`.
+how a speed is measured before anything ran, `planning/trials.py`.
 """
 
 import json
@@ -23,20 +23,6 @@ RATES_FILE = "rates.json"
 MODEL_LOAD = "model_load"
 TRAINING = "training"
 """What a calibration measures for warm-up and fine-tuning, which are the same loop."""
-_LIKE = {
-    "warmup_checkpoints": ("finetuned_model", TRAINING),
-    "finetuned_model": ("warmup_checkpoints", TRAINING),
-    "target_gradients": ("train_gradients",),
-    "exact_scores": ("train_gradients",),
-    "pool_embeddings": ("target_embeddings", "train_gradients"),  # a forward pass: at most what gradients take
-    "target_embeddings": ("pool_embeddings", "train_gradients"),
-    "token_attribution": ("train_gradients",),
-    "fidelity_certificate": ("exact_scores", "train_gradients"),
-    "real_steps": ("train_gradients",),
-}
-"""Whose speed serves where a name's own is not known."""
-_TIMES = {"token_attribution": 2.5, "real_steps": 0.4}
-"""How much longer a token takes than one whose speed serves (the demo): three passes; mostly forward passes."""
 _MEMORY = 0.9
 """Weight of all earlier measurements against a new one of the same size: a machine may have become faster."""
 
@@ -63,34 +49,54 @@ class Rate:
         return self.seconds / self.units
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What serves where the speed of a name was not measured.
+
+    Attributes:
+        like: Names whose speed serves, best first.
+        times_longer: How much longer a unit takes than one of those.
+        seconds: Seconds a unit where none of those was measured either; None: not known.
+    """
+
+    like: tuple[str, ...] = ()
+    times_longer: float = 1.0
+    seconds: float | None = None
+
+
 class Rates:
     """The rates of one project on one machine.
 
     Args:
-        setup: Hash of what the rates depend on.
         rates: Name (`rate_name`) → rate.
+        guesses: Name → what serves where no rate is known.
     """
 
-    def __init__(self, setup: str, rates: Mapping[str, Rate]) -> None:
-        self.setup, self._rates = setup, dict(rates)
+    def __init__(self, rates: Mapping[str, Rate], guesses: Mapping[str, Guess]) -> None:
+        self._rates, self._guesses = dict(rates), guesses
 
     @classmethod
-    def load(cls, store: ArtifactStore, project: Project) -> "Rates":
+    def load(cls, store: ArtifactStore, project: Project, guesses: Mapping[str, Guess]) -> "Rates":
         """The rates stored so far for this project's model on this machine; none if the file is gone or damaged."""
-        setup = setup_of(project)
-        return cls(setup, _read(store).get(setup, {}))
+        return cls(_read(store).get(setup_of(project), {}), guesses)
 
     def get(self, name: str) -> Rate | None:
-        """The rate of a name, or of the asset most like it; None if nothing is known."""
+        """The rate of a name, or of the one most like it; None if nothing is known."""
         if name in self._rates:
             return self._rates[name]
-        like = next((self._rates[each] for each in _LIKE.get(name, ()) if each in self._rates), None)
-        return like and replace(like, seconds=like.seconds * _TIMES.get(name, 1.0))
+        guess = self._guesses.get(name, Guess())
+        similar = next((self._rates[other] for other in guess.like if other in self._rates), None)
+        return similar and replace(similar, seconds=similar.seconds * guess.times_longer)
+
+    def seconds_per_unit(self, name: str) -> float | None:
+        """Seconds for a unit of work, measured or guessed; None if nobody knows."""
+        rate = self.get(name)
+        return rate.per_unit if rate else self._guesses.get(name, Guess()).seconds
 
     def with_calibrated(self, rates: Mapping[str, Rate]) -> "Rates":
         """These rates, and calibrated ones where nothing was measured."""
         measured = {name: rate for name, rate in self._rates.items() if rate.source == "measured"}
-        return Rates(self.setup, {**self._rates, **rates, **measured})
+        return Rates({**self._rates, **rates, **measured}, self._guesses)
 
 
 def rate_name(asset: str, partition: str | None) -> str:

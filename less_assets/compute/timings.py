@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from less_assets.lineage.lineage import PLANS, Lineage
+from less_assets.lineage.lineage import Lineage
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import read_bytes, write_atomically
 
@@ -76,7 +76,7 @@ def cost_with_inputs(lineage: Lineage, asset: str, partition: str | None) -> Cos
         if artifact not in seen:
             seen.add(artifact)
             names = (name.partition("/") for name in lineage.fresh(*artifact).inputs)
-            waiting += [(upstream, key or None) for upstream, _, key in names if upstream in PLANS]
+            waiting += [(upstream, key or None) for upstream, _, key in names if upstream in lineage.declarations]
     return _sum(lineage, sorted(seen, key=str))
 
 

@@ -14,6 +14,7 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.errors import LessAssetsError, MissingArtifactError, PoolFormatError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage
+from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS
 from less_assets.reading.rows import (
     checkpoint_weights,
     find_row,
@@ -23,9 +24,6 @@ from less_assets.reading.rows import (
     target_influence,
 )
 from less_assets.reading.selection_cut import Cuts, score_matrix
-from less_assets.steps.pool import EXAMPLES
-from less_assets.steps.selection import SUBSET
-from less_assets.steps.targets import TARGETS
 from less_assets.store.tables import read_parquet
 
 NEAREST = 5

@@ -8,9 +8,8 @@ import polars as pl
 from less_assets.errors import MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
-from less_assets.steps.evaluation import BOARD
-from less_assets.steps.explanations import REPORT
-from less_assets.steps.selection import SUBSET
+from less_assets.reading.files import BOARD, REPORT, SUBSET
+from less_assets.steps.registry import open_lineage
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.tables import read_parquet
 
@@ -20,7 +19,7 @@ def results(project: Project, store: ArtifactStore) -> str:
 
     Parts whose artifacts are not up to date are left out.
     """
-    lineage = Lineage(project, store)
+    lineage = open_lineage(project, store)
     parts = []
     try:
         parts.append(_leaderboard(lineage))

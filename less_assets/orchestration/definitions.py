@@ -1,36 +1,28 @@
 """From a project file to Dagster definitions; `definitions.py` only calls it, tests call it with their own resources.
 
-Belongs here: putting assets, checks, sensors and resources together. Does not belong here: any of them.
+Belongs here: one Dagster asset for each declared asset, one Dagster check for each declared check, put together. Not
+here: what any of them does.
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 
-from less_assets.compute.models import open_resources
-from less_assets.lineage.lineage import shared_settings
+from less_assets.errors import LessAssetsError
 from less_assets.lineage.plan import FORMAT_VERSION, digest
-from less_assets.orchestration.checks import build_checks
 from less_assets.orchestration.console_log import compact_console
-from less_assets.orchestration.fairness_checks import build_guardrails
+from less_assets.orchestration.materialization import materialize
 from less_assets.orchestration.partitions import Axes
+from less_assets.orchestration.resources import Workspace, open_resources
 from less_assets.orchestration.sensors import shard_sensor
+from less_assets.orchestration.ui_metadata import check_result
 from less_assets.project.data_check import not_built
 from less_assets.project.project import Project
 from less_assets.project.yaml_file import problems_error
-from less_assets.steps import (
-    baselines,
-    evaluation,
-    explanations,
-    finetuning,
-    gradients,
-    pool,
-    rescoring,
-    selection,
-    targets,
-    warmup,
-)
+from less_assets.steps.asset import Asset, Check
+from less_assets.steps.registry import ASSETS
 
 
 def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definitions:
@@ -38,9 +30,9 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
 
     Args:
         project: The project file, loaded.
-        **resource_overrides: Replace a resource by name: `project`, `store`, `models`, `backend`. `ray_cluster` adds
-            one: a `RayResource` of `dagster-ray` (such as `KubeRayCluster`), which makes the cluster that the backend
-            `ray` then works on.
+        **resource_overrides: Replace a resource by name: `store`, `backend`, `workspace`. Others are added, and opened
+            before the workspace: `ray_cluster`, a `RayResource` of `dagster-ray` (such as `KubeRayCluster`), makes the
+            cluster that the backend `ray` then works on.
 
     Returns:
         Definitions that load without torch.
@@ -51,57 +43,78 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
     if problems := not_built(project):
         raise problems_error(str(project.path), problems)
     axes = Axes(project)
-    assets: list[dg.AssetsDefinition] = []
+    assets = [asset for asset in ASSETS.values() if asset.exists(project)]
+    versions = code_versions(project)
     with warnings.catch_warnings():
         # Backfill policies and partitioned checks; their behaviour is pinned by our tests.
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        modules = (
-            pool,
-            warmup,
-            gradients,
-            targets,
-            baselines,
-            selection,
-            rescoring,
-            finetuning,
-            evaluation,
-            explanations,
+        return dg.Definitions(
+            assets=[_dagster_asset(asset, axes, versions[asset.name]) for asset in assets],
+            asset_checks=[_dagster_check(asset, check, axes) for asset in assets for check in asset.checks],
+            resources=open_resources(project, **resource_overrides),
+            sensors=[shard_sensor(project)],
+            loggers={"console": compact_console},
+            executor=dg.in_process_executor,
         )
-        for module in modules:
-            assets += module.build_assets(axes)
-        checks = [*build_checks(axes), *build_guardrails(axes)]
-    versions = code_versions(project)
-    versioned = dg.map_asset_specs(
-        lambda spec: spec.replace_attributes(code_version=versions.get(spec.key.to_user_string(), versions["*"])),
-        assets,
+
+
+def _dagster_asset(asset: Asset, axes: Axes, code_version: str) -> dg.AssetsDefinition:
+    @dg.asset(
+        name=asset.name,
+        description=asset.description,
+        group_name=asset.group,
+        kinds=set(asset.kinds),
+        pool="gpu" if asset.loads_model else None,
+        partitions_def=axes.of(asset),
+        deps=axes.dependencies(asset),
+        code_version=code_version,
+        backfill_policy=dg.BackfillPolicy.single_run() if asset.in_ranges else None,
+        output_required=not asset.in_ranges,
     )
-    resources = open_resources(project) | resource_overrides
-    if "ray_cluster" in resources and "backend" not in resource_overrides:
-        resources["backend"] = _on_cluster(resources["backend"])
-    return dg.Definitions(
-        assets=versioned,
-        asset_checks=checks,
-        resources=resources,
-        sensors=[shard_sensor(project)],
-        loggers={"console": compact_console},
-        executor=dg.in_process_executor,
+    def made(
+        context: dg.AssetExecutionContext, workspace: dg.ResourceParam[Workspace]
+    ) -> Iterator[dg.MaterializeResult]:
+        yield from materialize(asset, context, workspace)
+
+    return made
+
+
+def _dagster_check(asset: Asset, check: Check, axes: Axes) -> dg.AssetChecksDefinition:
+    @dg.asset_check(
+        name=check.name,
+        asset=asset.name,
+        description=check.description,
+        partitions_def=axes.of(asset),
+        pool="gpu" if check.loads_model else None,
     )
+    def judged(context: dg.AssetCheckExecutionContext, workspace: dg.ResourceParam[Workspace]) -> dg.AssetCheckResult:
+        partition = _partition_of(context) if asset.axes else ""
+        return check_result(check.judge(workspace.lineage(), partition, workspace.models, context.log.info))
+
+    return judged
 
 
-def _on_cluster(backend: Any) -> dg.ResourceDefinition:
-    """The backend as a resource that Dagster opens after the cluster's."""
+def _partition_of(context: dg.AssetCheckExecutionContext) -> str:
+    """The one partition that a check looks at.
 
-    @dg.resource(
-        required_resource_keys={"ray_cluster"}, description="Hands partitions to the workers of `ray_cluster`."
-    )
-    def on_cluster(_: dg.InitResourceContext) -> Any:
-        return backend
-
-    return on_cluster
+    Raises:
+        LessAssetsError: The run has none, or several.
+    """
+    if not context.has_partition_key:
+        raise LessAssetsError(
+            f"The check {context.check_specs[0].name} looks at one partition, and this run has none or a range.",
+            where=context.check_specs[0].asset_key.to_user_string(),
+            fix="Materialize a single partition of the asset in Dagster, which runs its checks too; "
+            "`less-assets run` checks each partition that it makes.",
+        )
+    return str(context.partition_key)
 
 
 def code_versions(project: Project) -> dict[str, str]:
-    """`code_version` of each asset: the artifacts' format and the settings all partitions share; `*`: the rest."""
-    versions = {asset: digest([FORMAT_VERSION, shared])[:12] for asset, shared in shared_settings(project).items()}
-    return {"*": digest([FORMAT_VERSION])[:12], **versions}
+    """`code_version` of each asset: the artifacts' format and the settings that all its partitions share."""
+    versions = {}
+    for asset in ASSETS.values():
+        shared = [asset.shared_settings(project)] if asset.shared_settings and asset.exists(project) else []
+        versions[asset.name] = digest([FORMAT_VERSION, *shared])[:12]
+    return versions

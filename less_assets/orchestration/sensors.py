@@ -1,15 +1,15 @@
 """The sensor that registers new shards of the pool, so that they appear as partitions without anybody asking.
 
-Belongs here: sensors only; scanning is `ledger.py`.
+Belongs here: sensors only; scanning is `lineage/pool_files.py`.
 """
 
 import dagster as dg
 
 from less_assets.errors import LessAssetsError
-from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.pool_files import PoolFiles
 from less_assets.orchestration.partitions import SHARDS
 from less_assets.project.project import Project
+from less_assets.steps.registry import open_lineage
 from less_assets.store.artifacts import ArtifactStore
 
 INTERVAL_SECONDS = 60
@@ -41,7 +41,7 @@ def shard_sensor(project: Project) -> dg.SensorDefinition:
 
     def _changed(store: ArtifactStore) -> str:
         """Which shards have other rows than those that were read, in words; Dagster cannot know it by itself."""
-        lineage = Lineage(project, store)
+        lineage = open_lineage(project, store)
         keys = [
             key for key in lineage.pool_files.shard_keys() if lineage.status("instruction_pool", key).state == "stale"
         ]

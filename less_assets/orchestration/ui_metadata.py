@@ -4,19 +4,18 @@ Belongs here: turning manifests and tables into Dagster metadata. Charts are dra
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import dagster as dg
 import polars as pl
 
-from less_assets.store.artifacts import ArtifactFolder
-from less_assets.store.manifest import Manifest
-from less_assets.store.tables import scan_parquet
-
-TABLE_ROWS = 20
-PREVIEW_CHARACTERS = 160
+from less_assets.compute.timings import seconds_of
+from less_assets.project.project import SubtaskRule
+from less_assets.report.charts import markdown_image
+from less_assets.steps.asset import Asset
+from less_assets.steps.shown import PREVIEW_CHARACTERS, File, Markdown, Picture, Stored, Table, Verdict
 
 COLUMN_MEANINGS = {
     "aggregate": "how subtasks make one ranking",
@@ -81,53 +80,61 @@ COLUMN_MEANINGS = {
 }
 """What columns mean, wherever they appear; docs/tables.md has all of them, table by table."""
 
-OF_A_RECIPE = frozenset({"exact_scores", "selected_subset", "token_attribution"})
-"""Assets that read the scores of one recipe, hence one form and subtask rule."""
-
 SCORE_COLUMN = re.compile(r"\w+\.(?:mean_cosine|cosine_of_mean)(?P<checkpoint>\..+)?")
 
-_ROW = {"example_id": ["example_id"], "source": ["source"]}
-COLUMN_SOURCES: dict[str, dict[str, dict[str, list[str]]]] = {
-    "pool_index": {"instruction_pool": _ROW},
-    "warmup_sample": {"pool_index": {"example_id": ["example_id"], "shard": ["shard"]}},
-    "target_gradients": {"target_examples": {"example_id": ["example_id"], "subtask": ["subtask"]}},
-    "influence_scores": {
-        "pool_index": _ROW | {"shard": ["shard"], "row": ["row"]},
-        "target_gradients": {"{form}.{rule}": ["features", "subtask"], "{form}.{rule}.{checkpoint}": ["features"]},
-    },
-    "exact_scores": {
-        "influence_scores": {"example_id": ["example_id"], "sketched_score": ["{form}.{rule}"]},
-        "target_examples": {"exact": ["messages", "completion", "subtask"]},
-        "pool_index": {"source": ["source"], "shard": ["shard"], "row": ["row"]},
-    },
-    "selected_subset": {
-        "pool_index": _ROW | {"shard": ["shard"], "row": ["row"]},
-        "influence_scores": {
-            "score": ["{form}.{rule}"],
-            "rank": ["{form}.{rule}"],
-            "subtask": ["{form}.{rule}"],
-            "loss_tokens": ["loss_tokens"],
-        },
-        "exact_scores": {"score": ["exact"], "rank": ["exact"], "subtask": ["exact"]},
-    },
-    "token_attribution": {
-        "selected_subset": {"example_id": ["example_id"], "subtask": ["subtask"], "text": ["messages"]},
-        "influence_scores": {"example_id": ["example_id"]},
-        "target_examples": {"share": ["messages", "completion"], "influence": ["messages", "completion"]},
-    },
-    "task_results": {"eval_results": {name: [name] for name in ("metric", "subtask", "value", "low", "high", "n")}},
-    "leaderboard": {"task_results": {name: [name] for name in ("task", "recipe", "metric", "value", "low", "high")}},
-}
-"""Asset -> upstream asset -> column -> the upstream columns that it is made from; names in braces stand for the
-project's, or the recipe's, direction forms, subtask rules and checkpoints."""
+
+def shown_metadata(asset: Asset, stored: Stored, upstream: Collection[str]) -> dict[str, Any]:
+    """All that the UI shows at a materialization.
+
+    Args:
+        asset: The asset.
+        stored: What was made.
+        upstream: Assets that it depends on in this project.
+    """
+    manifest, lineage = stored.manifest, stored.lineage
+    shown = asset.describe(stored)
+    values = _figures(manifest.summary)
+    values |= {name: _value(value) for name, value in shown.values.items()}
+    if shown.rows is not None:
+        values["dagster/partition_row_count" if asset.axes else "dagster/row_count"] = shown.rows
+    if shown.columns is not None:
+        values["dagster/column_schema"] = column_schema(shown.columns)
+    seconds = seconds_of(lineage.store, manifest.kind, manifest.fingerprint)
+    return {
+        **_in_order(values),
+        **provenance(asset, manifest.inputs, upstream, _column_names(stored, asset)),
+        "path": dg.MetadataValue.path(str(stored.folder.root)),
+        "fingerprint": manifest.fingerprint,
+        **({} if seconds is None else {"seconds": seconds}),
+    }
 
 
-def summary(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
+def check_result(verdict: Verdict) -> dg.AssetCheckResult:
+    """What a check says, in Dagster's terms; it warns."""
+    return dg.AssetCheckResult(
+        passed=verdict.passed,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=verdict.said,
+        metadata=_in_order({name: _value(value) for name, value in verdict.values.items()}),
+    )
+
+
+def _column_names(stored: Stored, asset: Asset) -> Mapping[str, Sequence[str]]:
+    """The direction forms, subtask rules and checkpoints that an artifact's columns are named after."""
+    project = stored.lineage.project
+    forms, rules = list(project.gradients.forms), list(get_args(SubtaskRule))
+    if "recipe" in asset.axes:
+        recipe = project.recipe(asset.keys(stored.partition)["recipe"])
+        forms, rules = [recipe.form] if recipe.form else [], [recipe.subtask] if recipe.subtask else []
+    return {"form": forms, "rule": rules, "checkpoint": project.checkpoints}
+
+
+def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a manifest's summary, each under its own name; what is empty is left out."""
-    return {name: _value(value) for name, value in manifest.summary.items() if value not in (None, {}, [], "")}
+    return {name: _figure(value) for name, value in summary.items() if value not in (None, {}, [], "")}
 
 
-def in_order(shown: Mapping[str, Any]) -> dict[str, Any]:
+def _in_order(shown: Mapping[str, Any]) -> dict[str, Any]:
     """The same for the UI, which lists it as it comes: figures and words, then pictures, tables, and what is long."""
     values = {name: _cell(value) if isinstance(value, float) else value for name, value in shown.items()}
     return dict(sorted(values.items(), key=lambda entry: _place(*entry)))
@@ -140,28 +147,7 @@ def _place(name: str, value: Any) -> int:
     return next((place for place, kind in enumerate(kinds, start=1) if isinstance(value, kind)), 0)
 
 
-def table_summary(file: str, *, partitioned: bool = True) -> Callable[[ArtifactFolder, Manifest], Mapping[str, Any]]:
-    """What describes an asset that is one table: its figures, its number of rows, and its columns.
-
-    Args:
-        file: The table's name in the artifact.
-        partitioned: Whether the asset has partitions; the UI names their rows otherwise.
-    """
-
-    def describe(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-        return {**summary(folder, manifest), **table_facts(folder, file, partitioned=partitioned)}
-
-    return describe
-
-
-def table_facts(folder: ArtifactFolder, file: str, *, partitioned: bool = True) -> Mapping[str, Any]:
-    """Number of rows and columns of a stored table, under the names that the UI knows; reads no row."""
-    frame = scan_parquet(folder, file)
-    rows = "dagster/partition_row_count" if partitioned else "dagster/row_count"
-    return {rows: frame.select(pl.len()).collect().item(), "dagster/column_schema": column_schema(frame)}
-
-
-def _value(value: Any) -> Any:
+def _figure(value: Any) -> Any:
     """Counts by name and lists of words as one line of text, which takes less room than JSON; the rest as it is."""
     if isinstance(value, Mapping | list):
         parts = _parts(value)
@@ -186,12 +172,28 @@ def _parts(value: Any, prefix: str = "") -> list[str] | None:
     return parts
 
 
+def _value(value: Any) -> Any:
+    """A value of a description in Dagster's terms."""
+    match value:
+        case Table(frame, examples):
+            return table(_previewed(frame) if examples else frame)
+        case Picture(png, alt):
+            return dg.MetadataValue.md(markdown_image(png, alt))
+        case Markdown(text):
+            return dg.MetadataValue.md(text)
+        case File(path):
+            return dg.MetadataValue.path(str(path))
+        case dict():
+            return dg.MetadataValue.json(value)
+    return value
+
+
 def table(frame: pl.DataFrame) -> dg.TableMetadataValue:
     """A small table as it is; nested values become text."""
     records = [
         dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in frame.iter_rows(named=True)
     ]
-    return dg.MetadataValue.table(records=records, schema=column_schema(frame) if not records else None)
+    return dg.MetadataValue.table(records=records, schema=column_schema(frame.schema) if not records else None)
 
 
 def _cell(value: Any) -> str | int | float | bool | None:
@@ -202,12 +204,8 @@ def _cell(value: Any) -> str | int | float | bool | None:
     return str(value)
 
 
-def example_table(frame: pl.DataFrame) -> dg.TableMetadataValue:
-    """Examples with the start of their first user turn and of their last turn.
-
-    Args:
-        frame: With a column `messages`, in whose place they stand.
-    """
+def _previewed(frame: pl.DataFrame) -> pl.DataFrame:
+    """Examples with the start of their first user turn and of their last turn in place of the column `messages`."""
     columns: list[pl.Series] = []
     for column in frame:
         if column.name == "messages":
@@ -215,7 +213,7 @@ def example_table(frame: pl.DataFrame) -> dg.TableMetadataValue:
             columns.append(pl.Series("answer", [_preview(messages, first=False) for messages in column], pl.String))
         elif column.name not in ("detail", "status"):
             columns.append(column)
-    return table(pl.DataFrame(columns))
+    return pl.DataFrame(columns)
 
 
 def _preview(messages: list[dict[str, str]], *, first: bool) -> str:
@@ -227,12 +225,10 @@ def _preview(messages: list[dict[str, str]], *, first: bool) -> str:
     return text if len(text) <= PREVIEW_CHARACTERS else text[: PREVIEW_CHARACTERS - 1] + "…"
 
 
-def column_schema(frame: pl.DataFrame | pl.LazyFrame) -> dg.TableSchema:
+def column_schema(columns: Mapping[str, Any]) -> dg.TableSchema:
     """Names, types and meanings of a table's columns."""
-    columns = [
-        dg.TableColumn(name, str(dtype), description=_meaning(name)) for name, dtype in frame.collect_schema().items()
-    ]
-    return dg.TableSchema(columns=columns)
+    described = [dg.TableColumn(name, str(kind), description=_meaning(name)) for name, kind in columns.items()]
+    return dg.TableSchema(columns=described)
 
 
 def _meaning(column: str) -> str | None:
@@ -244,20 +240,20 @@ def _meaning(column: str) -> str | None:
 
 
 def provenance(
-    asset: str, inputs: Mapping[str, str], upstream: Collection[str], names: Mapping[str, Sequence[str]]
+    asset: Asset, inputs: Mapping[str, str], upstream: Collection[str], names: Mapping[str, Sequence[str]]
 ) -> Mapping[str, Any]:
     """What an artifact was made from: versions of what was read and, for tables, which column comes from which.
 
     Args:
-        asset: Name of the asset.
+        asset: The asset.
         inputs: `asset` or `asset/partition` -> data version.
         upstream: Assets that this one depends on in this project.
-        names: What the names in braces of `COLUMN_SOURCES` stand for: form, rule, checkpoint -> one or several.
+        names: What the names in braces of `Asset.columns_from` stand for: form, rule, checkpoint -> one or several.
     """
     shown: dict[str, Any] = {"made_from": dg.MetadataValue.json(dict(inputs))} if inputs else {}
     read = {name.split("/", 1)[0] for name in inputs} & set(upstream)
     columns: dict[str, list[dg.TableColumnDep]] = {}
-    for source, own in COLUMN_SOURCES.get(asset, {}).items():
+    for source, own in asset.columns_from.items():
         for column, parents in own.items() if source in read else ():
             for name, named_parents in _named(column, parents, names):
                 found = (dg.TableColumnDep(dg.AssetKey(source), each) for each in named_parents)
@@ -273,10 +269,3 @@ def _named(column: str, parents: Sequence[str], names: Mapping[str, Sequence[str
     for chosen in product(*(names[name] for name in used)):
         values = dict(zip(used, chosen, strict=True))
         yield column.format(**values), [parent.format(**values) for parent in parents]
-
-
-def picture(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
-    """A small chart, shown by the UI's "Show Markdown"."""
-    from less_assets.report.charts import markdown_image
-
-    return dg.MetadataValue.md(markdown_image(png, alt))

@@ -7,17 +7,19 @@ Belongs here: putting work and speeds together for `less-assets plan`. Amounts a
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from less_assets.compute import speeds as stored_rates
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import MODEL_LOAD, TRAINING, Rate, Rates, rate_name
+from less_assets.compute.workload import Amount, Workload
+from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, Status
-from less_assets.planning.workload import ASSUMED, TOKEN_ASSETS, Amount, Workload
 from less_assets.project.project import Project, Task
 from less_assets.running.runner import GraphRunner, Partition, Request
+from less_assets.steps.registry import ASSETS, GUESSES
 
 GRADIENT_SECONDS, TRAINING_SECONDS, ASKING_SECONDS = 10.0, 12.0, 20.0
 """Limits of the trials: with loading a small model, under a minute."""
@@ -106,7 +108,7 @@ def estimate(
         asset: [partition for partition, status in found.items() if status.state != "fresh"]
         for asset, found in statuses.items()
     }
-    rates = Rates.load(lineage.store, lineage.project)
+    rates = Rates.load(lineage.store, lineage.project, GUESSES)
     work = Workload(lineage, models)
     unknown = _unknown(rates, due, lineage.project)
     if calibrate and unknown:
@@ -117,13 +119,31 @@ def estimate(
     lines = []
     for asset, found_statuses in statuses.items():
         missing = due[asset]
-        amount = work.amount(asset, missing, len(runner.runs(asset, missing))) if missing else None
+        amount = _amount(work, asset, missing, len(runner.runs(asset, missing))) if missing else None
         lines.append(AssetEstimate(asset, found_statuses, amount, amount.seconds(rates) if amount else None))
     return Estimate(lines, **_sources(rates, [each.amount for each in lines if each.amount]))
 
 
+def _amount(work: Workload, asset: str, due: Sequence[Partition], runs: int) -> Amount:
+    """Work of the due partitions of an asset, made in so many Dagster runs."""
+    new = [str(partition) for partition in due if not _exists(work.lineage, asset, partition)]
+    counted = ASSETS[asset].amount
+    return replace(counted(work, new) if counted and new else Amount(), runs=runs, artifacts=len(due))
+
+
+def _exists(lineage: Lineage, asset: str, partition: Partition) -> bool:
+    """Whether the artifact is stored already and only has to be put in force again."""
+    try:
+        plan = lineage.plan(asset, partition)
+        return lineage.store.artifact(plan.folder, plan.fingerprint).exists()
+    except (MissingArtifactError, StaleArtifactError, CorruptArtifactError):
+        return False
+
+
 def _sources(rates: Rates, amounts: Sequence[Amount]) -> dict[str, list[str]]:
-    names = {name for amount in amounts for name, units in amount.units.items() if units} - ASSUMED.keys()
+    names = {name for amount in amounts for name, units in amount.units.items() if units} - {
+        name for name, guess in GUESSES.items() if guess.seconds is not None
+    }
     found = {name: rates.get(name) for name in sorted(names)}
     return {
         "measured": [name for name, rate in found.items() if rate and rate.source == "measured"],
@@ -135,7 +155,7 @@ def _sources(rates: Rates, amounts: Sequence[Amount]) -> dict[str, list[str]]:
 def _unknown(rates: Rates, due: Mapping[str, Sequence[Partition]], project: Project) -> set[str]:
     """Speeds that the missing work needs, nobody has measured yet, and a calibration can."""
     needed = {asset for asset, partitions in due.items() if partitions} - {"eval_results"}
-    needed &= {"base_model", *TOKEN_ASSETS, "influence_scores"}
+    needed &= {"base_model", "influence_scores", *(name for name, asset in ASSETS.items() if asset.counts_tokens)}
     needed |= {
         rate_name("eval_results", key)
         for key in due.get("eval_results", [])

@@ -7,9 +7,9 @@ file are `project.py`'s matter.
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-from less_assets.compute.ray_backend import missing_package
 from less_assets.errors import LessAssetsError
 from less_assets.project.project import Evaluation, Project, Source, TargetExamples
 from less_assets.project.yaml_file import Problem
@@ -56,7 +56,7 @@ def check_data(project: Project) -> list[Problem]:
 def not_built(project: Project) -> list[Problem]:
     """What the project file may say but this version cannot do yet: refused before anything is computed."""
     problems = []
-    if package := missing_package(project.compute):
+    if package := ("ray" if project.compute.backend == "ray" and find_spec("ray") is None else None):
         fix = "pip install 'less-assets[ray]', or use `backend: local`"
         problems.append(Problem("compute.backend", f"the Python package {package!r} is not installed", fix))
     return problems

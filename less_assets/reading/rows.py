@@ -13,9 +13,7 @@ import polars as pl
 
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
-from less_assets.steps.gradients import FEATURES, TARGET_FEATURES
-from less_assets.steps.pool import EXAMPLES, INDEX
-from less_assets.steps.ranking import score_file
+from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, TARGET_FEATURES, score_file
 from less_assets.store.features import FeatureReader, open_features
 from less_assets.store.tables import read_parquet
 

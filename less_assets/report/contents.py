@@ -23,12 +23,11 @@ from less_assets.method.data.composition import (
 )
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.project.project import ResolvedRecipe
+from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
 from less_assets.reading.rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
 from less_assets.reading.selection_cut import Cuts, score_matrix
+from less_assets.reading.subsets import other_subsets
 from less_assets.report.certificate import Certificate, certificate_of, percent
-from less_assets.steps.pool import EXAMPLES, INDEX
-from less_assets.steps.selection import SUBSET
-from less_assets.steps.targets import TARGETS
 from less_assets.store.tables import read_parquet
 
 NEIGHBOUR_CHARACTERS = 400
@@ -472,7 +471,7 @@ def _other_selections(lineage: Lineage, recipe: str, task: str) -> dict[str, set
     """Ids that each other recipe last selected for the task."""
     return {
         other: set(read_parquet(pointer.folder, SUBSET, ["example_id"])["example_id"])
-        for other, pointer in lineage.other_subsets(recipe, task).items()
+        for other, pointer in other_subsets(lineage, recipe, task).items()
     }
 
 

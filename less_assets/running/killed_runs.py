@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 
 from less_assets.errors import StorageError
+from less_assets.orchestration.dagster_internals import NOT_FINISHED_STATUSES
 
 PROCESS_TAG = "less-assets/process"
 FOLDER = "less-assets-processes"

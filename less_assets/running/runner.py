@@ -14,33 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.data_version import DATA_VERSION_TAG
-from dagster._core.definitions.partitions.context import partition_loading_context
-from dagster._core.errors import DagsterExecutionInterruptedError
-from dagster._core.events import DagsterEventType
-from dagster._core.instance.config import dagster_instance_config
-from dagster._core.instance.ref import InstanceRef
-from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 
+from less_assets.compute.step import Failures
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage, Status
 from less_assets.lineage.pool_files import PoolFiles
-from less_assets.orchestration.materialization import Failures
-from less_assets.orchestration.partitions import ASSET_AXES
+from less_assets.orchestration.dagster_internals import (
+    DATA_VERSION_TAG,
+    DagsterEventType,
+    DagsterExecutionInterruptedError,
+    InstanceRef,
+    NoOpComputeLogManager,
+    dagster_instance_config,
+    partition_loading_context,
+)
 from less_assets.project.project import Project
 from less_assets.reading.certificates import lacks_certificate
 from less_assets.running.event_log import KeptEventLog
 from less_assets.running.killed_runs import PROCESS_TAG, process_name, report_killed_runs
+from less_assets.steps.registry import ASSETS, open_lineage
 from less_assets.store.artifacts import ArtifactStore
 
 PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 Partition = str | None
-EXPLANATIONS = ("token_attribution", "selection_report")
-"""Assets that nothing is made from: a run comes to them last, so that no training waits for them."""
-MODEL_AND_ANSWERS = ("finetuned_model", "eval_results")
-"""Assets of one recipe and task that one run makes, so that answers come as soon as a model is trained."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class GraphRunner:
         failed: dict[str, set[Partition]] = {asset: set() for asset in needed}
         trouble: LessAssetsError | None = None
         for asset, partitions in needed.items():
-            lineage = Lineage(self._project, self._store, verify_files=request.verify)
+            lineage = open_lineage(self._project, self._store, verify_files=request.verify)
             due = [partition for partition in partitions if not self._is_current(lineage, asset, partition)]
             if asset == "influence_scores":
                 self._certify(lineage, [partition for partition in partitions if partition not in due], process)
@@ -160,18 +158,14 @@ class GraphRunner:
 
         What was made before has to wait: whether it is stale, only the content of what it is made from can tell.
         """
-        if asset not in MODEL_AND_ANSWERS or len(partitions) > 1:
+        follower = ASSETS[asset].same_run
+        if follower is None or len(partitions) != 1 or partitions[0] not in needed.get(follower, ()):
             return []
-        found = []
-        for name in MODEL_AND_ANSWERS[MODEL_AND_ANSWERS.index(asset) + 1 :]:
-            if partitions[0] not in needed.get(name, ()) or self._recorded_version(name, partitions[0]) is not None:
-                break
-            found.append(name)
-        return found
+        return [follower] if self._recorded_version(follower, partitions[0]) is None else []
 
     def status(self, request: Request) -> Iterator[tuple[str, Partition, Status]]:
         """Status of every artifact that a request needs, in order; computes nothing."""
-        lineage = Lineage(self._project, self._store)
+        lineage = open_lineage(self._project, self._store)
         for asset, partitions in self.needed(request).items():
             for partition in partitions:
                 yield asset, partition, lineage.status(asset, partition)
@@ -182,7 +176,7 @@ class GraphRunner:
         Follows the graph upwards from what was asked for, partition by partition: `--recipe random` needs no
         gradients, `--task bbh` no other task's.
         """
-        order = sorted(self._graph.toposorted_asset_keys, key=lambda key: key.to_user_string() in EXPLANATIONS)
+        order = sorted(self._graph.toposorted_asset_keys, key=lambda key: ASSETS[key.to_user_string()].explains)
         needed: dict[dg.AssetKey, set[Partition]] = {key: set() for key in order}
         with partition_loading_context(dynamic_partitions_store=self._instance):
             for key in order:
@@ -206,7 +200,7 @@ class GraphRunner:
         keys = definition.get_partition_keys(dynamic_partitions_store=self._instance)
         # Shards of a source that was removed stay registered with Dagster; they need nothing any more.
         asset = key.to_user_string()
-        return [each for each in keys if "shard" not in ASSET_AXES[asset] or _part(each, asset, "shard") in shards]
+        return [each for each in keys if "shard" not in ASSETS[asset].axes or _part(each, asset, "shard") in shards]
 
     def _upstream(self, key: dg.AssetKey, partition: Partition, parent: dg.AssetKey) -> set[Partition]:
         definition = self._graph.get(parent).partitions_def
@@ -221,7 +215,7 @@ class GraphRunner:
     def _asked_for(self, key: dg.AssetKey, partition: Partition, request: Request) -> bool:
         """Whether a partition is among those named: on every axis that the request names, it has one of the names."""
         asset = key.to_user_string()
-        axes = ASSET_AXES[asset]
+        axes = ASSETS[asset].axes
         filters = {axis: names for axis, names in (("task", request.tasks), ("recipe", request.recipes)) if names}
         if request.until is None and not filters.keys() <= set(axes):
             return False  # it covers more than was asked for; what is needed of it follows from the graph
@@ -377,7 +371,7 @@ def register_shards(project: Project, store: ArtifactStore, instance: dg.Dagster
 
 
 def _part(partition: Partition, asset: str, axis: str) -> str:
-    return dict(zip(ASSET_AXES[asset], str(partition).split("|"), strict=True))[axis]
+    return dict(zip(ASSETS[asset].axes, str(partition).split("|"), strict=True))[axis]
 
 
 def _row(partition: Partition) -> str:

@@ -1,119 +1,28 @@
 """What selections are compared with: embeddings of pool and targets, and scores from text or from embeddings.
 
-Belongs here: wiring only; each of these assets exists only if a recipe needs it. Scores are `method/baselines.py`,
-ranking is `selection.py`'s matter.
+Belongs here: wiring only; each of these assets exists only if a recipe needs it. Scores are
+`method/selection/baselines.py`, ranking is `ranking.py`'s matter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
-from less_assets.lineage.lineage import split
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one, materialize_range
-from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.plan import Versions
+from less_assets.project.project import EMBEDDING_SCORED, TEXT_SCORED, Project
+from less_assets.reading.files import EMBEDDINGS, EXAMPLES, PLACES, TARGETS, score_file
+from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
-from less_assets.steps.pool import EXAMPLES
-from less_assets.steps.targets import TARGETS
-from less_assets.store.artifacts import ArtifactStore
+from less_assets.steps.shown import one_table
 from less_assets.store.tables import read_parquet, write_json, write_parquet
-
-EMBEDDINGS = "embeddings.parquet"
-PLACES = "places.json"
-"""Member task and subtask of each number of a score."""
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The assets `pool_embeddings`, `target_embeddings`, `embedding_scores` and `text_scores` that recipes ask for."""
-
-    @dg.asset(
-        group_name="selection",
-        kinds={"pytorch", "parquet"},
-        pool="gpu",
-        partitions_def=axes.of("pool_embeddings"),
-        deps=["base_model", "instruction_pool"],
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def pool_embeddings(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """Hidden state and loss that the base model has for every example of a shard, from one forward pass."""
-        describe = metadata.table_summary(EMBEDDINGS)
-        yield from materialize_range(context, project, store, models, embed_shard, describe)
-
-    @dg.asset(
-        group_name="selection",
-        kinds={"pytorch", "parquet"},
-        pool="gpu",
-        partitions_def=axes.of("target_embeddings"),
-        deps=["base_model", "target_examples"],
-    )
-    def target_embeddings(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """Hidden state that the base model has for each of a task's target examples."""
-        describe = metadata.table_summary(EMBEDDINGS)
-        return materialize_one(context, project, store, models, embed_targets, describe)
-
-    targets = []
-    if axes.of("target_embeddings") is not None:
-        targets.append(axes.by_task("target_embeddings", axes.needed_by("target_embeddings")))
-
-    @dg.asset(
-        group_name="selection",
-        kinds={"numpy", "parquet"},
-        partitions_def=axes.of("embedding_scores"),
-        deps=[axes.all_partitions("pool_embeddings"), *targets, "pool_index"],
-    )
-    def embedding_scores(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """Cosine of every pool row with each target example (`rds`), or the base model's loss on it (`perplexity`)."""
-        return materialize_one(context, project, store, models, score_embeddings, metadata.summary)
-
-    @dg.asset(
-        group_name="selection",
-        kinds={"numpy", "parquet"},
-        partitions_def=axes.of("text_scores"),
-        deps=[axes.by_task("target_examples", axes.needed_by("text_scores")), "pool_index"],
-    )
-    def text_scores(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """BM25 of every pool row with each subtask, or its n-gram importance (DSIR)."""
-        return materialize_one(context, project, store, models, score_texts, metadata.summary)
-
-    built = {
-        "pool_embeddings": pool_embeddings,
-        "target_embeddings": target_embeddings,
-        "embedding_scores": embedding_scores,
-        "text_scores": text_scores,
-    }
-    return [asset for name, asset in built.items() if axes.of(name) is not None]
-
-
-def score_file(shard: str) -> str:
-    """Name of a shard's table inside `embedding_scores` and `text_scores`."""
-    return f"scores/{shard}.parquet"
 
 
 def embed_shard(work: StepInputs) -> StepResult:
@@ -289,3 +198,113 @@ def _write_scores(work: StepInputs, shard: str, rows: pl.DataFrame, scores: np.n
         pl.when(usable).then(column).otherwise(None).alias("score"),
     )
     write_parquet(work.folder, score_file(shard), table)
+
+
+def pool_embedding_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of the shards."""
+    tokens = workload.tokens(workload.lineage.pool_files.shard(str(key)) for key in due)
+    return Amount(units={"pool_embeddings": tokens}, tokens=tokens, loads=1)
+
+
+def target_embedding_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of the target examples."""
+    tokens = sum(workload.target_sizes[str(task)][1] for task in due)
+    return Amount(units={"target_embeddings": tokens}, tokens=tokens, loads=1)
+
+
+def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return {"model": lineage.project.model_settings()}
+
+
+def _strategy(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return {"strategy": lineage.project.recipe(keys["recipe"]).strategy}
+
+
+def _embedded_targets(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """Another way to evaluate the task leaves its embeddings as they are."""
+    examples = lineage.summary("target_examples", keys["task"])["examples_digest"]
+    return {"base_model": inputs["base_model"], "examples": examples}
+
+
+def _scored_text(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """Another way to evaluate the task leaves its scores as they are."""
+    examples = lineage.summary("target_examples", keys["task"])["examples_digest"]
+    return {"pool_index": inputs["pool_index"], "examples": examples}
+
+
+def _scored_by(*kinds: str) -> Callable[[Project, str], bool]:
+    return lambda project, recipe: project.recipe(recipe).strategy in kinds
+
+
+ASSETS = (
+    Asset(
+        name="pool_embeddings",
+        group="selection",
+        kinds=frozenset({"pytorch", "parquet"}),
+        description=(
+            "Hidden state and loss that the base model has for every example of a shard, from one forward pass."
+        ),
+        axes=("shard",),
+        inputs=(Input("base_model"), Input("instruction_pool")),
+        folder="embeddings/pool/{shard}",
+        settings=_model_settings,
+        shared_settings=lambda project: {"model": project.model_settings()},
+        needed_by=_scored_by(*EMBEDDING_SCORED),
+        compute=embed_shard,
+        describe=one_table(EMBEDDINGS),
+        in_ranges=True,
+        loads_model=True,
+        amount=pool_embedding_work,
+        counts_tokens=True,
+        speed=Guess(("target_embeddings", "train_gradients")),  # a forward pass: at most what gradients take
+    ),
+    Asset(
+        name="target_embeddings",
+        group="selection",
+        kinds=frozenset({"pytorch", "parquet"}),
+        description="Hidden state that the base model has for each of a task's target examples.",
+        axes=("task",),
+        inputs=(Input("base_model"), Input("target_examples")),
+        folder="embeddings/target/{task}",
+        settings=_model_settings,
+        shared_settings=lambda project: {"model": project.model_settings()},
+        determined_by=_embedded_targets,
+        needed_by=_scored_by("rds"),
+        compute=embed_targets,
+        describe=one_table(EMBEDDINGS),
+        loads_model=True,
+        amount=target_embedding_work,
+        counts_tokens=True,
+        speed=Guess(("pool_embeddings", "train_gradients")),
+    ),
+    Asset(
+        name="embedding_scores",
+        group="selection",
+        kinds=frozenset({"numpy", "parquet"}),
+        description=(
+            "Cosine of every pool row with each target example (`rds`), or the base model's loss on it (`perplexity`)."
+        ),
+        axes=("recipe", "task"),
+        inputs=(Input("pool_index"), Input("pool_embeddings"), Input("target_embeddings", read_by=_scored_by("rds"))),
+        folder="selection/{task}/embedding/{recipe}",
+        # By fingerprint alone: recipes that differ in their budget only share the scores.
+        shared_folder="selection/{task}/embedding",
+        settings=_strategy,
+        needed_by=_scored_by(*EMBEDDING_SCORED),
+        compute=score_embeddings,
+    ),
+    Asset(
+        name="text_scores",
+        group="selection",
+        kinds=frozenset({"numpy", "parquet"}),
+        description="BM25 of every pool row with each subtask, or its n-gram importance (DSIR).",
+        axes=("recipe", "task"),
+        inputs=(Input("pool_index"), Input("target_examples")),
+        folder="selection/{task}/text/{recipe}",
+        shared_folder="selection/{task}/text",
+        settings=_strategy,
+        determined_by=_scored_text,
+        needed_by=_scored_by(*TEXT_SCORED),
+        compute=score_texts,
+    ),
+)

@@ -5,7 +5,7 @@ Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,16 @@ import numpy as np
 import polars as pl
 
 from less_assets.compute.models import ModelLoader
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import Compute, Log, StepInputs, StepResult, materialize, measured
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
-from less_assets.orchestration.materialization import Compute, StepInputs, StepResult, materialize, measured
-from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.project.project import ResolvedRecipe
 from less_assets.reading.certificates import (
+    CERTIFICATE,
     POOL,
+    REAL_STEPS,
     SAMPLE,
     STEPS,
     certificate_plan,
@@ -29,11 +32,11 @@ from less_assets.reading.certificates import (
     scored_sample,
     steps_plan,
 )
+from less_assets.reading.files import INDEX, score_file
 from less_assets.steps.gradients import encode_targets
-from less_assets.steps.pool import INDEX
-from less_assets.steps.ranking import budget_of, score_file
+from less_assets.steps.ranking import budget_of
 from less_assets.steps.rescoring import encode_rows
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet, write_parquet
 
 POOL_SAMPLE = 20_000
@@ -41,6 +44,11 @@ POOL_SAMPLE = 20_000
 STEP_TARGETS = 32
 """Target examples whose loss is looked at after each real step: a forward pass over them for each row."""
 SALT = b"fidelity"
+SPEEDS: dict[str, Guess] = {
+    CERTIFICATE: Guess(("train_gradients",)),
+    REAL_STEPS: Guess(("train_gradients",), times_longer=0.4),  # mostly forward passes (the demo)
+}
+"""What serves where the speeds of both were not measured."""
 
 
 @dataclass(frozen=True)
@@ -66,37 +74,26 @@ class RecipeFidelity:
     scores: tuple[np.ndarray, np.ndarray, tuple[float, float]]
 
 
-def certify(
-    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
-) -> ArtifactFolder:
+def certify(lineage: Lineage, models: ModelLoader, task: str, log: Log) -> ArtifactFolder:
     """Make the certificate of a task's scores, unless it is there."""
-    return _make(project, store, models, certificate_plan(Lineage(project, store), task), score_sample, log)
+    return _make(lineage, models, certificate_plan(lineage, task), score_sample, log)
 
 
-def take_real_steps(
-    project: Project, store: ArtifactStore, models: ModelLoader, task: str, log: Callable[[str], object]
-) -> ArtifactFolder:
+def take_real_steps(lineage: Lineage, models: ModelLoader, task: str, log: Log) -> ArtifactFolder:
     """Compare predicted with real influence on a task, unless that was done."""
-    return _make(project, store, models, steps_plan(Lineage(project, store), task), measure_steps, log)
+    return _make(lineage, models, steps_plan(lineage, task), measure_steps, log)
 
 
-def _make(
-    project: Project,
-    store: ArtifactStore,
-    models: ModelLoader,
-    plan: ArtifactPlan,
-    compute: Compute,
-    log: Callable[[str], object],
-) -> ArtifactFolder:
-    lineage, task = Lineage(project, store), str(plan.partition)
+def _make(lineage: Lineage, models: ModelLoader, plan: ArtifactPlan, compute: Compute, log: Log) -> ArtifactFolder:
+    task = str(plan.partition)
 
     def timed_compute(folder: ArtifactFolder) -> StepResult:
         with measured(lineage, plan.asset, task, models) as done:
             done.append(compute(StepInputs(lineage, task, folder, models, log, f"{plan.asset} {task}")))
         return done[0]
 
-    manifest = materialize(store, plan, timed_compute)
-    return store.artifact(manifest.key, manifest.fingerprint)
+    manifest = materialize(lineage.store, plan, timed_compute)
+    return lineage.store.artifact(manifest.key, manifest.fingerprint)
 
 
 def score_sample(work: StepInputs) -> StepResult:

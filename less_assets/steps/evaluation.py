@@ -1,77 +1,29 @@
 """Evaluation of fine-tuned models, tables per task, and the leaderboard.
 
-Belongs here: wiring only. Asking and grading is `method/evaluation.py`, comparing recipes `method/leaderboard.py`.
+Belongs here: wiring only. Asking and grading is `method/evaluation/evaluation.py`, comparing recipes
+`method/evaluation/leaderboard.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import dagster as dg
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
+from less_assets.compute.speeds import rate_name
+from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.timings import cost_of, cost_with_inputs
-from less_assets.lineage.lineage import split
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one
-from less_assets.orchestration.partitions import Axes
+from less_assets.compute.workload import Amount, Workload
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project, Task
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
-from less_assets.store.manifest import Manifest
+from less_assets.reading.files import BOARD, BOARD_MARKDOWN, METRICS, SAMPLES
+from less_assets.steps.asset import Asset
+from less_assets.steps.checks import not_worse_than_base
+from less_assets.steps.fairness_checks import control_does_not_profit, no_recipe_below_base
+from less_assets.steps.shown import PREVIEW_CHARACTERS, TABLE_ROWS, Markdown, Picture, Shown, Stored, Table, one_table
 from less_assets.store.tables import read_parquet, write_parquet
-
-SAMPLES = "samples.parquet"
-METRICS = "metrics.parquet"
-BOARD = "leaderboard.parquet"
-BOARD_MARKDOWN = "leaderboard.md"
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The assets `eval_results`, `task_results` and `leaderboard`."""
-
-    @dg.asset(
-        group_name="evaluation",
-        kinds={"pytorch", "parquet"},
-        pool="gpu",
-        partitions_def=axes.of("eval_results"),
-        deps=["finetuned_model", axes.by_task("target_examples")],
-    )
-    def eval_results(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """Held-out loss and the task's metrics with intervals; every sample's prompt, output and verdict."""
-        return materialize_one(context, project, store, models, evaluate, describe_evaluation)
-
-    @dg.asset(
-        group_name="evaluation",
-        kinds={"polars", "parquet"},
-        partitions_def=axes.of("task_results"),
-        deps=[axes.all_recipes("eval_results")],
-    )
-    def task_results(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """All recipes on one task: values, spread over seeds, paired differences from base, random and full."""
-        return materialize_one(context, project, store, models, compare, describe_board)
-
-    @dg.asset(group_name="evaluation", kinds={"polars", "parquet"}, deps=["task_results"])
-    def leaderboard(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """Recipes by tasks, against base, random and full: was the selection worth it?"""
-        return materialize_one(context, project, store, models, merge_tasks, describe_board)
-
-    return [eval_results, task_results, leaderboard]
 
 
 def evaluate(work: StepInputs) -> StepResult:
@@ -161,26 +113,6 @@ def evaluation_examples(task: Task) -> list[Any]:
     )
 
 
-def describe_evaluation(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Metrics in all and per subtask, and some samples with their verdicts."""
-    shown = dict(metadata.summary(folder, manifest))
-    if not manifest.summary["evaluated"]:
-        return shown
-    metrics = read_parquet(folder, METRICS)
-    shown["results"] = metadata.table(metrics.filter(pl.col("subtask").is_null()).drop("subtask"))
-    shown["results_by_subtask"] = metadata.table(metrics.filter(pl.col("subtask").is_not_null()).head(100))
-    samples = read_parquet(
-        folder, SAMPLES, ["example_id", "subtask", "prompt", "output", "reference", "correct", "loss"]
-    )
-    shown["samples"] = metadata.table(
-        samples.head(metadata.TABLE_ROWS).with_columns(pl.col("prompt").str.tail(metadata.PREVIEW_CHARACTERS))
-    )
-    for name, value in dict(manifest.summary["metrics"]).items():  # type: ignore[arg-type]
-        if value is not None:
-            shown[f"metric {name}"] = value
-    return {**shown, **metadata.table_facts(folder, METRICS)}
-
-
 def compare(work: StepInputs) -> StepResult:
     """Put the recipes of a task side by side, paired sample by sample."""
     from less_assets.method.evaluation.leaderboard import LEADERBOARD_SCHEMA, RecipeResult, compare_recipes
@@ -226,26 +158,116 @@ def merge_tasks(work: StepInputs) -> StepResult:
     return StepResult({"tasks": len(tables), "rows": board.height})
 
 
-def describe_board(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The table as Markdown, charts of loss and score (values, and differences from random), and the columns."""
+def describe_evaluation(stored: Stored) -> Shown:
+    """Metrics in all and per subtask, and some samples with their verdicts."""
+    if not stored.manifest.summary["evaluated"]:
+        return Shown({})
+    metrics = stored.table(METRICS)
+    samples = stored.table(SAMPLES, ["example_id", "subtask", "prompt", "output", "reference", "correct", "loss"])
+    totals: Any = stored.manifest.summary["metrics"]
+    values: dict[str, Any] = {
+        "results": Table(metrics.filter(pl.col("subtask").is_null()).drop("subtask")),
+        "results_by_subtask": Table(metrics.filter(pl.col("subtask").is_not_null()).head(100)),
+        "samples": Table(samples.head(TABLE_ROWS).with_columns(pl.col("prompt").str.tail(PREVIEW_CHARACTERS))),
+        **{f"metric {name}": value for name, value in totals.items() if value is not None},
+    }
+    return replace(one_table(METRICS)(stored), values=values)
+
+
+def describe_board(stored: Stored) -> Shown:
+    """The table as Markdown, and charts of loss and score: values, and differences from random."""
     from less_assets.method.evaluation.leaderboard import against_random, to_markdown
     from less_assets.report import charts
 
-    board = read_parquet(folder, BOARD)
-    shown = dict(metadata.summary(folder, manifest))
+    board = stored.table(BOARD)
+    values: dict[str, Any] = {}
     if board.height:
-        shown["results"] = dg.MetadataValue.md(to_markdown(board))
+        values["results"] = Markdown(to_markdown(board))
         losses, scores = board.filter(pl.col("metric") == "loss"), board.filter("primary")
         drawn = charts.leaderboard_chart(losses, value_title="held-out loss (lower is better)")
-        shown["held_out_loss"] = metadata.picture(drawn, "held-out loss of each recipe")
+        values["held_out_loss"] = Picture(drawn, "held-out loss of each recipe")
         if scores.height:
             drawn = charts.leaderboard_chart(scores, value_title="score (higher is better)")
-            shown["score"] = metadata.picture(drawn, "score of each recipe")
+            values["score"] = Picture(drawn, "score of each recipe")
         titles = {"loss": "loss − random's (left is better)", "score": "score − random's (right is better)"}
         for what, title in titles.items():
             if (compared := against_random(board, what)).height:  # type: ignore[arg-type]
                 drawn = charts.difference_chart(compared, value_title=title)
-                shown[f"{what}_against_random"] = metadata.picture(
-                    drawn, f"paired difference of the {what} from random"
-                )
-    return {**shown, "dagster/column_schema": metadata.column_schema(board)}
+                values[f"{what}_against_random"] = Picture(drawn, f"paired difference of the {what} from random")
+    return Shown(values, columns=board.schema)
+
+
+def evaluation_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Samples of each task."""
+    units: dict[str, float] = {}
+    loads = 0
+    for key in due:
+        _, task = split(key)
+        members = [member for member in workload.project.member_tasks(task) if member.evaluation]
+        samples = sum(evaluation_samples(member) for member in members)
+        name = rate_name("eval_results", key)
+        units[name] = units.get(name, 0) + samples
+        loads += 1
+    return Amount(units=units, loads=loads)
+
+
+def evaluation_samples(task: Task) -> int:
+    """Samples of a task's evaluation; 1 stands for a harness task, whose data only the harness knows."""
+    from less_assets.steps.evaluation import evaluation_examples
+
+    if task.evaluation is None or task.evaluation.harness is not None:
+        return 0 if task.evaluation is None else 1
+    return len(evaluation_examples(task))
+
+
+def _answers(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """Two recipes that have selected the same rows are evaluated once."""
+    evaluation = lineage.summary("target_examples", keys["task"])["evaluation_digest"]
+    model = inputs[f"finetuned_model/{keys['recipe']}|{keys['task']}"]
+    return {"finetuned_model": model, "evaluation": evaluation}
+
+
+ASSETS = (
+    Asset(
+        name="eval_results",
+        group="evaluation",
+        kinds=frozenset({"pytorch", "parquet"}),
+        description="Held-out loss and the task's metrics with intervals; every sample's prompt, output and verdict.",
+        axes=("recipe", "task"),
+        inputs=(Input("finetuned_model"), Input("target_examples")),
+        folder="evaluation/{recipe}/{task}",
+        shared_folder="evaluation/samples/{task}",
+        determined_by=_answers,
+        compute=evaluate,
+        describe=describe_evaluation,
+        checks=(not_worse_than_base,),
+        loads_model=True,
+        amount=evaluation_work,
+    ),
+    Asset(
+        name="task_results",
+        group="evaluation",
+        kinds=frozenset({"polars", "parquet"}),
+        description=(
+            "All recipes on one task: values, spread over seeds, paired differences from base, random and full."
+        ),
+        axes=("task",),
+        inputs=(Input("eval_results"),),
+        folder="evaluation/tasks/{task}",
+        compute=compare,
+        describe=describe_board,
+        checks=(control_does_not_profit, no_recipe_below_base),
+        columns_from={"eval_results": {name: [name] for name in ("metric", "subtask", "value", "low", "high", "n")}},
+    ),
+    Asset(
+        name="leaderboard",
+        group="evaluation",
+        kinds=frozenset({"polars", "parquet"}),
+        description="Recipes by tasks, against base, random and full: was the selection worth it?",
+        inputs=(Input("task_results"),),
+        folder="evaluation/leaderboard",
+        compute=merge_tasks,
+        describe=describe_board,
+        columns_from={"task_results": {name: [name] for name in ("task", "recipe", "metric", "value", "low", "high")}},
+    ),
+)

@@ -1,22 +1,25 @@
 """Why rows were selected: shares of their tokens, what stands near them in gradient space, and the page of it all.
 
-Belongs here: wiring only. Mathematics is `method/attribution.py`, `method/neighbours.py` and
-`method/around_the_cut.py`; what the page shows is `report/contents.py`, how it looks `report/page.py`.
+Belongs here: wiring only. Mathematics is `method/gradients/attribution.py`, `method/selection/neighbours.py` and
+`method/selection/around_the_cut.py`; what the page shows is `report/contents.py`, how it looks `report/page.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 
-from less_assets.compute.models import LoadedCheckpoint, ModelLoader
+from less_assets.compute.models import LoadedCheckpoint
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
+from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.lineage import Lineage, split
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one
-from less_assets.orchestration.partitions import Axes
+from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.reading.certificates import CERTIFICATE, read_certificate
+from less_assets.reading.files import EXACT, INDEX, NEIGHBOURS, REPORT, ROWS, SUBSET, TOKENS
 from less_assets.reading.rows import (
     ROWS_AT_ONCE,
     checkpoint_weights,
@@ -26,79 +29,16 @@ from less_assets.reading.rows import (
     subtask_label,
     target_influence,
 )
+from less_assets.reading.subsets import chooses_rows, other_subsets
+from less_assets.report.page import page_digest
+from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
-from less_assets.steps.pool import INDEX
-from less_assets.steps.ranking import EXACT, aggregate_of, candidates_of, restraints_of
-from less_assets.steps.selection import SUBSET
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
-from less_assets.store.manifest import Manifest
+from less_assets.steps.ranking import aggregate_of, candidates_of, restraints_of
+from less_assets.steps.shown import TABLE_ROWS, File, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
 
-ROWS = "rows.parquet"
-TOKENS = "tokens.parquet"
-NEIGHBOURS = "neighbours.parquet"
-REPORT = "report.html"
 NEAREST = 3
 """Target examples, and rows of the pool, kept for each explained row."""
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The assets `token_attribution`, if a recipe selects by influence, and `selection_report`, if one selects."""
-    assets = []
-    scored, reported = axes.needed_by("token_attribution"), axes.needed_by("selection_report")
-    if scored:
-
-        @dg.asset(
-            group_name="selection",
-            kinds={"pytorch", "parquet"},
-            pool="gpu",
-            partitions_def=axes.of("token_attribution"),
-            # Features are read as well; the version of the scores made from them stands for theirs.
-            deps=[
-                axes.same_key("selected_subset", scored),
-                axes.by_recipe("recipe_settings", scored),
-                axes.by_task("influence_scores", scored),
-                axes.by_task("target_examples", scored),
-                axes.all_partitions("warmup_checkpoints"),
-                "pool_index",
-            ],
-        )
-        def token_attribution(
-            context: dg.AssetExecutionContext,
-            project: dg.ResourceParam[Project],
-            store: dg.ResourceParam[ArtifactStore],
-            models: dg.ResourceParam[ModelLoader],
-        ) -> dg.MaterializeResult:
-            """Shares of the tokens of selected and nearby rows, exact; nearest target examples and pool rows."""
-            return materialize_one(context, project, store, models, attribute_rows, describe_attribution)
-
-        assets.append(token_attribution)
-    if reported:
-        explanations = [axes.by_task("influence_scores", scored), axes.same_key("token_attribution", scored)]
-
-        @dg.asset(
-            group_name="selection",
-            kinds={"html"},
-            partitions_def=axes.of("selection_report"),
-            deps=[
-                axes.same_key("selected_subset", reported),
-                axes.by_recipe("recipe_settings", reported),
-                axes.by_task("target_examples", reported),
-                "pool_index",
-                *(explanations if scored else []),
-            ],
-        )
-        def selection_report(
-            context: dg.AssetExecutionContext,
-            project: dg.ResourceParam[Project],
-            store: dg.ResourceParam[ArtifactStore],
-            models: dg.ResourceParam[ModelLoader],
-        ) -> dg.MaterializeResult:
-            """One page that shows what was selected and why, row by row; opens from disk, asks for nothing."""
-            return materialize_one(context, project, store, models, write_report, describe_report)
-
-        assets.append(selection_report)
-    return assets
 
 
 def attribute_rows(work: StepInputs) -> StepResult:
@@ -319,22 +259,6 @@ def _named(index: pl.DataFrame, places: np.ndarray, offsets: Mapping[str, int]) 
     return found.select("example_id", "shard", "row").iter_rows()
 
 
-def describe_attribution(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Counts, and the tokens that carry most of the best rows' influence."""
-    tokens = read_parquet(folder, TOKENS, ["example_id", "subtask", "influence", "momentum", "text", "share"])
-    strongest = []
-    for words, shares in tokens.head(metadata.TABLE_ROWS).select("text", "share").iter_rows():
-        order = np.argsort(-np.abs(shares), kind="stable")[:5]
-        strongest.append("  ".join(f"{words[place]!r} {shares[place]:+.2g}" for place in order))
-    shown = tokens.head(metadata.TABLE_ROWS).select("example_id", "subtask", "influence", "momentum")
-    return {
-        **metadata.summary(folder, manifest),
-        "dagster/partition_row_count": manifest.summary["rows"],
-        "strongest_tokens": metadata.table(shown.with_columns(pl.Series("tokens", strongest, pl.String))),
-        "dagster/column_schema": metadata.column_schema(read_parquet(folder, TOKENS)),
-    }
-
-
 def write_report(work: StepInputs) -> StepResult:
     """Collect what the page shows, and write it as one HTML file."""
     from less_assets.report.contents import report_contents
@@ -347,7 +271,112 @@ def write_report(work: StepInputs) -> StepResult:
     return StepResult({**contents.summary, "bytes": len(page)})
 
 
-def describe_report(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Where the page is, and what it found worth a look."""
+def describe_attribution(stored: Stored) -> Shown:
+    """The tokens that carry most of the best rows' influence."""
+    tokens = stored.table(TOKENS)
+    strongest = []
+    for words, shares in tokens.head(TABLE_ROWS).select("text", "share").iter_rows():
+        order = np.argsort(-np.abs(shares), kind="stable")[:5]
+        strongest.append("  ".join(f"{words[token]!r} {shares[token]:+.2g}" for token in order))
+    shown = tokens.head(TABLE_ROWS).select("example_id", "subtask", "influence", "momentum")
+    rows: Any = stored.manifest.summary["rows"]
+    table = Table(shown.with_columns(pl.Series("tokens", strongest, pl.String)))
+    return Shown({"strongest_tokens": table}, rows, tokens.schema)
+
+
+def describe_report(stored: Stored) -> Shown:
+    """Where the page is."""
     # A path, which a click copies: browsers do not follow a link from the UI's web page to a file.
-    return {"report": dg.MetadataValue.path(str(folder.path(REPORT))), **metadata.summary(folder, manifest)}
+    return Shown({"report": File(str(stored.folder.path(REPORT)))})
+
+
+def attribution_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of explained rows and targets, at every checkpoint."""
+    report, checkpoints = workload.project.report, len(workload.project.checkpoints)
+    tokens = 0.0
+    for key in due:
+        selected = min(workload.selected_rows(*split(key)), report.token_rows)
+        rows = min(workload.pool_rows, selected + 2 * report.context_rows)
+        tokens += checkpoints * (rows * workload.row_tokens + workload.target_sizes[split(key)[1]][1])
+    return Amount(units={"token_attribution": tokens}, tokens=tokens, loads=checkpoints * len(due))
+
+
+def _attribution_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return lineage.project.report_settings()
+
+
+def _page(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return {"page": page_digest()}
+
+
+def _compared_with(lineage: Lineage, keys: Keys) -> Versions:
+    """The certificate, and the subsets of other recipes as they are, up to date or not.
+
+    A report of one recipe shall not need all recipes to be selected; it is made again once one of them is anew.
+    """
+    recipe, task = keys["recipe"], keys["task"]
+    certificate = read_certificate(lineage, task) if lineage.project.selects_by_influence(recipe) else None
+    certified = {f"{CERTIFICATE}/{task}": certificate.manifest().data_version} if certificate else {}
+    others = other_subsets(lineage, recipe, task)
+    return certified | {f"selected_subset/{key}|{task}": pointer.version for key, pointer in others.items()}
+
+
+def _by_influence(project: Project, recipe: str) -> bool:
+    return project.selects_by_influence(recipe)
+
+
+ASSETS = (
+    Asset(
+        name="token_attribution",
+        group="selection",
+        kinds=frozenset({"pytorch", "parquet"}),
+        description="Shares of the tokens of selected and nearby rows, exact; nearest target examples and pool rows.",
+        axes=("recipe", "task"),
+        # Features are read as well; the version of the scores made from them stands for theirs.
+        inputs=(
+            Input("selected_subset"),
+            Input("recipe_settings"),
+            Input("influence_scores"),
+            Input("target_examples"),
+            Input("warmup_checkpoints"),
+            Input("pool_index"),
+        ),
+        folder="selection/{task}/attribution/{recipe}",
+        settings=_attribution_settings,
+        needed_by=_by_influence,
+        compute=attribute_rows,
+        describe=describe_attribution,
+        loads_model=True,
+        explains=True,
+        amount=attribution_work,
+        counts_tokens=True,
+        speed=Guess(("train_gradients",), times_longer=2.5),  # three passes (the demo)
+        columns_from={
+            "selected_subset": {"example_id": ["example_id"], "subtask": ["subtask"], "text": ["messages"]},
+            "influence_scores": {"example_id": ["example_id"]},
+            "target_examples": {"share": ["messages", "completion"], "influence": ["messages", "completion"]},
+        },
+    ),
+    Asset(
+        name="selection_report",
+        group="selection",
+        kinds=frozenset({"html"}),
+        description="One page that shows what was selected and why, row by row; opens from disk, asks for nothing.",
+        axes=("recipe", "task"),
+        inputs=(
+            Input("selected_subset"),
+            Input("recipe_settings"),
+            Input("target_examples"),
+            Input("pool_index"),
+            Input("influence_scores", read_by=_by_influence),
+            Input("token_attribution"),
+        ),
+        folder="selection/{task}/reports/{recipe}",
+        settings=_page,
+        outside=_compared_with,
+        needed_by=chooses_rows,
+        compute=write_report,
+        describe=describe_report,
+        explains=True,
+    ),
+)

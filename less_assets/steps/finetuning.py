@@ -1,52 +1,28 @@
 """Step 5: fine-tuning on a selected subset.
 
-Belongs here: wiring only. Training is `method/training.py`.
+Belongs here: wiring only. Training is `method/training/training.py`.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import dagster as dg
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
+from less_assets.compute.speeds import TRAINING, Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import TASK_FREE, Amount, Workload
 from less_assets.errors import PoolFormatError
-from less_assets.lineage.lineage import split
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one
-from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project
-from less_assets.steps.selection import SUBSET
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.file_digests import model_stamp
+from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.plan import Versions
+from less_assets.reading.files import CURVE, SUBSET
+from less_assets.steps.asset import Asset
+from less_assets.steps.shown import Picture, Shown, Stored
 from less_assets.steps.warmup import copy_files, lora_settings
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
-from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_parquet
-
-CURVE = "training_curve.parquet"
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The asset `finetuned_model`."""
-
-    @dg.asset(
-        group_name="finetuning",
-        kinds={"pytorch", "huggingface"},
-        pool="gpu",
-        partitions_def=axes.of("finetuned_model"),
-        deps=["base_model", "selected_subset"],
-    )
-    def finetuned_model(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """A PEFT adapter trained on the selected rows; equal rows and settings are trained once for all tasks."""
-        return materialize_one(context, project, store, models, finetune, describe_training)
-
-    return [finetuned_model]
 
 
 def finetune(work: StepInputs) -> StepResult:
@@ -114,13 +90,65 @@ def subset_examples(work: StepInputs, tokenizer: Any) -> list[Any]:
     return usable
 
 
-def describe_training(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The training's figures and its curve."""
+def describe_training(stored: Stored) -> Shown:
+    """The training's curve."""
     from less_assets.report import charts
 
-    shown = dict(metadata.summary(folder, manifest))
-    if CURVE in manifest.files:
-        curve = read_parquet(folder, CURVE)
-        drawn = charts.training_curve(curve["step"].to_list(), curve["loss"].to_list())
-        shown["training_curve"] = metadata.picture(drawn, "loss over steps")
-    return shown
+    if CURVE not in stored.manifest.files:
+        return Shown({})
+    curve = stored.table(CURVE)
+    drawn = charts.training_curve(curve["step"].to_list(), curve["loss"].to_list())
+    return Shown({"training_curve": Picture(drawn, "loss over steps")})
+
+
+def training_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of the subsets, times epochs; equal trainings count once."""
+    trained = {}
+    for key in due:
+        recipe, task = split(key)
+        resolved = workload.project.recipe(recipe)
+        if resolved.strategy != "none":
+            same = (resolved.strategy, resolved.budget, resolved.seed, resolved.model)
+            trained[same if resolved.strategy in TASK_FREE else (recipe, task)] = workload.selected_rows(recipe, task)
+    tokens = sum(trained.values()) * workload.row_tokens * workload.project.finetuning.epochs
+    stored = workload.training_bytes(len(trained))
+    return Amount(units={"finetuned_model": tokens}, tokens=tokens, loads=len(trained), bytes=stored)
+
+
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    settings = lineage.project.finetuning_settings(keys["recipe"])
+    if other := lineage.project.recipe(keys["recipe"]).model:
+        settings |= {"stamp": model_stamp(other)}  # no asset stands for another model than the project's
+    return settings
+
+
+def _trained_rows(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """Equal rows are trained once: `full`, `random` and the base model for all tasks."""
+    rows = inputs[f"selected_subset/{keys['recipe']}|{keys['task']}"]
+    return {"base_model": inputs["base_model"], "rows": rows}
+
+
+ASSETS = (
+    Asset(
+        name="finetuned_model",
+        group="finetuning",
+        kinds=frozenset({"pytorch", "huggingface"}),
+        description=(
+            "A PEFT adapter trained on the selected rows; equal rows and settings are trained once for all tasks."
+        ),
+        axes=("recipe", "task"),
+        inputs=(Input("base_model"), Input("selected_subset")),
+        folder="models/of/{recipe}/{task}",
+        shared_folder="models",
+        settings=_settings,
+        shared_settings=lambda project: project.finetuning_settings(),
+        determined_by=_trained_rows,
+        compute=finetune,
+        describe=describe_training,
+        loads_model=True,
+        same_run="eval_results",
+        amount=training_work,
+        counts_tokens=True,
+        speed=Guess(("warmup_checkpoints", TRAINING)),
+    ),
+)

@@ -1,101 +1,35 @@
 """Gradient features: of the pool per checkpoint and shard, of the targets per checkpoint and task, and the gate.
 
-Belongs here: wiring only. The mathematics is `method/features.py`, the arrays `store/features.py`.
+Belongs here: wiring only. The mathematics is `method/gradients/features.py`, the arrays `store/features.py`.
 """
 
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 
-from less_assets.compute.models import LoadedCheckpoint, ModelLoader
+from less_assets.compute.models import LoadedCheckpoint
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import StaleArtifactError, TargetFormatError
-from less_assets.lineage.lineage import split
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import Backend, StepInputs, StepResult, materialize_range
-from less_assets.orchestration.partitions import Axes
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
-from less_assets.steps.pool import EXAMPLES
-from less_assets.steps.targets import TARGETS
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.reading.files import BATCHING, EXAMPLES, FEATURES, TARGET_FEATURES, TARGETS
+from less_assets.steps.asset import Asset
+from less_assets.steps.shown import Shown, Stored, Table, one_table
 from less_assets.store.features import FeatureWriter, open_features
 from less_assets.store.files import read_bytes
-from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
-FEATURES = "features.zarr"
-BATCHING = "batching.json"
-TARGET_FEATURES = "features.parquet"
 REASONS = 20
 """Reasons shown for rows that the chat template refuses, the most frequent ones."""
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The assets `train_gradients`, `gradient_datastore` and `target_gradients`."""
-
-    @dg.asset(
-        group_name="gradients",
-        kinds={"pytorch", "zarr"},
-        pool="gpu",
-        partitions_def=axes.of("train_gradients"),
-        deps=["warmup_checkpoints", "instruction_pool"],
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def train_gradients(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-        backend: dg.ResourceParam[Backend],
-    ) -> Iterator[dg.MaterializeResult]:
-        """Sketched Adam directions of every example of a shard at a checkpoint, with exact norms and losses."""
-        yield from materialize_range(
-            context, project, store, models, extract_train_gradients, describe_train_gradients, backend
-        )
-
-    @dg.asset(
-        group_name="gradients",
-        partitions_def=axes.of("gradient_datastore"),
-        deps=["train_gradients", "pool_index"],
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def gradient_datastore(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """The gate before scoring: every shard of the pool has features at this checkpoint, all of one making."""
-        yield from materialize_range(context, project, store, models, close_datastore, metadata.summary)
-
-    @dg.asset(
-        group_name="gradients",
-        kinds={"pytorch"},
-        pool="gpu",
-        partitions_def=axes.of("target_gradients"),
-        deps=["warmup_checkpoints", "target_examples"],
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def target_gradients(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """Sketched plain gradients of a task's target examples at a checkpoint."""
-        yield from materialize_range(
-            context, project, store, models, extract_target_gradients, metadata.table_summary(TARGET_FEATURES)
-        )
-
-    return [train_gradients, gradient_datastore, target_gradients]
 
 
 def extract_train_gradients(work: StepInputs) -> StepResult:
@@ -194,18 +128,6 @@ def _feature_summary(work: StepInputs, statuses: Any, tokens: int) -> dict[str, 
         if usable.any()
         else {},
     }
-
-
-def describe_train_gradients(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The shard's figures, and its row count where the UI plots it over partitions; why the template refused rows."""
-    norms: Any = manifest.summary["median_norm"]
-    # One figure each, so that the UI plots them over checkpoints and shards.
-    plotted = {f"median_norm/{form}": norm for form, norm in norms.items()}
-    shown = {**metadata.summary(folder, manifest), **plotted, "dagster/partition_row_count": manifest.summary["rows"]}
-    if refused := manifest.summary.get("template_refused"):
-        reasons = pl.DataFrame(list(refused.items()), ["reason", "rows"], orient="row")  # type: ignore[union-attr]
-        shown["template_refused"] = metadata.table(reasons)
-    return shown
 
 
 def close_datastore(work: StepInputs) -> StepResult:
@@ -317,3 +239,114 @@ def encode_targets(work: StepInputs, task: str, tokenizer: Any) -> tuple[list[An
         for target, member in zip(targets_from_table(table), table["member"], strict=True)
     ]
     return examples, table["subtask"].to_list()
+
+
+def describe_train_gradients(stored: Stored) -> Shown:
+    """The shard's median norms, and why the template refused rows."""
+    summary: Any = stored.manifest.summary
+    # One figure each, so that the UI plots them over checkpoints and shards.
+    values: dict[str, Any] = {f"median_norm/{form}": norm for form, norm in summary["median_norm"].items()}
+    if refused := summary.get("template_refused"):
+        values["template_refused"] = Table(pl.DataFrame(list(refused.items()), ["reason", "rows"], orient="row"))
+    return Shown(values, summary["rows"])
+
+
+def train_gradient_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of the shards, and the bytes of their features."""
+    from less_assets.method.gradients.quantization import bytes_per_row
+
+    settings = workload.project.gradients
+    shards = [workload.lineage.pool_files.shard(split(key)[1]) for key in due]
+    row = len(settings.forms) * (bytes_per_row(settings.storage, settings.dimension) + 8) + 9
+    stored = sum(_stored_rows(shard.rows, settings.block_rows) * row for shard in shards)
+    tokens = workload.tokens(shards)
+    loads = len({split(key)[0] for key in due})
+    # Ray's workers share the shards; a speed is one worker's.
+    units = tokens / (workload.project.compute.workers or 1)
+    return Amount(units={"train_gradients": units}, tokens=tokens, loads=loads, bytes=stored)
+
+
+def _stored_rows(rows: int, block_rows: int) -> int:
+    """Rows of a shard's blocks, which are stored at full size, the last one too."""
+    block = min(block_rows, max(1, rows))
+    return -(-rows // block) * block
+
+
+def target_gradient_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of the target examples, and the bytes of their features."""
+    counts = [workload.target_sizes[split(key)[1]] for key in due]
+    tokens = sum(tokens for _, tokens, _ in counts)
+    stored = sum(examples for examples, _, _ in counts) * 4.0 * workload.project.gradients.dimension
+    loads = len({split(key)[0] for key in due})
+    return Amount(units={"target_gradients": tokens}, tokens=tokens, loads=loads, bytes=stored)
+
+
+def _shared_settings(project: Project) -> Mapping[str, Any]:
+    return {"model": project.model_settings(), **project.gradient_settings()}
+
+
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return _shared_settings(lineage.project)
+
+
+def _target_content(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """Another way to evaluate the task leaves its gradients as they are."""
+    checkpoint = f"warmup_checkpoints/{keys['checkpoint']}"
+    examples = lineage.summary("target_examples", keys["task"])["examples_digest"]
+    return {checkpoint: inputs[checkpoint], "examples": examples}
+
+
+ASSETS = (
+    Asset(
+        name="train_gradients",
+        group="gradients",
+        kinds=frozenset({"pytorch", "zarr"}),
+        description=(
+            "Sketched Adam directions of every example of a shard at a checkpoint, with exact norms and losses."
+        ),
+        axes=("checkpoint", "shard"),
+        inputs=(Input("warmup_checkpoints"), Input("instruction_pool")),
+        folder="gradients/train/{checkpoint}/{shard}",
+        settings=_settings,
+        shared_settings=_shared_settings,
+        compute=extract_train_gradients,
+        describe=describe_train_gradients,
+        in_ranges=True,
+        loads_model=True,
+        spread=True,
+        amount=train_gradient_work,
+        counts_tokens=True,
+    ),
+    Asset(
+        name="gradient_datastore",
+        group="gradients",
+        description=(
+            "The gate before scoring: every shard of the pool has features at this checkpoint, all of one making."
+        ),
+        axes=("checkpoint",),
+        inputs=(Input("pool_index"), Input("train_gradients")),
+        folder="gradients/datastore/{checkpoint}",
+        compute=close_datastore,
+        in_ranges=True,
+    ),
+    Asset(
+        name="target_gradients",
+        group="gradients",
+        kinds=frozenset({"pytorch"}),
+        description="Sketched plain gradients of a task's target examples at a checkpoint.",
+        axes=("checkpoint", "task"),
+        inputs=(Input("warmup_checkpoints"), Input("target_examples")),
+        folder="gradients/target/{checkpoint}/{task}",
+        settings=_settings,
+        shared_settings=_shared_settings,
+        determined_by=_target_content,
+        compute=extract_target_gradients,
+        describe=one_table(TARGET_FEATURES),
+        in_ranges=True,
+        loads_model=True,
+        amount=target_gradient_work,
+        counts_tokens=True,
+        speed=Guess(("train_gradients",)),
+        columns_from={"target_examples": {"example_id": ["example_id"], "subtask": ["subtask"]}},
+    ),
+)

@@ -1,70 +1,28 @@
 """The base model and the instruction pool: read, normalised, indexed.
 
-Belongs here: wiring only. Formats are `method/examples.py`, files and shards `ledger.py`.
+Belongs here: wiring only. Formats are `method/data/examples.py`, files and shards `lineage/pool_files.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import dagster as dg
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.file_digests import model_stamp
+from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import digest
 from less_assets.lineage.pool_files import data_path
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one, materialize_range
-from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
-from less_assets.store.manifest import Manifest
+from less_assets.reading.files import EXAMPLES, INDEX
+from less_assets.steps.asset import ROW_COLUMNS, Asset
+from less_assets.steps.checks import few_rows_quarantined
+from less_assets.steps.fairness_checks import evaluation_not_in_pool
+from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
-
-EXAMPLES = "examples.parquet"
-INDEX = "index.parquet"
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The assets `base_model`, `instruction_pool` and `pool_index`."""
-
-    @dg.asset(group_name="model", kinds={"huggingface"}, pool="gpu")
-    def base_model(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """The base model and its tokenizer, by content digest: a Hugging Face id, a folder, or a GGUF in a package."""
-        return materialize_one(context, project, store, models, record_base_model, metadata.summary)
-
-    @dg.asset(
-        group_name="pool",
-        kinds={"polars", "parquet"},
-        partitions_def=axes.of("instruction_pool"),
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def instruction_pool(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """Examples of one shard of the pool, normalised, with content-derived ids; bad rows are quarantined."""
-        yield from materialize_range(context, project, store, models, read_shard, describe_shard)
-
-    @dg.asset(group_name="pool", kinds={"polars", "parquet"}, deps=["instruction_pool"])
-    def pool_index(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """Where every example of the pool stands, how often, and which copy counts."""
-        return materialize_one(context, project, store, models, index_pool, describe_index)
-
-    return [base_model, instruction_pool, pool_index]
 
 
 def record_base_model(work: StepInputs) -> StepResult:
@@ -108,22 +66,6 @@ def read_shard(work: StepInputs) -> StepResult:
     return StepResult(summary, data_version=digest([list(row) for row in rows]), units=table.height)
 
 
-def describe_shard(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Counts, the first examples, and every quarantined row with its reason."""
-    table = read_parquet(folder, EXAMPLES)
-    bad = table.filter(~pl.col("status").is_in(["ok", "blank"]))
-    shown = {
-        **metadata.summary(folder, manifest),
-        "dagster/partition_row_count": table.height,
-        "examples": metadata.example_table(table.filter(pl.col("status") == "ok").head(5)),
-        "dagster/column_schema": metadata.column_schema(table),
-    }
-    if bad.height:
-        columns = ["source_file", "source_row", "status", "detail"]
-        shown["quarantine"] = metadata.table(bad.select(columns).head(metadata.TABLE_ROWS))
-    return shown
-
-
 def index_pool(work: StepInputs) -> StepResult:
     """List every usable row of every shard; of equal examples the first one is canonical."""
     parts = []
@@ -156,18 +98,94 @@ def index_pool(work: StepInputs) -> StepResult:
     return StepResult(summary)
 
 
-def describe_index(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Counts, the share of each source, and the columns."""
+def describe_shard(stored: Stored) -> Shown:
+    """The first examples, and every quarantined row with its reason."""
+    table = stored.table(EXAMPLES)
+    bad = table.filter(~pl.col("status").is_in(["ok", "blank"]))
+    values: dict[str, Any] = {"examples": Table(table.filter(pl.col("status") == "ok").head(5), examples=True)}
+    if bad.height:
+        values["quarantine"] = Table(bad.select("source_file", "source_row", "status", "detail").head(TABLE_ROWS))
+    return Shown(values, table.height, table.schema)
+
+
+def describe_index(stored: Stored) -> Shown:
+    """The share of each source."""
     from less_assets.report import charts
 
-    index = read_parquet(folder, INDEX)
-    shown = {
-        **metadata.summary(folder, manifest),
-        "dagster/row_count": index.height,
-        "dagster/column_schema": metadata.column_schema(index),
-    }
-    sources: Any = manifest.summary["sources"]
-    if len(sources) > 1:
-        drawn = charts.share_bars(sources, kind="source")
-        shown["shares_by_source"] = metadata.picture(drawn, "share of each source among distinct rows")
-    return shown
+    sources: Any = stored.manifest.summary["sources"]
+    index = stored.table(INDEX)
+    drawn = charts.share_bars(sources, kind="source") if len(sources) > 1 else None
+    values = {"shares_by_source": Picture(drawn, "share of each source among distinct rows")} if drawn else {}
+    return Shown(values, index.height, index.schema)
+
+
+def base_model_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """One look at the model's files."""
+    return Amount(units={"base_model": 1})
+
+
+def pool_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Rows read and normalised, and their bytes."""
+    shards = [workload.lineage.pool_files.shard(str(key)) for key in due]
+    stored = sum(shard.rows * workload.samples[shard.source].stored_bytes for shard in shards)
+    return Amount(units={"instruction_pool": sum(shard.rows for shard in shards)}, bytes=stored)
+
+
+def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return {"model": lineage.project.model_settings(), "stamp": model_stamp(lineage.project.model.base)}
+
+
+def _source_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return lineage.project.source_settings(lineage.pool_files.shard(keys["shard"]).source)
+
+
+def _files(lineage: Lineage, keys: Keys) -> dict[str, str]:
+    return {"files": lineage.pool_files.shard(keys["shard"]).digest}
+
+
+ASSETS = (
+    Asset(
+        name="base_model",
+        group="model",
+        kinds=frozenset({"huggingface"}),
+        description=(
+            "The base model and its tokenizer, by content digest: a Hugging Face id, a folder, or a GGUF in a package."
+        ),
+        folder="model",
+        settings=_model_settings,
+        compute=record_base_model,
+        loads_model=True,
+        amount=base_model_work,
+    ),
+    Asset(
+        name="instruction_pool",
+        group="pool",
+        kinds=frozenset({"polars", "parquet"}),
+        description=(
+            "Examples of one shard of the pool, normalised, with content-derived ids; bad rows are quarantined."
+        ),
+        axes=("shard",),
+        folder="pool/{shard}",
+        settings=_source_settings,
+        outside=_files,
+        compute=read_shard,
+        describe=describe_shard,
+        in_ranges=True,
+        amount=pool_work,
+        speed=Guess(seconds=2e-4),  # of one two-core machine, and small beside all work on tokens
+    ),
+    Asset(
+        name="pool_index",
+        group="pool",
+        kinds=frozenset({"polars", "parquet"}),
+        description="Where every example of the pool stands, how often, and which copy counts.",
+        inputs=(Input("instruction_pool"),),
+        folder="pool_index",
+        # A removed source changes no partition that is left; by this Dagster sees that the index is another one.
+        shared_settings=lambda project: {"sources": sorted(source.name for source in project.pool.sources)},
+        compute=index_pool,
+        describe=describe_index,
+        checks=(few_rows_quarantined, evaluation_not_in_pool),
+        columns_from={"instruction_pool": ROW_COLUMNS},
+    ),
+)

@@ -10,22 +10,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
-from less_assets.orchestration.materialization import StepInputs
 from less_assets.project.project import TEXT_SCORED, ResolvedRecipe
+from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES, FEATURES, INDEX, score_file
 from less_assets.steps import baselines
-from less_assets.steps.gradients import FEATURES, encode_targets
-from less_assets.steps.pool import EXAMPLES, INDEX
+from less_assets.steps.gradients import encode_targets
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_json, read_parquet
-
-EXACT = "exact.parquet"
-EXACT_COLUMN = "exact"
-
-
-def score_file(shard: str) -> str:
-    """Name of a shard's score table inside `influence_scores`."""
-    return f"scores/{shard}.parquet"
 
 
 class Pool:

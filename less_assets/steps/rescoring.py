@@ -1,56 +1,25 @@
 """Two-stage exactness: the sketch retrieves candidates around the cut, exact gradients decide.
 
-Belongs here: wiring only. Exact scores are `method/exact.py`.
+Belongs here: wiring only. Exact scores are `method/gradients/exact.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
+from less_assets.lineage.declaration import Input
 from less_assets.lineage.lineage import split
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one
-from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project
+from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES
+from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
-from less_assets.steps.pool import EXAMPLES
-from less_assets.steps.ranking import EXACT, EXACT_COLUMN, budget_of, candidates_of
-from less_assets.store.artifacts import ArtifactStore
+from less_assets.steps.ranking import budget_of, candidates_of
+from less_assets.steps.shown import one_table
 from less_assets.store.tables import read_parquet, write_parquet
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The asset `exact_scores`, if a recipe asks for it."""
-    recipes = axes.needed_by("exact_scores")
-    if not recipes:
-        return []
-
-    @dg.asset(
-        group_name="selection",
-        kinds={"pytorch", "parquet"},
-        pool="gpu",
-        partitions_def=axes.of("exact_scores"),
-        deps=[
-            axes.by_task("influence_scores", recipes),
-            axes.by_recipe("recipe_settings", recipes),
-            axes.all_partitions("warmup_checkpoints"),
-            axes.by_task("target_examples", recipes),
-            "pool_index",
-        ],
-    )
-    def exact_scores(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """Exact, unprojected influence of the candidates around the cut, at every checkpoint."""
-        return materialize_one(context, project, store, models, rescore, metadata.table_summary(EXACT))
-
-    return [exact_scores]
 
 
 def rescore(work: StepInputs) -> StepResult:
@@ -128,3 +97,49 @@ def encode_rows(work: StepInputs, rows: pl.DataFrame) -> list[Any]:
                 encode_messages(name, messages, tokenizer, chat_format=model.chat_format, max_length=model.max_length)
             )
     return examples
+
+
+def rescoring_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of candidates and targets, at every checkpoint."""
+    tokens = 0.0
+    for key in due:
+        recipe, task = split(key)
+        candidates = min(
+            workload.pool_rows, workload.selected_rows(recipe, task) * (workload.project.recipe(recipe).candidates or 1)
+        )
+        tokens += (candidates * workload.row_tokens + 2 * workload.target_sizes[task][1]) * len(
+            workload.project.checkpoints
+        )
+    loads = len(due) * len(workload.project.checkpoints)
+    return Amount(units={"exact_scores": tokens}, tokens=tokens, loads=loads)
+
+
+ASSETS = (
+    Asset(
+        name="exact_scores",
+        group="selection",
+        kinds=frozenset({"pytorch", "parquet"}),
+        description="Exact, unprojected influence of the candidates around the cut, at every checkpoint.",
+        axes=("recipe", "task"),
+        inputs=(
+            Input("influence_scores"),
+            Input("recipe_settings"),
+            Input("target_examples"),
+            Input("pool_index"),
+            Input("warmup_checkpoints"),
+        ),
+        folder="selection/{task}/exact/{recipe}",
+        needed_by=lambda project, recipe: project.recipe(recipe).candidates is not None,
+        compute=rescore,
+        describe=one_table(EXACT),
+        loads_model=True,
+        amount=rescoring_work,
+        counts_tokens=True,
+        speed=Guess(("train_gradients",)),
+        columns_from={
+            "influence_scores": {"example_id": ["example_id"], "sketched_score": ["{form}.{rule}"]},
+            "target_examples": {"exact": ["messages", "completion", "subtask"]},
+            "pool_index": {"source": ["source"], "shard": ["shard"], "row": ["row"]},
+        },
+    ),
+)

@@ -1,122 +1,53 @@
 """From features to a ranked subset: influence scores per task, the recipe as resolved, the selected rows.
 
-Belongs here: wiring only. Mathematics is `method/influence.py`; which scores a recipe ranks by is `ranking.py`.
+Belongs here: wiring only. Mathematics is `method/selection/`; which scores a recipe ranks by is `ranking.py`.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
-from less_assets.lineage.lineage import Lineage, split, subset_folder
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.plan import digest
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.checks import SCORE_CHECKS, SUBSET_CHECKS
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_range, materialize_together
-from less_assets.orchestration.partitions import Axes
 from less_assets.project.project import Project, ResolvedRecipe
-from less_assets.reading.certificates import judge_selection
-from less_assets.steps.gradients import FEATURES, TARGET_FEATURES, check_sketch
-from less_assets.steps.pool import EXAMPLES
-from less_assets.steps.ranking import (
-    Pool,
-    aggregate_of,
-    draw_rows,
+from less_assets.reading.certificates import CERTIFICATE, REAL_STEPS, certified_rules, judge_selection
+from less_assets.reading.files import (
+    EXAMPLES,
+    FEATURES,
+    PASSED_OVER,
+    POOL_SCORES,
+    SUBSET,
+    SUBSET_JSONL,
+    SUBTASKS,
+    TARGET_FEATURES,
     score_file,
-    scored_pool,
-    select_by_recipe,
 )
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.steps.asset import ROW_COLUMNS, Asset
+from less_assets.steps.checks import (
+    influence_is_real,
+    no_subtask_dominates,
+    not_only_very_short_rows,
+    sketch_is_faithful,
+)
+from less_assets.steps.gradients import check_sketch
+from less_assets.steps.ranking import Pool, aggregate_of, draw_rows, scored_pool, select_by_recipe
+from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
 from less_assets.store.features import open_features
-from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
-SUBSET = "subset.parquet"
-SUBSET_JSONL = "subset.jsonl"
-POOL_SCORES = "pool_scores.parquet"
-SUBTASKS = "subtasks.json"
-PASSED_OVER = "passed_over.parquet"
 CHART_SCORES = 20_000
 """Scores kept for the histogram: enough for its bins, small for any pool."""
 
 
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The assets `influence_scores`, `recipe_settings` and `selected_subset`."""
-    readers = [key for key in axes.project.recipe_keys if axes.project.reads_scores(key)]
-
-    @dg.asset(
-        group_name="selection",
-        kinds={"numpy", "parquet"},
-        partitions_def=axes.of("influence_scores"),
-        deps=[axes.all_partitions("gradient_datastore"), "target_gradients", "pool_index"],
-        pool="gpu",  # for its checks
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def influence_scores(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint."""
-        yield from materialize_together(context, project, store, models, score_pool, describe_scores, SCORE_CHECKS)
-
-    @dg.asset(
-        group_name="selection",
-        partitions_def=axes.of("recipe_settings"),
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def recipe_settings(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """The recipe with every default filled in; changes downstream only if it really changed."""
-        yield from materialize_range(context, project, store, models, resolve_recipe, metadata.summary)
-
-    scores = [axes.by_task("influence_scores", readers)] if readers else []
-    optional = ("exact_scores", "embedding_scores", "text_scores")
-    scores += [axes.scores_of_recipes(asset) for asset in optional if axes.of(asset) is not None]
-    if matching := [key for key in axes.project.recipe_keys if axes.project.matches_targets(key)]:
-        scores.append(axes.by_task("target_examples", matching))
-
-    @dg.asset(
-        group_name="selection",
-        kinds={"polars", "parquet"},
-        partitions_def=axes.of("selected_subset"),
-        deps=[axes.by_recipe("recipe_settings"), "pool_index", *scores],
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def selected_subset(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """The rows that a recipe selects for a task, ranked, with their messages: Parquet and JSON lines."""
-        keys = {subset_folder(*split(key)): key for key in context.partition_keys}
-
-        def describe(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-            key = keys[manifest.key]
-            trust = describe_trust(Lineage(project, store), key, read_parquet(folder, SUBSET))
-            takes_turns = project.recipe(split(key)[0]).aggregate == "round_robin"
-            return {**describe_subset(folder, manifest, takes_turns=takes_turns), **trust}
-
-        yield from materialize_range(context, project, store, models, select_subset, describe, checks=SUBSET_CHECKS)
-
-    return [influence_scores, recipe_settings, selected_subset]
-
-
-def score_pool(works: list[StepInputs]) -> list[StepResult]:
+def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
     """Score the pool for some tasks: shard by shard, all tasks, checkpoints, forms and subtask rules in one pass."""
     from less_assets.method.selection.influence import normalised_weights, row_statuses, score_shard, score_table
 
@@ -179,30 +110,6 @@ def _directions(lineage: Lineage, task: str) -> tuple[list[str], dict[str, dict[
         for rule in SUBTASK_RULES:
             labels, directions[checkpoint][task, rule] = target_directions(features, table["subtask"].to_list(), rule)
     return labels, directions
-
-
-def describe_scores(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Figures, how the scores of each form are distributed, and the columns."""
-    from less_assets.report import charts
-
-    files = sorted(name for name in manifest.files if name.endswith(".parquet"))
-    shown: dict[str, Any] = {
-        **metadata.summary(folder, manifest),
-        "dagster/partition_row_count": manifest.summary["rows"],
-    }
-    columns = [f"{form}.mean_cosine" for form in manifest.summary["forms"]]  # type: ignore[union-attr]
-    parts = [read_parquet(folder, name, columns) for name in files]
-    for column in columns:
-        scores = pl.concat([part[column].drop_nulls().arr.max() for part in parts])
-        if len(scores):
-            shown[f"highest/{column}"], shown[f"median/{column}"] = float(scores.max()), float(scores.median())  # type: ignore[arg-type]
-            kept = scores.sort().gather_every(max(1, -(-len(scores) // CHART_SCORES)))
-            shown[f"scores/{column}"] = metadata.picture(
-                charts.score_histogram(kept), f"best score of each row, {column}"
-            )
-    if files:
-        shown["dagster/column_schema"] = metadata.column_schema(read_parquet(folder, files[0]))
-    return shown
 
 
 def resolve_recipe(work: StepInputs) -> StepResult:
@@ -292,9 +199,57 @@ def _with_messages(lineage: Lineage, ranked: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(parts).sort("rank") if parts else pl.DataFrame(schema=_subset_schema())
 
 
-def describe_trust(lineage: Lineage, key: str, table: pl.DataFrame) -> Mapping[str, Any]:
+def describe_scores(stored: Stored) -> Shown:
+    """How the scores of each form are distributed."""
+    from less_assets.report import charts
+
+    summary: Any = stored.manifest.summary
+    files = sorted(name for name in stored.manifest.files if name.endswith(".parquet"))
+    columns = [f"{form}.mean_cosine" for form in summary["forms"]]
+    parts = [stored.table(file, columns) for file in files]
+    values: dict[str, Any] = {}
+    for column in columns:
+        scores = pl.concat([part[column].drop_nulls().arr.max() for part in parts])
+        if len(scores):
+            values[f"highest/{column}"], values[f"median/{column}"] = scores.max(), scores.median()
+            kept = scores.sort().gather_every(max(1, -(-len(scores) // CHART_SCORES)))
+            drawn = charts.score_histogram(kept)
+            values[f"scores/{column}"] = Picture(drawn, f"best score of each row, {column}")
+    return Shown(values, summary["rows"], stored.table(files[0]).schema if files else None)
+
+
+def describe_subset(stored: Stored) -> Shown:
+    """The best rows, what the subset is made of against the pool, where the cut lies, and how far it can be trusted."""
+    from less_assets.report import charts
+
+    table, files = stored.table(SUBSET), stored.manifest.files
+    values: dict[str, Any] = {"rows": table.height}
+    if table.is_empty():
+        return Shown(values, 0)
+    if table["score"].null_count() < table.height:
+        values["lowest_score"], values["mean_score"] = table["score"].min(), table["score"].mean()
+    top = table.head(TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
+    values["top_rows"] = Table(top, examples=True)
+    sources = dict(table["source"].value_counts().iter_rows())
+    pool: Any = stored.manifest.summary["pool_sources"]
+    values["shares_by_source"] = Picture(charts.share_comparison(sources, pool), "share of each source")
+    subtasks = dict(table["subtask"].drop_nulls().value_counts().iter_rows())
+    if len(subtasks) > 1:
+        values["shares_by_subtask"] = Picture(charts.share_bars(subtasks), "share of each subtask")
+    if PASSED_OVER in files:
+        values["passed_over"] = Table(stored.table(PASSED_OVER).head(TABLE_ROWS))
+    if POOL_SCORES in files:
+        cut: Any = table["score"].min()
+        drawn = charts.score_histogram(
+            stored.table(POOL_SCORES)["score"].to_numpy(), float(cut), all_above=_all_above(stored)
+        )
+        values["scores"] = Picture(drawn, "scores of the pool and the cut")
+    return Shown({**values, **_trust(stored, table)}, table.height, table.schema)
+
+
+def _trust(stored: Stored, table: pl.DataFrame) -> Mapping[str, Any]:
     """What the certificate of the scores says of the selected rows; nothing where there is none."""
-    judged = judge_selection(lineage, key, table)
+    judged = judge_selection(stored.lineage, stored.partition, table)
     if judged is None:
         return {}
     return {
@@ -304,47 +259,143 @@ def describe_trust(lineage: Lineage, key: str, table: pl.DataFrame) -> Mapping[s
     }
 
 
-def describe_subset(folder: ArtifactFolder, manifest: Manifest, *, takes_turns: bool) -> Mapping[str, Any]:
-    """The best rows, what the subset is made of against the pool, and where the cut lies among the scores.
-
-    Args:
-        folder: The subset's files.
-        manifest: Its manifest.
-        takes_turns: Whether each subtask has a cut of its own.
-    """
-    from less_assets.report import charts
-
-    table = read_parquet(folder, SUBSET)
-    shown: dict[str, Any] = {"rows": table.height, **metadata.summary(folder, manifest)}
-    shown["dagster/partition_row_count"] = table.height
-    if table.is_empty():
-        return shown
-    if table["score"].null_count() < table.height:
-        shown["lowest_score"], shown["mean_score"] = float(table["score"].min()), float(table["score"].mean())  # type: ignore[arg-type]
-    top = table.head(metadata.TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
-    shown["top_rows"] = metadata.example_table(top)
-    shown["dagster/column_schema"] = metadata.column_schema(table)
-    sources = dict(table["source"].value_counts().iter_rows())
-    pool: Any = manifest.summary["pool_sources"]
-    shown["shares_by_source"] = metadata.picture(charts.share_comparison(sources, pool), "share of each source")
-    subtasks = dict(table["subtask"].drop_nulls().value_counts().iter_rows())
-    if len(subtasks) > 1:
-        shown["shares_by_subtask"] = metadata.picture(charts.share_bars(subtasks), "share of each subtask")
-    if PASSED_OVER in manifest.files:
-        shown["passed_over"] = metadata.table(read_parquet(folder, PASSED_OVER).head(metadata.TABLE_ROWS))
-    if POOL_SCORES in manifest.files:
-        scores = read_parquet(folder, POOL_SCORES)["score"].to_numpy()
-        cut = float(table["score"].min())  # type: ignore[arg-type]
-        drawn = charts.score_histogram(scores, cut, all_above=_all_above(manifest, takes_turns))
-        shown["scores"] = metadata.picture(drawn, "scores of the pool and the cut")
-    return shown
-
-
-def _all_above(manifest: Manifest, takes_turns: bool) -> float | None:
+def _all_above(stored: Stored) -> float | None:
     """The best score that a row can have and not be selected; None: the cut."""
-    if PASSED_OVER in manifest.files:
+    if PASSED_OVER in stored.manifest.files:
         return math.inf
-    if not takes_turns:
+    if stored.lineage.project.recipe(split(stored.partition)[0]).aggregate != "round_robin":
         return None
-    cuts: Any = manifest.summary["cut_scores"]
+    cuts: Any = stored.manifest.summary["cut_scores"]
     return max((score for part in cuts.values() for score in part.values()), default=math.inf)
+
+
+def score_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Products of one pass over the datastore, the checks of the scores, and the bytes of the tables."""
+    rows, forms = workload.pool_rows, len(workload.project.gradients.forms)
+    passes = rows * forms * len(workload.project.checkpoints)
+    subtasks = sum(workload.target_sizes[str(task)][2] for task in due)
+    columns = 2 * forms * (len(workload.project.checkpoints) + 1)  # two subtask rules; each checkpoint, and their sum
+    checks, tokens = check_work(workload, due)
+    return Amount(
+        # Tasks that are due together share one pass over the datastore.
+        units={"influence_scores": passes, **checks},
+        tokens=tokens,
+        loads=(len(workload.project.checkpoints) + 1) * len(due) if tokens else 0,
+        bytes=rows * (4.0 * columns * subtasks + 24 * len(due)),
+    )
+
+
+def check_work(workload: Workload, tasks: Sequence[str]) -> tuple[dict[str, float], float]:
+    """Tokens of the certificates of some tasks, and of the real steps; and both together."""
+    from less_assets.steps.certificates import STEP_TARGETS
+
+    settings, checkpoints = workload.project.gradients, len(workload.project.checkpoints)
+    rules = len(certified_rules(workload.project))
+    found = {CERTIFICATE: 0.0, REAL_STEPS: 0.0}
+    for task in tasks:
+        examples, tokens, _ = workload.target_sizes[str(task)]
+        if settings.certificate_rows and rules:
+            sample = min(settings.certificate_rows, workload.pool_rows) * workload.row_tokens
+            found[CERTIFICATE] += checkpoints * rules * (sample + 2 * tokens)
+        if settings.real_step_rows:
+            steps = min(settings.real_step_rows, workload.pool_rows)
+            looked_at = tokens / max(1, -(-examples // STEP_TARGETS))
+            found[REAL_STEPS] += steps * (looked_at + workload.row_tokens)
+    return {name: tokens for name, tokens in found.items() if tokens}, sum(found.values())
+
+
+def selection_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Rows that are ranked, and the bytes of the subsets."""
+    samples = list(workload.samples.values())
+    row = 2 * sum(each.stored_bytes for each in samples) / max(1, len(samples))  # Parquet, and JSON lines
+    stored = sum(workload.selected_rows(*split(key)) * row for key in due)
+    return Amount(units={"selected_subset": workload.pool_rows * len(due)}, bytes=stored)
+
+
+def _recipe(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return lineage.project.recipe_settings(keys["recipe"])
+
+
+def _tokenizer(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    """How long rows are depends on the tokenizer."""
+    project = lineage.project
+    return {"tokenizer": project.tokenizer_settings()} if project.counts_tokens(keys["recipe"]) else {}
+
+
+def _reads_influence(project: Project, recipe: str) -> bool:
+    return project.reads_scores(recipe)
+
+
+def _matches_targets(project: Project, recipe: str) -> bool:
+    return project.matches_targets(recipe)
+
+
+def _ranked_by(project: Project, recipe: str) -> str:
+    return project.ranked_by(recipe)
+
+
+ASSETS = (
+    Asset(
+        name="influence_scores",
+        group="selection",
+        kinds=frozenset({"numpy", "parquet"}),
+        description="Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint.",
+        axes=("task",),
+        inputs=(Input("pool_index"), Input("gradient_datastore"), Input("target_gradients")),
+        folder="selection/{task}/influence",
+        compute_together=score_pool,
+        describe=describe_scores,
+        checks=(sketch_is_faithful, influence_is_real),
+        in_ranges=True,
+        loads_model=True,  # for its checks
+        amount=score_work,
+        columns_from={
+            "pool_index": ROW_COLUMNS | {"shard": ["shard"], "row": ["row"]},
+            "target_gradients": {"{form}.{rule}": ["features", "subtask"], "{form}.{rule}.{checkpoint}": ["features"]},
+        },
+    ),
+    Asset(
+        name="recipe_settings",
+        group="selection",
+        description="The recipe with every default filled in; changes downstream only if it really changed.",
+        axes=("recipe",),
+        folder="recipes/{recipe}",
+        settings=_recipe,
+        compute=resolve_recipe,
+        in_ranges=True,
+    ),
+    Asset(
+        name="selected_subset",
+        group="selection",
+        kinds=frozenset({"polars", "parquet"}),
+        description="The rows that a recipe selects for a task, ranked, with their messages: Parquet and JSON lines.",
+        axes=("recipe", "task"),
+        inputs=(
+            Input("recipe_settings"),
+            Input("pool_index"),
+            Input("influence_scores", read_by=_reads_influence),
+            Input("exact_scores", of_recipe=_ranked_by),
+            Input("text_scores", of_recipe=_ranked_by),
+            Input("embedding_scores", of_recipe=_ranked_by),
+            Input("target_examples", read_by=_matches_targets),
+        ),
+        folder="selection/{task}/recipes/{recipe}",
+        settings=_tokenizer,
+        compute=select_subset,
+        describe=describe_subset,
+        checks=(no_subtask_dominates, not_only_very_short_rows),
+        in_ranges=True,
+        amount=selection_work,
+        speed=Guess(seconds=2e-5),
+        columns_from={
+            "pool_index": ROW_COLUMNS | {"shard": ["shard"], "row": ["row"]},
+            "influence_scores": {
+                "score": ["{form}.{rule}"],
+                "rank": ["{form}.{rule}"],
+                "subtask": ["{form}.{rule}"],
+                "loss_tokens": ["loss_tokens"],
+            },
+            "exact_scores": {"score": ["exact"], "rank": ["exact"], "subtask": ["exact"]},
+        },
+    ),
+)

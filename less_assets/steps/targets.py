@@ -1,42 +1,25 @@
-"""Target tasks: their examples by subtask, and what models will be judged on.
+"""The target examples of a task: what the selected data shall teach.
 
-Belongs here: wiring only. Formats and prompts are `method/targets.py`.
+Belongs here: wiring only. Formats are `method/data/targets.py`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import dagster as dg
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
+from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import TargetFormatError
-from less_assets.lineage.plan import digest
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one
-from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project, Task
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
-from less_assets.store.manifest import Manifest
-from less_assets.store.tables import read_parquet, write_parquet
-
-TARGETS = "targets.parquet"
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The asset `target_examples`."""
-
-    @dg.asset(group_name="targets", kinds={"polars", "parquet"}, partitions_def=axes.of("target_examples"))
-    def target_examples(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """The task's target examples by subtask, normalised, and a digest of what it is evaluated on."""
-        return materialize_one(context, project, store, models, read_task, describe_targets)
-
-    return [target_examples]
+from less_assets.lineage.declaration import Keys
+from less_assets.lineage.file_digests import files_digest
+from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.plan import Versions, digest
+from less_assets.project.project import Task
+from less_assets.reading.files import TARGETS
+from less_assets.steps.asset import Asset
+from less_assets.steps.fairness_checks import targets_not_evaluated
+from less_assets.steps.shown import TABLE_ROWS, Shown, Stored, Table
+from less_assets.store.tables import write_parquet
 
 
 def read_task(work: StepInputs) -> StepResult:
@@ -59,7 +42,7 @@ def read_task(work: StepInputs) -> StepResult:
     examples_digest = digest([list(map(str, row)) for row in table.rows()])
     settings = work.project.task_settings(work.partition)
     files = dict(work.lineage.plan("target_examples", work.partition).inputs)
-    evaluation_digest = digest([_evaluation_files(work, member) for member in members] + [settings])
+    evaluation_digest = digest([_evaluation_files(member) for member in members] + [settings])
     summary = {
         "examples": table.height,
         "subtasks": dict(sorted(table["subtask"].value_counts().iter_rows())),
@@ -70,24 +53,51 @@ def read_task(work: StepInputs) -> StepResult:
     return StepResult(summary, data_version=digest([examples_digest, evaluation_digest, files, settings]))
 
 
-def _evaluation_files(work: StepInputs, member: Task) -> list[str]:
-    from less_assets.lineage.lineage import files_digest
+def _evaluation_files(member: Task) -> list[str]:
+    return [files_digest([path]) for path in _evaluation_paths(member)]
 
+
+def _evaluation_paths(member: Task) -> list[str]:
+    """Files that a task is evaluated on: its own, and a harness task's that lies in a file."""
     evaluation = member.evaluation
     if evaluation is None:
         return []
     harness = evaluation.harness if isinstance(evaluation.harness, str) else ""
     named = [harness] if harness.endswith((".yaml", ".yml")) else []
-    return [files_digest([path]) for path in (evaluation.path, evaluation.held_out, *named) if path]
+    return [path for path in (evaluation.path, evaluation.held_out, *named) if path]
 
 
-def describe_targets(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Counts, the first examples, and the table's columns."""
-    table = read_parquet(folder, TARGETS)
-    shown = table.select("subtask", "messages", "completion").head(metadata.TABLE_ROWS)
-    return {
-        **metadata.summary(folder, manifest),
-        "target_examples": metadata.example_table(shown),
-        "dagster/partition_row_count": table.height,
-        "dagster/column_schema": metadata.column_schema(table),
-    }
+def describe_targets(stored: Stored) -> Shown:
+    """The first examples."""
+    table = stored.table(TARGETS)
+    first = table.select("subtask", "messages", "completion").head(TABLE_ROWS)
+    return Shown({"target_examples": Table(first, examples=True)}, table.height, table.schema)
+
+
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return lineage.project.task_settings(keys["task"])
+
+
+def _files(lineage: Lineage, keys: Keys) -> Versions:
+    paths: list[str] = []
+    for member in lineage.project.member_tasks(keys["task"]):
+        assert member.examples is not None
+        paths += [member.examples.path, *_evaluation_paths(member)]
+    return {"files": files_digest(paths)}
+
+
+ASSETS = (
+    Asset(
+        name="target_examples",
+        group="targets",
+        kinds=frozenset({"polars", "parquet"}),
+        description="The task's target examples by subtask, normalised, and a digest of what it is evaluated on.",
+        axes=("task",),
+        folder="targets/{task}",
+        settings=_settings,
+        outside=_files,
+        compute=read_task,
+        describe=describe_targets,
+        checks=(targets_not_evaluated,),
+    ),
+)

@@ -1,69 +1,36 @@
 """Step 1: the warm-up sample, drawn once, and the checkpoints that gradients are taken at.
 
-Belongs here: wiring only. Training is `method/warmup.py`, foreign checkpoints `method/checkpoints.py`.
+Belongs here: wiring only. Training is `method/training/warmup.py`, foreign checkpoints
+`method/training/imported_checkpoint.py`.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import dagster as dg
 import polars as pl
 
-from less_assets.compute.models import ModelLoader
+from less_assets.compute.speeds import TRAINING, Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.file_digests import files_digest
 from less_assets.lineage.lineage import Lineage
-from less_assets.lineage.plan import digest
-from less_assets.orchestration import ui_metadata as metadata
-from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one, materialize_range
-from less_assets.orchestration.partitions import Axes
+from less_assets.lineage.plan import Versions, digest
+from less_assets.lineage.warmup_draw import sample_draw
 from less_assets.project.project import Project
-from less_assets.steps.pool import EXAMPLES, INDEX
-from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.reading.files import EXAMPLES, INDEX, SAMPLE
+from less_assets.steps.asset import Asset
+from less_assets.steps.shown import Picture, Shown, Stored, one_table
+from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.files import storage_trouble
-from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_parquet
-
-SAMPLE = "sample.parquet"
-
-
-def build_assets(axes: Axes) -> list[dg.AssetsDefinition]:
-    """The assets `warmup_sample` and `warmup_checkpoints`."""
-
-    @dg.asset(group_name="warmup", deps=["pool_index"])
-    def warmup_sample(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> dg.MaterializeResult:
-        """Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again."""
-        check_sample(Lineage(project, store))
-        return materialize_one(context, project, store, models, draw_warmup_sample, describe_sample)
-
-    @dg.asset(
-        group_name="warmup",
-        kinds={"pytorch", "huggingface"},
-        pool="gpu",
-        partitions_def=axes.of("warmup_checkpoints"),
-        deps=["base_model", "warmup_sample"],
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        output_required=False,
-    )
-    def warmup_checkpoints(
-        context: dg.AssetExecutionContext,
-        project: dg.ResourceParam[Project],
-        store: dg.ResourceParam[ArtifactStore],
-        models: dg.ResourceParam[ModelLoader],
-    ) -> Iterator[dg.MaterializeResult]:
-        """Adapter, Adam's moments by parameter name, and mean learning rate after an epoch of the warm-up training."""
-        yield from materialize_range(context, project, store, models, make_checkpoint, describe_checkpoint)
-
-    return [warmup_sample, warmup_checkpoints]
 
 
 def draw_warmup_sample(work: StepInputs) -> StepResult:
@@ -81,17 +48,6 @@ def draw_warmup_sample(work: StepInputs) -> StepResult:
     write_parquet(work.folder, SAMPLE, sample.select("example_id", "shard"))
     sources = dict(sorted(sample["source"].value_counts().iter_rows()))
     return StepResult({"rows": sample.height, "sources": sources}, data_version=digest(sample["example_id"].to_list()))
-
-
-def describe_sample(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """Counts, the table's columns, and the share of each source."""
-    from less_assets.report import charts
-
-    shown = {**metadata.summary(folder, manifest), **metadata.table_facts(folder, SAMPLE, partitioned=False)}
-    sources: Any = manifest.summary.get("sources", {})
-    if len(sources) > 1:
-        shown["shares_by_source"] = metadata.picture(charts.share_bars(sources, kind="source"), "share of each source")
-    return shown
 
 
 def check_sample(lineage: Lineage) -> None:
@@ -120,19 +76,6 @@ def make_checkpoint(work: StepInputs) -> StepResult:
     if work.project.warmup.imported:
         return adopt_checkpoint(work)
     return train_checkpoint(work)
-
-
-def describe_checkpoint(folder: ArtifactFolder, manifest: Manifest) -> Mapping[str, Any]:
-    """The epoch's figures and the losses of its steps."""
-    from less_assets.report import charts
-
-    shown = dict(metadata.summary(folder, manifest))
-    losses = json.loads(folder.read_bytes("state.json"))["losses"]
-    if losses:
-        last: Any = manifest.summary["step"]
-        steps = range(last - len(losses) + 1, last + 1)
-        shown["losses"] = metadata.picture(charts.training_curve(list(steps), losses), "loss of the epoch's steps")
-    return shown
 
 
 def train_checkpoint(work: StepInputs) -> StepResult:
@@ -268,3 +211,99 @@ def lora_settings(project: Project) -> Any:
 
     lora = project.lora
     return LoraSettings(lora.rank, lora.alpha, lora.dropout, tuple(lora.target_modules))
+
+
+def describe_sample(stored: Stored) -> Shown:
+    """The share of each source."""
+    from less_assets.report import charts
+
+    sources: Any = stored.manifest.summary.get("sources", {})
+    drawn = charts.share_bars(sources, kind="source") if len(sources) > 1 else None
+    values = {"shares_by_source": Picture(drawn, "share of each source")} if drawn else {}
+    return replace(one_table(SAMPLE)(stored), values=values)
+
+
+def describe_checkpoint(stored: Stored) -> Shown:
+    """The losses of the epoch's steps."""
+    from less_assets.report import charts
+
+    losses = json.loads(stored.folder.read_bytes("state.json"))["losses"]
+    if not losses:
+        return Shown({})
+    last: Any = stored.manifest.summary["step"]
+    steps = list(range(last - len(losses) + 1, last + 1))
+    return Shown({"losses": Picture(charts.training_curve(steps, losses), "loss of the epoch's steps")})
+
+
+def checkpoint_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Tokens of the warm-up, an epoch a checkpoint."""
+    if workload.project.warmup.imported:
+        return Amount(loads=len(due), bytes=workload.training_bytes(len(due)))
+    # A killed training goes on after its last whole epoch; an epoch that is due is trained once.
+    rows = workload.known("warmup_sample", None, "rows") or workload.project.warmup.fraction * workload.pool_rows
+    tokens = rows * workload.row_tokens * len(due)
+    return Amount(
+        units={"warmup_checkpoints": tokens}, tokens=tokens, loads=len(due), bytes=workload.training_bytes(len(due))
+    )
+
+
+def _sample_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return lineage.project.sample_settings() | {"draw": sample_draw(lineage.store)}
+
+
+def _checkpoint_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return {**_shared_settings(lineage.project), "checkpoint": keys["checkpoint"]}
+
+
+def _shared_settings(project: Project) -> Mapping[str, Any]:
+    return {"model": project.model_settings(), **project.warmup_settings()}
+
+
+def _imported_files(lineage: Lineage, keys: Keys) -> Versions:
+    imported = lineage.project.warmup.imported
+    position = lineage.project.checkpoints.index(keys["checkpoint"])
+    return {"files": files_digest([imported[position]])} if imported else {}
+
+
+def _only_settings(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """Drawn once and frozen: the pool's version is recorded, but an appended shard never draws again."""
+    return {}
+
+
+ASSETS = (
+    Asset(
+        name="warmup_sample",
+        group="warmup",
+        description="Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again.",
+        inputs=(Input("pool_index"),),
+        folder="warmup_sample",
+        settings=_sample_settings,
+        shared_settings=lambda project: project.sample_settings(),
+        determined_by=_only_settings,
+        before=check_sample,
+        compute=draw_warmup_sample,
+        describe=describe_sample,
+        columns_from={"pool_index": {"example_id": ["example_id"], "shard": ["shard"]}},
+    ),
+    Asset(
+        name="warmup_checkpoints",
+        group="warmup",
+        kinds=frozenset({"pytorch", "huggingface"}),
+        description=(
+            "Adapter, Adam's moments by parameter name, and mean learning rate after an epoch of the warm-up training."
+        ),
+        axes=("checkpoint",),
+        inputs=(Input("base_model"), Input("warmup_sample")),
+        folder="warmup/{checkpoint}",
+        settings=_checkpoint_settings,
+        shared_settings=_shared_settings,
+        outside=_imported_files,
+        compute=make_checkpoint,
+        describe=describe_checkpoint,
+        in_ranges=True,
+        loads_model=True,
+        amount=checkpoint_work,
+        counts_tokens=True,
+        speed=Guess(("finetuned_model", TRAINING)),
+    ),
+)

@@ -6,17 +6,18 @@ import pytest
 from support.graph import run
 from support.tiny import question, write_rows
 
-from less_assets.compute.models import open_store
+from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import EvaluationError, LessAssetsError, PoolFormatError, TargetFormatError, TrainingError
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.evaluation import evaluation
-from less_assets.method.training.training import training
-from less_assets.orchestration.materialization import StepInputs, StepResult
+from less_assets.method.training import training
 from less_assets.project.data_check import check_data
 from less_assets.project.project import load_project
+from less_assets.reading.files import SUBSET
 from less_assets.running.runner import Request
 from less_assets.steps import gradients
-from less_assets.steps.selection import SUBSET, score_file
+from less_assets.steps.registry import open_lineage, open_store
+from less_assets.steps.selection import score_file
 from less_assets.store.tables import read_parquet
 
 UNTIL_SUBSETS = Request(until="selected_subset")
@@ -39,7 +40,7 @@ def finished(tiny_project, request: Request = UNTIL_SUBSETS) -> Lineage:
     with dg.DagsterInstance.ephemeral() as instance:
         run(tiny_project.path, instance, request)
     project = load_project(tiny_project.path)
-    return Lineage(project, open_store(project))
+    return open_lineage(project, open_store(project))
 
 
 def test_rows_without_a_usable_gradient_have_a_reason_and_no_rank(tiny_project):
@@ -105,7 +106,7 @@ def test_weights_that_are_not_numbers_stop_the_warmup_and_rank_nothing(tiny_proj
     with pytest.raises(TrainingError, match="nan"):
         finished(tiny_project)
     project = load_project(tiny_project.path)
-    assert Lineage(project, open_store(project)).status("selected_subset", "less|sums").state == "blocked"
+    assert open_lineage(project, open_store(project)).status("selected_subset", "less|sums").state == "blocked"
 
 
 TASKS = ("sums", "sky")

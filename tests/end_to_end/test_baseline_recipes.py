@@ -9,13 +9,12 @@ import pytest
 from support.graph import run
 from support.tiny import TinyProject, question, write_rows
 
-from less_assets.compute.models import open_store
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import load_project
+from less_assets.reading.files import EMBEDDINGS, PASSED_OVER, SUBSET, score_file
 from less_assets.running.runner import Request
-from less_assets.steps.baselines import EMBEDDINGS, score_file
 from less_assets.steps.ranking import restraints_of
-from less_assets.steps.selection import PASSED_OVER, SUBSET
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 SUBSETS = Request(tasks=("sums",), until="selected_subset")
@@ -46,7 +45,7 @@ class Baselines:
     @property
     def lineage(self) -> Lineage:
         project = load_project(self.tiny.path)
-        return Lineage(project, open_store(project))
+        return open_lineage(project, open_store(project))
 
     def subset(self, key: str) -> pl.DataFrame:
         return read_parquet(self.lineage.folder("selected_subset", key), SUBSET)

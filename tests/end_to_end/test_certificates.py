@@ -1,14 +1,15 @@
 """The two checks of influence scores, run as a user's run does, and what becomes of a certificate."""
 
+from dataclasses import replace
+
 import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
+from support.graph import replaced
 
-from less_assets.compute.models import open_store
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
-from less_assets.orchestration.checks import SUBSET_CHECKS
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project
 from less_assets.reading.certificates import (
@@ -20,9 +21,10 @@ from less_assets.reading.certificates import (
     read_certificate,
     steps_plan,
 )
+from less_assets.reading.files import SUBSET
 from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG, GraphRunner, Request, register_shards
 from less_assets.steps import certificates as fidelity
-from less_assets.steps.selection import SUBSET
+from less_assets.steps.registry import ASSETS, open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 CHECKED = {"certificate_rows": 64, "real_step_rows": 16}
@@ -40,7 +42,7 @@ def run(tiny_project, instance, request=ONLY_SUMS) -> Lineage:
     store = open_store(project)
     register_shards(project, store, instance)
     GraphRunner(build_definitions(project), project, store, instance, print).run(request)
-    return Lineage(project, store)
+    return open_lineage(project, store)
 
 
 def evaluations(instance) -> dict[str, dg.AssetCheckEvaluation]:
@@ -90,7 +92,8 @@ def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, in
     def broken(*_):
         raise LessAssetsError("Lost, say.")
 
-    monkeypatch.setitem(SUBSET_CHECKS, "no_subtask_dominates", broken)
+    first, *others = ASSETS["selected_subset"].checks
+    replaced(monkeypatch, "selected_subset", checks=(replace(first, judge=broken), *others))
     tiny_project.settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0}
     lineage = run(tiny_project, instance, Request(until="selected_subset"))
     keys = [f"{recipe}|{task}" for recipe in lineage.project.recipe_keys for task in lineage.project.task_names]
@@ -183,7 +186,7 @@ def test_a_backfill_of_several_tasks_makes_the_checks_of_each(tiny_project, inst
     run(tiny_project, instance, Request(until="influence_scores"))
     tiny_project.settings["gradients"]["certificate_rows"] = 8
     project = load_project(tiny_project.path)
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     tasks = lineage.project.task_names
     assert [read_certificate(lineage, task) for task in tasks] == [None, None]
     done = (

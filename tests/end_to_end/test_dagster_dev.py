@@ -20,9 +20,9 @@ import pytest
 from support.graph import run
 from support.tiny import TinyProject
 
-from less_assets.compute.models import open_store
 from less_assets.project.project import load_project
 from less_assets.running.runner import Request, register_shards
+from less_assets.steps.registry import open_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = {"plus-00000": 16, "plus-00001": 8, "colors-00000": 16, "colors-00001": 4}

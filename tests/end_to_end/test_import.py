@@ -4,17 +4,16 @@ import dagster as dg
 import numpy as np
 from support.graph import run
 
-from less_assets.compute.models import open_store
-from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import load_project
 from less_assets.running.runner import Request
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.features import open_features
 
 
 def features(project_file) -> np.ndarray:
     """The stored `adamw` features of the first shard at the first checkpoint."""
     project = load_project(project_file)
-    folder = Lineage(project, open_store(project)).folder("train_gradients", "epoch-1|plus-00000")
+    folder = open_lineage(project, open_store(project)).folder("train_gradients", "epoch-1|plus-00000")
     return np.concatenate([block for _, block in open_features(folder).blocks("adamw")])
 
 
@@ -24,7 +23,7 @@ def test_imported_checkpoints_give_the_features_of_the_training_that_made_them(t
         run(tiny_project.path, instance, until)
     expected = features(tiny_project.path)
     project = load_project(tiny_project.path)
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     folders = [str(lineage.folder("warmup_checkpoints", name).root) for name in project.checkpoints]
     rates = [lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in project.checkpoints]
 

@@ -10,11 +10,11 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from less_assets.compute.models import open_store
 from less_assets.errors import CorruptArtifactError, StorageError
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Outcome, Request, register_shards
+from less_assets.steps.registry import open_store
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.features import FeatureWriter, open_features
 from less_assets.store.garbage import collect_garbage

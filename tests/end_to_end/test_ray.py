@@ -10,17 +10,19 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from support.graph import replaced
 from typer.testing import CliRunner
 
 from less_assets.cli import app
-from less_assets.compute import ray_backend as backends
-from less_assets.compute.models import ModelLoader, cache_folder, open_store
+from less_assets.compute import backends
+from less_assets.compute.models import ModelLoader, cache_folder
+from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import ComputeError, TrainingError
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.materialization import StepInputs, StepResult
 from less_assets.project.project import Compute, load_project
 from less_assets.running.runner import GraphRunner, Outcome, Request, register_shards
+from less_assets.steps.registry import open_lineage, open_store
 
 UNTIL_GRADIENTS = Request(until="train_gradients")
 RAY = {"backend": "ray", "address": "local", "gpus_per_worker": 0, "workers": 2}
@@ -109,11 +111,9 @@ def test_two_workers_write_the_bytes_of_one_process_also_when_one_is_killed(
     tiny_project, here, paths, monkeypatch, capfd
 ):
     """The cluster comes from a resource of `dagster-ray`, which starts one for each run here."""
-    from less_assets.steps import gradients
-
     dagster_ray = pytest.importorskip("dagster_ray", reason="Ray is not installed: pip install 'less-assets[ray]'")
     options = {"num_cpus": 2, "include_dashboard": False, "logging_level": "ERROR"}
-    monkeypatch.setattr(gradients, "extract_train_gradients", killed_once)
+    replaced(monkeypatch, "train_gradients", compute=killed_once)
     with dg.DagsterInstance.ephemeral() as instance:
         local_ray = dagster_ray.LocalRay(ray_init_options=options)
         made = run(tiny_project, instance, ray_cluster=local_ray).materialized["train_gradients"]
@@ -145,7 +145,7 @@ class Fanned:
 
     def __init__(self, tiny) -> None:
         project = load_project(tiny.path)
-        self.lineage = Lineage(project, open_store(project))
+        self.lineage = open_lineage(project, open_store(project))
         self.backend = backends.open_backend(project)
         self.models = ModelLoader(project, cache_folder(self.lineage.store))
         self.said: list[str] = []

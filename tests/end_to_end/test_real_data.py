@@ -7,12 +7,10 @@ import polars as pl
 import pytest
 from support.graph import run
 
-from less_assets.compute.models import open_store
-from less_assets.lineage.lineage import Lineage
 from less_assets.project.data_check import check_data
 from less_assets.project.project import load_project
-from less_assets.steps.evaluation import BOARD
-from less_assets.steps.selection import SUBSET
+from less_assets.reading.files import BOARD, SUBSET
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -51,7 +49,7 @@ def test_real_pool_and_the_papers_tasks_run_end_to_end(tiny_project):
     with dg.DagsterInstance.ephemeral() as instance:
         run(tiny_project.path, instance)
 
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     assert lineage.summary("pool_index")["usable"] == 600
     subtasks = {task: len(lineage.summary("influence_scores", task)["subtasks"]) for task in EXAMPLES}
     assert subtasks == {"bbh": 27, "mmlu": 57, "tydiqa": 9, "gsm8k": 1}

@@ -16,19 +16,17 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 from polars.testing import assert_frame_equal
-from support.graph import run
+from support.graph import replaced, run
 from support.tiny import TinyProject, question, write_rows
 
-from less_assets.compute.models import open_store
 from less_assets.errors import MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.partitions import ASSET_AXES
 from less_assets.project.project import load_project
+from less_assets.reading.files import SAMPLE, score_file
 from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG, Request, register_shards
 from less_assets.steps import gradients
-from less_assets.steps.ranking import score_file
-from less_assets.steps.warmup import SAMPLE
+from less_assets.steps.registry import ASSETS, open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 MEMORY = Path("/dev/shm")
@@ -57,7 +55,7 @@ class Finished:
     def lineage(self) -> Lineage:
         """The artifacts as they stand now."""
         project = load_project(self.tiny.path)
-        return Lineage(project, open_store(project))
+        return open_lineage(project, open_store(project))
 
     def rows(self, name: str) -> list[dict]:
         """Rows of a data file."""
@@ -94,7 +92,7 @@ class Finished:
         graph = build_definitions(load_project(self.tiny.path)).resolve_asset_graph()
         resolver = CachingStaleStatusResolver(self.instance, graph, LoadingContextForTest(self.instance))
         found = {}
-        for asset in [name for name in ASSET_AXES if dg.AssetKey(name) in graph.get_all_asset_keys()]:
+        for asset in [name for name in ASSETS if dg.AssetKey(name) in graph.get_all_asset_keys()]:
             definition = graph.get(dg.AssetKey(asset)).partitions_def
             keys = definition.get_partition_keys(dynamic_partitions_store=self.instance) if definition else [None]
             for key in keys:
@@ -417,7 +415,7 @@ def test_an_interrupted_range_run_keeps_what_is_logged_and_a_later_run_goes_on(f
             raise RuntimeError("the machine went away")
         return extract(work)
 
-    monkeypatch.setattr(gradients, "extract_train_gradients", breaks)
+    replaced(monkeypatch, "train_gradients", compute=breaks)
     until = Request(until="train_gradients")
     with pytest.raises(RuntimeError, match="went away"):
         finished.run(until)

@@ -7,13 +7,12 @@ import polars as pl
 import pytest
 from support.graph import run
 
-from less_assets.compute.models import open_store
-from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import load_project
+from less_assets.reading.files import EXACT, EXACT_COLUMN, SUBSET
 from less_assets.running.runner import Request
 from less_assets.steps.gradients import describe_train_gradients
-from less_assets.steps.ranking import EXACT, EXACT_COLUMN
-from less_assets.steps.selection import SUBSET
+from less_assets.steps.registry import open_lineage, open_store
+from less_assets.steps.shown import Stored
 from less_assets.store.tables import read_parquet
 
 
@@ -44,7 +43,7 @@ def test_rows_that_the_chat_template_refuses_are_told_with_its_own_words(tiny_pr
     tiny_project.settings["model"]["base"] = str(model)
     run(tiny_project.path, instance, Request(tasks=("sums",), until="influence_scores"))
     project = load_project(tiny_project.path)
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     scores = read_parquet(lineage.folder("influence_scores", "sums"), "scores/plus-00000.parquet")
     assert scores["status"].to_list() == ["template_refused", *["ok"] * 15]
     summary = lineage.summary("train_gradients", "epoch-1|plus-00000")
@@ -52,8 +51,9 @@ def test_rows_that_the_chat_template_refuses_are_told_with_its_own_words(tiny_pr
     (reason,) = summary["template_refused"]
     assert "no such words here" in reason
     manifest = lineage.fresh("train_gradients", "epoch-1|plus-00000")
-    shown = describe_train_gradients(lineage.folder("train_gradients", "epoch-1|plus-00000"), manifest)
-    assert [record.data for record in shown["template_refused"].records] == [{"reason": reason, "rows": 1}]
+    folder = lineage.folder("train_gradients", "epoch-1|plus-00000")
+    shown = describe_train_gradients(Stored(lineage, "epoch-1|plus-00000", folder, manifest))
+    assert shown.values["template_refused"].frame.rows() == [(reason, 1)]
 
 
 def test_exact_rescoring_of_the_whole_pool_selects_the_exact_best(tiny_project, instance):
@@ -67,7 +67,7 @@ def test_exact_rescoring_of_the_whole_pool_selects_the_exact_best(tiny_project, 
     outcome = run(tiny_project.path, instance, Request(until="selected_subset"))
     assert outcome.materialized["exact_scores"] == ["exact|sums", "exact|sky"]
     project = load_project(tiny_project.path)
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     table = read_parquet(lineage.folder("exact_scores", "exact|sums"), EXACT)
     assert table.height == 44
     best = table.with_columns(pl.col(EXACT_COLUMN).arr.mean().alias("mean")).sort("mean", descending=True).head(6)

@@ -7,10 +7,9 @@ import polars as pl
 import pytest
 from support.graph import run
 
-from less_assets.compute.models import open_store
-from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import load_project
-from less_assets.steps.evaluation import BOARD, SAMPLES
+from less_assets.reading.files import BOARD, SAMPLES
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 TEMPLATE = (
@@ -60,7 +59,7 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
     with dg.DagsterInstance.ephemeral() as instance:
         run(tiny_project.path, instance)
         project = load_project(tiny_project.path)
-        lineage = Lineage(project, open_store(project))
+        lineage = open_lineage(project, open_store(project))
         own, other = (lineage.fresh("selected_subset", f"{key}|sums") for key in ("less", "less-t"))
         assert own.data_version == other.data_version, "the rows are the same"
         trained = {key: lineage.summary("finetuned_model", f"{key}|sums") for key in ("less", "less-t")}
@@ -86,6 +85,6 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
         assert said["less|sums"].endswith(f"base {values['base']['value']:.3f}")
 
         (byte_folder / "notes.txt").write_text("the folder has changed")
-        lineage = Lineage(load_project(tiny_project.path), open_store(project))
+        lineage = open_lineage(load_project(tiny_project.path), open_store(project))
         assert lineage.status("finetuned_model", "less-t|sums").state == "stale"
         assert lineage.status("finetuned_model", "less|sums").state == "fresh"

@@ -10,7 +10,7 @@ from support.tiny import HOSTILE
 from typer.testing import CliRunner
 
 from less_assets.cli import app
-from less_assets.compute.models import ModelLoader, cache_folder, open_store
+from less_assets.compute.models import ModelLoader, cache_folder
 from less_assets.errors import LessAssetsError, PoolFormatError
 from less_assets.inspection.explain import explain_row, explain_text, in_words, parse_row
 from less_assets.inspection.trace import trace_row
@@ -19,20 +19,20 @@ from less_assets.method.selection.fidelity import Judgement
 from less_assets.method.selection.influence import normalised_weights
 from less_assets.project.project import load_project
 from less_assets.reading.certificates import judge_selection
+from less_assets.reading.files import EXACT, NEIGHBOURS, ROWS, SUBSET, TOKENS
 from less_assets.reading.rows import find_row
 from less_assets.reading.selection_cut import Cuts
 from less_assets.report import certificate
 from less_assets.report.contents import report_contents
-from less_assets.steps.explanations import NEIGHBOURS, ROWS, TOKENS, find_neighbours, rows_to_explain
-from less_assets.steps.ranking import EXACT
-from less_assets.steps.selection import SUBSET
+from less_assets.steps.explanations import find_neighbours, rows_to_explain
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 
 @pytest.fixture(scope="module")
 def lineage(explained_project) -> Lineage:
     project = load_project(explained_project)
-    return Lineage(project, open_store(project))
+    return open_lineage(project, open_store(project))
 
 
 @pytest.fixture(scope="module")

@@ -7,26 +7,17 @@ import pytest
 from support.bench import TURNS, Bench
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError, TargetFormatError
-from less_assets.lineage.lineage import (
-    PLANS,
-    draw_sample_again,
-    files_digest,
-    sample_draw,
-    shared_settings,
-    split,
-)
+from less_assets.lineage.file_digests import files_digest
+from less_assets.lineage.lineage import split
 from less_assets.lineage.plan import digest
 from less_assets.lineage.pool_files import PoolFiles
-from less_assets.orchestration.partitions import ASSET_AXES
+from less_assets.lineage.warmup_draw import draw_sample_again, sample_draw
+from less_assets.steps.registry import ASSETS
 
 
 @pytest.fixture
 def bench(tmp_path) -> Bench:
     return Bench(tmp_path)
-
-
-def test_every_asset_has_a_plan():
-    assert set(PLANS) == set(ASSET_AXES)
 
 
 def test_what_is_stored_as_planned_is_fresh(bench):
@@ -197,7 +188,9 @@ def test_a_grid_key_is_split_into_its_two_parts():
 
 
 def test_shared_settings_are_plain_json(bench):
-    assert len(digest(shared_settings(bench.project))) == 32
+    shared = [asset.shared_settings(bench.project) for asset in ASSETS.values() if asset.shared_settings]
+    assert len(shared) > 5
+    assert len(digest(shared)) == 32
 
 
 def test_a_lineage_reads_each_manifest_once_and_a_new_one_sees_what_changed(bench):

@@ -16,8 +16,9 @@ from support.project_keys import CHANGES, STRUCTURE, set_key
 from less_assets.errors import MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.pool_files import PoolFiles
-from less_assets.orchestration.partitions import ASSET_AXES, Axes
+from less_assets.orchestration.partitions import Axes
 from less_assets.project.project import load_project
+from less_assets.steps.registry import ASSETS, open_lineage
 from less_assets.store.artifacts import ArtifactStore
 
 TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
@@ -154,14 +155,14 @@ class Planned:
         path.write_text(yaml.safe_dump(settings))
         project = load_project(path)
         PoolFiles.scan(project, self.store)
-        return Lineage(project, self.store)
+        return open_lineage(project, self.store)
 
     def partitions(self, lineage: Lineage) -> list[tuple[str, str | None]]:
         """Every partition of every asset of a project, upstream first."""
         axes, found = Axes(lineage.project), []
         with dg.DagsterInstance.ephemeral() as instance:
             instance.add_dynamic_partitions("shard", lineage.pool_files.shard_keys())
-            for asset, names in ASSET_AXES.items():
+            for asset, names in ASSETS.items():
                 definition = axes.of(asset)
                 keys = definition.get_partition_keys(dynamic_partitions_store=instance) if definition else []
                 found += [(asset, key) for key in ([None] if not names else keys)]
@@ -343,7 +344,7 @@ def test_another_root_is_another_store(planned):
     planned.put(deepcopy(BASE))
     after = deepcopy(BASE) | {"storage": {"root": "elsewhere"}}
     lineage = planned.lineage(after)
-    elsewhere = Lineage(lineage.project, ArtifactStore(lineage.project.storage.root))
+    elsewhere = open_lineage(lineage.project, ArtifactStore(lineage.project.storage.root))
     assert elsewhere.status("base_model").state == "missing"
     assert elsewhere.status("leaderboard").state == "blocked"
 

@@ -10,11 +10,11 @@ import dagster as dg
 import pytest
 import yaml
 
-from less_assets.compute.models import open_store
 from less_assets.errors import LessAssetsError
 from less_assets.orchestration.definitions import build_definitions, code_versions
 from less_assets.project.project import Project, parse_project
 from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG, register_shards
+from less_assets.steps.registry import open_store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "transformers", "peft", "lm_eval", "ray", "altair"]

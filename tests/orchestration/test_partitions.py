@@ -11,8 +11,9 @@ from dagster._core.definitions.assets.graph.asset_graph import AssetGraph
 from dagster._core.definitions.partitions.context import partition_loading_context
 
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.partitions import ASSET_AXES, SHARDS, Axes
-from less_assets.project.project import OPTIONAL_ASSETS, Project, parse_project
+from less_assets.orchestration.partitions import SHARDS, Axes
+from less_assets.project.project import Project, parse_project
+from less_assets.steps.registry import ASSETS
 
 PROJECT = b"""
 name: small
@@ -174,7 +175,7 @@ def test_every_dependency_of_the_graph_is_in_the_table(graph):
         for parent in graph.get(key).parent_keys
     }
     assert found == stated
-    assert [asset for asset in ASSET_AXES if not graph.get(dg.AssetKey(asset)).parent_keys] == WITHOUT_PARENTS
+    assert [asset for asset in ASSETS if not graph.get(dg.AssetKey(asset)).parent_keys] == WITHOUT_PARENTS
 
 
 def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance):
@@ -189,7 +190,7 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("selection_report", "influence_scores"): ["less", "less-paper"],
         ("selection_report", "token_attribution"): ["less", "less-paper"],
     }
-    for child, axes in ASSET_AXES.items():
+    for child, axes in ASSETS.items():
         if child in WITHOUT_PARENTS or not axes:
             continue
         definition = graph.get(dg.AssetKey(child)).partitions_def
@@ -230,13 +231,15 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
     assert dg.AssetKey("influence_scores") not in graph.get(dg.AssetKey("selected_subset")).parent_keys
     assert dg.AssetKey("influence_scores") in graph.get_all_asset_keys()
-    optional = {dg.AssetKey(asset) for asset in OPTIONAL_ASSETS} & set(graph.get_all_asset_keys())
+    optional = {dg.AssetKey(name) for name, asset in ASSETS.items() if asset.needed_by} & set(
+        graph.get_all_asset_keys()
+    )
     assert optional == {dg.AssetKey("selection_report")}, "of the random recipes"
 
 
 def test_axes_are_those_of_the_assets_definitions(graph, instance):
-    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSET_AXES)
-    for asset, axes in ASSET_AXES.items():
+    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSETS)
+    for asset, axes in ASSETS.items():
         definition = graph.get(dg.AssetKey(asset)).partitions_def
         if not axes:
             assert definition is None, asset
@@ -259,7 +262,7 @@ def test_dagster_accepts_every_mapping(graph):
 
 
 def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less_than_a_run(graph):
-    single = [asset for asset in ASSET_AXES if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
+    single = [asset for asset in ASSETS if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
     sharing = ["instruction_pool", "warmup_checkpoints", "train_gradients", "target_gradients"]
     sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
     assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset"}

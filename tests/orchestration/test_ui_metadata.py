@@ -1,34 +1,34 @@
 """What the Dagster UI is told of an artifact: in an order that can be read, with columns that exist."""
 
-from types import SimpleNamespace
-
 import dagster as dg
 import polars as pl
 import pytest
 
-from less_assets.compute.models import open_store
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration import ui_metadata as metadata
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.materialization import _column_names
 from less_assets.project.project import load_project
+from less_assets.steps.registry import ASSETS, open_lineage, open_store
+from less_assets.steps.shown import Stored, Table
+from less_assets.store.tables import scan_parquet
 
 
 @pytest.fixture(scope="module")
 def lineage(explained_project) -> Lineage:
     project = load_project(explained_project)
-    return Lineage(project, open_store(project))
+    return open_lineage(project, open_store(project))
 
 
 def column_lineage(lineage: Lineage, asset: str, partition: str) -> dict[str, set[tuple[str, str]]]:
     """Column -> its upstream columns with their assets, as the UI is told."""
     manifest = lineage.fresh(asset, partition)
     upstream = {name.split("/")[0] for name in manifest.inputs}
-    shown = metadata.provenance(asset, manifest.inputs, upstream, _column_names(lineage, asset, partition))
-    lineage = shown["dagster/column_lineage"]
+    stored = Stored(lineage, partition, lineage.folder(asset, partition), manifest)
+    shown = metadata.shown_metadata(ASSETS[asset], stored, upstream)
+    columns = shown["dagster/column_lineage"]
     return {
         name: {(each.asset_key.to_user_string(), each.column_name) for each in parents}
-        for name, parents in lineage.deps_by_column.items()
+        for name, parents in columns.deps_by_column.items()
     }
 
 
@@ -37,8 +37,7 @@ def stored_columns(lineage: Lineage, asset: str, partition: str | None) -> set[s
     files = {"influence_scores": "scores/plus-00000.parquet", "selected_subset": "subset.parquet"}
     files |= {"exact_scores": "exact.parquet", "token_attribution": "tokens.parquet", "pool_index": "index.parquet"}
     files |= {"target_gradients": "features.parquet", "target_examples": "targets.parquet"}
-    schema = metadata.table_facts(folder, files[asset])["dagster/column_schema"]
-    return {column.name for column in schema.columns}
+    return set(scan_parquet(folder, files[asset]).collect_schema().names())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,7 @@ def test_every_asset_that_is_a_table_says_what_its_columns_mean(lineage):
     tables += [("token_attribution", "less|sums"), ("target_gradients", "epoch-1|sums"), ("exact_scores", "few|sums")]
     for asset, partition in tables:
         frame = pl.DataFrame(schema=dict.fromkeys(stored_columns(lineage, asset, partition), pl.String))
-        described = {column.name: column.description for column in metadata.column_schema(frame).columns}
+        described = {column.name: column.description for column in metadata.column_schema(frame.schema).columns}
         assert {name for name, words in described.items() if not words} == set()
 
 
@@ -85,14 +84,14 @@ def test_figures_come_first_and_what_is_long_last():
     frame = pl.DataFrame({"rank": [1]})
     shown = {
         "examples_digest": "0f",
-        "dagster/column_schema": metadata.column_schema(frame),
+        "dagster/column_schema": metadata.column_schema(frame.schema),
         "details": dg.MetadataValue.json({"a": [1, "b"]}),
         "best": metadata.table(frame),
         "chart": dg.MetadataValue.md("![](data:)"),
         "rows": 7,
         "share": 0.123456789,
     }
-    ordered = metadata.in_order(shown)
+    ordered = metadata._in_order(shown)
     assert list(ordered) == ["rows", "share", "chart", "best", "details", "examples_digest", "dagster/column_schema"]
     assert ordered["share"] == 0.12346
 
@@ -107,7 +106,7 @@ def test_counts_are_one_line_and_nothing_is_lost():
         "empty": {},
         "zero": 0,
     }
-    shown = metadata.summary(None, SimpleNamespace(summary=values))
+    shown = metadata._figures(values)
     assert shown["counts"] == "b 1,200 · a 1"
     assert shown["nested"] == "task/y 2 · task/x 0.12346"
     assert shown["words"] == "one · two"
@@ -125,7 +124,7 @@ def test_the_prompt_stands_beside_the_rank():
             "source": ["plus"],
         }
     )
-    (record,) = metadata.example_table(frame).records
+    (record,) = metadata._value(Table(frame, examples=True)).records
     assert list(record.data.items()) == [
         ("rank", 1),
         ("prompt", "a long question"),

@@ -8,14 +8,15 @@ import pytest
 from support.tiny import TinyProject
 
 from less_assets.compute import speeds as rates
-from less_assets.compute.models import ModelLoader, cache_folder, open_store
+from less_assets.compute.models import ModelLoader, cache_folder
 from less_assets.compute.speeds import Rate, Rates
+from less_assets.compute.workload import ARTIFACT_SECONDS, RUN_SECONDS, Amount
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.planning.estimate import Estimate, estimate
-from less_assets.planning.workload import ARTIFACT_SECONDS, RUN_SECONDS, Amount
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Request, register_shards
+from less_assets.steps.registry import open_lineage, open_store
 
 
 class Planned:
@@ -33,7 +34,7 @@ class Planned:
     def estimate(self, calibrate: bool = False, **request) -> Estimate:
         project, store, runner = self._open()
         models = ModelLoader(project, cache_folder(store))
-        lineage = Lineage(project, store)
+        lineage = open_lineage(project, store)
         return estimate(runner, lineage, models, Request(**request), calibrate=calibrate, log=print)
 
     def run(self, **request) -> None:
@@ -61,7 +62,7 @@ def test_amounts_before_the_first_run_are_those_that_the_run_has(planned):
     planned.run()
     found = planned.rates()
     project = load_project(planned.tiny.path)
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     checkpoints, tasks = project.checkpoints, project.task_names
     for asset, partitions in {
         "train_gradients": [f"{checkpoint}|{shard}" for checkpoint in checkpoints for shard in lineage.shards()],

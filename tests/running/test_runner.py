@@ -7,11 +7,11 @@ import dagster as dg
 import pytest
 import yaml
 
-from less_assets.compute.models import open_store
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.partitions import ASSET_AXES, SHARDS
-from less_assets.project.project import OPTIONAL_ASSETS, Project, load_project
-from less_assets.running.runner import EXPLANATIONS, GraphRunner, Request, open_instance, register_shards
+from less_assets.orchestration.partitions import SHARDS
+from less_assets.project.project import Project, load_project
+from less_assets.running.runner import GraphRunner, Request, open_instance, register_shards
+from less_assets.steps.registry import ASSETS, open_store
 from less_assets.store.artifacts import ArtifactStore
 
 EPOCHS = ["epoch-1", "epoch-2"]
@@ -75,9 +75,10 @@ def grid(first: list[str], second: list[str]) -> list[str]:
 def test_everything_is_every_partition_in_topological_order(small):
     needed = small.needed()
     axes = {"checkpoint": EPOCHS, "shard": KEYS, "task": TASKS, "recipe": RECIPES}
-    assert set(ASSET_AXES) - set(needed) == set(OPTIONAL_ASSETS) - {"exact_scores", *EXPLANATIONS}
+    left_out = {name for name, asset in ASSETS.items() if asset.needed_by and not asset.explains}
+    assert set(ASSETS) - set(needed) == left_out - {"exact_scores"}
     for asset in needed:
-        names = ASSET_AXES[asset]
+        names = ASSETS[asset].axes
         if asset == "exact_scores":
             assert needed[asset] == grid(["less-exact"], TASKS)
         elif asset == "token_attribution":

@@ -10,11 +10,11 @@ import pytest
 import torch
 from support.faults import FinishedRun
 
-from less_assets.compute.models import open_store
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Request, register_shards
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.steps.selection import score_file
 from less_assets.store.tables import read_parquet
 
@@ -62,7 +62,7 @@ def test_batches_threads_and_order_do_not_change_scores(finished, elsewhere: Pat
         )
     assert "train_gradients" in made.materialized
     assert finished.tiny.path == finished.file  # written again, with the first store
-    one, other = scores(finished.lineage), scores(Lineage(project, store))
+    one, other = scores(finished.lineage), scores(open_lineage(project, store))
     assert one["example_id"].to_list() == other["example_id"].to_list()
     columns = [name for name in one.columns if "." in name]
     assert columns

@@ -6,7 +6,8 @@ import pytest
 
 from less_assets.errors import StaleArtifactError
 from less_assets.method.gradients.sketch import Sketch
-from less_assets.steps.gradients import BATCHING, _token_budget, check_sketch
+from less_assets.reading.files import BATCHING
+from less_assets.steps.gradients import _token_budget, check_sketch
 from less_assets.store.artifacts import ArtifactStore
 
 

@@ -6,12 +6,10 @@ import yaml
 
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.pool_files import PoolFiles
-from less_assets.orchestration.partitions import ASSET_AXES
-from less_assets.project.project import OPTIONAL_ASSETS, Project, load_project
-from less_assets.running.runner import EXPLANATIONS
+from less_assets.project.project import Project, load_project
+from less_assets.steps.registry import ASSETS, open_lineage
 from less_assets.store.artifacts import ArtifactStore
 
-SCORES_OF_RECIPES = set(OPTIONAL_ASSETS) - set(EXPLANATIONS)
 TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
 
@@ -56,7 +54,7 @@ class Bench:
     @property
     def lineage(self) -> Lineage:
         """The lineage as it stands now."""
-        return Lineage(self.project, self.store)
+        return open_lineage(self.project, self.store)
 
     def put(self, asset: str, partition: str | None = None, lineage: Lineage | None = None, **summary) -> None:
         """Store an empty artifact as its plan stands."""
@@ -74,36 +72,27 @@ class Bench:
 
     def put_everything(self) -> None:
         """Store an artifact for every partition of every asset, in order."""
-        axes = {"shard": ["plus-00000"], "checkpoint": ["epoch-1", "epoch-2"], "task": ["sums", "sky"]}
-        axes["recipe"] = list(self.project.recipe_keys)
         summaries = {
-            "pool_index": {"shards": axes["shard"]},
+            "pool_index": {"shards": self.lineage.pool_files.shard_keys()},
             "target_examples": {"examples_digest": "e", "evaluation_digest": "v"},
         }
         lineage = self.lineage
-        for asset in ASSET_AXES:
-            if asset in SCORES_OF_RECIPES:
-                continue
-            for partition in self.partitions(asset, axes):
-                self.put(asset, partition, lineage, **summaries.get(asset, {}))
+        for asset, partition in self.artifacts(lineage):
+            self.put(asset, partition, lineage, **summaries.get(asset, {}))
 
-    def partitions(self, asset: str, axes: dict[str, list[str]]) -> list[str | None]:
-        names = [axes[axis] for axis in ASSET_AXES[asset]]
-        if asset in EXPLANATIONS:
-            names[0] = [recipe for recipe in names[0] if self.project.needs(recipe, asset)]
-        if not names:
-            return [None]
-        return list(names[0]) if len(names) == 1 else [f"{one}|{two}" for one in names[0] for two in names[1]]
+    def artifacts(self, lineage: Lineage) -> list[tuple[str, str | None]]:
+        """Every partition of every asset of the project, in order."""
+        return [
+            (name, partition)
+            for name, asset in ASSETS.items()
+            for partition in asset.partitions(lineage.project, lineage.keys_of)
+        ]
 
     def states(self) -> dict[str, str]:
         """State of every published artifact's asset and partition, fresh ones left out."""
-        axes = {"shard": self.lineage.pool_files.shard_keys(), "checkpoint": self.project.checkpoints}
-        axes |= {"task": self.project.task_names, "recipe": list(self.project.recipe_keys)}
         lineage = self.lineage
         return {
             asset if partition is None else f"{asset}/{partition}": state
-            for asset in ASSET_AXES
-            if asset not in SCORES_OF_RECIPES
-            for partition in self.partitions(asset, axes)
+            for asset, partition in self.artifacts(lineage)
             if (state := lineage.status(asset, partition).state) != "fresh"
         }

@@ -18,16 +18,17 @@ from typing import Any
 
 import dagster as dg
 
-from less_assets.compute.models import ModelLoader, open_store
+from less_assets.compute import backends
+from less_assets.compute.models import ModelLoader
+from less_assets.compute.step import StepInputs, make_artifact, make_together
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.pool_files import LEDGER_FILE
 from less_assets.orchestration import materialization
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.orchestration.materialization import StepInputs
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Outcome, Request, register_shards
-from less_assets.steps import selection
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.artifacts import ArtifactStore
 from support.killing import RESULTS, dagster_settings, differences, small_project, stored_files
 
@@ -104,7 +105,7 @@ class FinishedRun:
         self._opened: list[tuple[Step, str]] = []
         self._step: Step | None = None
         sys.addaudithook(self._watch)
-        make, together = materialization.make_artifact, selection.materialize_together
+        make, together = make_artifact, make_together
 
         def watched(lineage: Any, asset: str, partition: Any, compute: Any, *arguments: Any, **options: Any) -> Any:
             self._step = self.steps[asset, partition] = Step(asset, partition, compute)
@@ -113,15 +114,16 @@ class FinishedRun:
             finally:
                 self._step = None
 
-        def watched_together(context: Any, project: Any, store: Any, models: Any, compute: Any, *shown: Any) -> Any:
-            asset, (partition,) = context.asset_key.to_user_string(), context.partition_keys
+        def watched_together(lineage: Any, asset: str, partitions: Any, compute: Any, *arguments: Any) -> Any:
+            (partition,) = partitions
             self._step = self.steps[asset, partition] = Step(asset, partition, lambda work: compute([work])[0])
             try:
-                yield from together(context, project, store, models, compute, *shown)
+                yield from together(lineage, asset, partitions, compute, *arguments)
             finally:
                 self._step = None
 
-        materialization.make_artifact, selection.materialize_together = watched, watched_together
+        materialization.make_artifact = backends.make_artifact = watched
+        materialization.make_together = watched_together
         self.home, self.said = place / "home", ""
         self.home.mkdir()
         (self.home / "dagster.yaml").write_text(dagster_settings(self.home))
@@ -131,7 +133,8 @@ class FinishedRun:
             with dg.DagsterInstance.from_config(str(self.home)) as instance:
                 self._bring_up_to_date(instance, Request())
         finally:
-            materialization.make_artifact, selection.materialize_together = make, together
+            materialization.make_artifact = backends.make_artifact = make
+            materialization.make_together = together
             for name in SECRETS.keys() - before.keys():
                 del os.environ[name]
             os.environ.update(before)
@@ -161,7 +164,7 @@ class FinishedRun:
     def lineage(self) -> Lineage:
         """The artifacts as they stand now; every file is compared with its digest."""
         project = load_project(self.file)
-        return Lineage(project, open_store(project), verify_files=True)
+        return open_lineage(project, open_store(project), verify_files=True)
 
     def differences(self) -> list[str]:
         """How the store differs from what the finished run has left."""
@@ -203,7 +206,7 @@ class FinishedRun:
             AssertionError: It has gone through and its files are not those of the undisturbed run.
         """
         project = load_project(self.file)
-        lineage = Lineage(project, open_store(project))
+        lineage = open_lineage(project, open_store(project))
         scratch = Path(tempfile.mkdtemp(dir=self.scratch))
         try:
             plan = lineage.plan(step.asset, step.partition)

@@ -1,9 +1,11 @@
 """Runs of a whole graph, through the same runner as the command line."""
 
-from less_assets.compute.models import open_store
+from dataclasses import replace
+
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Outcome, Request, register_shards
+from less_assets.steps.registry import ASSETS, open_store
 
 EVERYTHING = Request()
 
@@ -14,3 +16,8 @@ def run(project_file, instance, request=EVERYTHING) -> Outcome:
     store = open_store(project)
     register_shards(project, store, instance)
     return GraphRunner(build_definitions(project), project, store, instance, print).run(request)
+
+
+def replaced(monkeypatch, asset: str, **fields) -> None:
+    """Let a test give an asset another computation, say; definitions made from now on have it."""
+    monkeypatch.setitem(ASSETS, asset, replace(ASSETS[asset], **fields))

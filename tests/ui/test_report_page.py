@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from support.tiny import HOSTILE
 
-from less_assets.compute.models import open_store
-from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import load_project
-from less_assets.steps.explanations import REPORT
+from less_assets.reading.files import REPORT
+from less_assets.steps.registry import open_lineage, open_store
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -35,7 +34,7 @@ CONTRAST = """selector => {
 
 def page_file(project_file: Path, recipe: str) -> Path:
     project = load_project(project_file)
-    lineage = Lineage(project, open_store(project))
+    lineage = open_lineage(project, open_store(project))
     return Path(str(lineage.folder("selection_report", f"{recipe}|sums").path(REPORT)))
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from less_assets.errors import PoolFormatError, ProjectFileError
+from less_assets.method.selection import selection
 from less_assets.method.selection.selection import (
     PASSED_OVER_SCHEMA,
     SELECTION_SCHEMA,
@@ -18,7 +19,6 @@ from less_assets.method.selection.selection import (
     select_all,
     select_at_random,
     select_by_score,
-    selection,
 )
 
 LABELS = ("alpha", "beta", "gamma")

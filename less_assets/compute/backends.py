@@ -1,22 +1,23 @@
 """Where the shards of a checkpoint are worked through: in this process, or by the workers of a Ray cluster.
 
 Belongs here: handing partitions out, getting manifests back, lost workers. What a worker does with a partition is the
-same function as here, `materialization.make_artifact`, and it writes straight to the store, so bytes are the same.
+same function as here, `step.make_artifact`, and it writes straight to the store, so bytes are the same.
 """
 
-import importlib.util
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from less_assets.compute.models import ModelLoader, cache_folder, open_store
+from less_assets.compute.models import ModelLoader, cache_folder
+from less_assets.compute.step import Backend, Compute, Failures, make_artifact
 from less_assets.errors import ComputeError, LessAssetsError
+from less_assets.lineage.declaration import Declaration
 from less_assets.lineage.lineage import Lineage
-from less_assets.orchestration.materialization import Backend, Compute, Failures, make_artifact, make_here
 from less_assets.project.project import Compute as ComputeSettings
 from less_assets.project.project import Project, parse_project
+from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.manifest import Manifest
 
 LOSSES_PER_PARTITION = 3
@@ -36,7 +37,18 @@ class LocalBackend:
         log: Callable[[str], object],
     ) -> Iterator[tuple[str, Manifest]]:
         """See `Backend.make`."""
-        return make_here(lineage, asset, partitions, compute, models, log)
+        failures = Failures(asset, log)
+        for partition in partitions:
+            try:
+                manifest = make_artifact(lineage, asset, partition, compute, models, log, resumable=True)
+            except LessAssetsError as error:
+                failures.add(partition, error)
+                if failures.hopeless:
+                    break
+            else:
+                failures.succeeded()
+                yield partition, manifest
+        failures.raise_first()
 
 
 class PartitionWorker:
@@ -46,18 +58,19 @@ class PartitionWorker:
         content: The project file's bytes.
         path: Where it lies; relative paths in it are meant from there, so workers of other machines need that folder
             too, or a project whose paths are URLs.
+        declarations: What each asset is made from.
     """
 
-    def __init__(self, content: bytes, path: str) -> None:
+    def __init__(self, content: bytes, path: str, declarations: Mapping[str, Declaration]) -> None:
         self._project = parse_project(content, path)
-        store = open_store(self._project)
-        self._line = Lineage(self._project, store)
+        store = ArtifactStore(self._project.storage.root)
+        self._lineage = Lineage(self._project, store, declarations)
         self._models = ModelLoader(self._project, cache_folder(store))
         self._log = logging.getLogger("less_assets.worker").info
 
     def make(self, asset: str, partition: str, compute: Compute) -> Manifest:
         """Make a partition and put it in force."""
-        return make_artifact(self._line, asset, partition, compute, self._models, self._log, resumable=True)
+        return make_artifact(self._lineage, asset, partition, compute, self._models, self._log, resumable=True)
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class RayBackend:
         count = min(workers_that_fit(settings), len(partitions))
         log(f"{asset}: {len(partitions)} partitions over {count} Ray workers")
         waiting, losses = deque(partitions), dict.fromkeys(partitions, 0)
-        idle: list[Any] = [worker.remote(content, path) for _ in range(count)]
+        idle: list[Any] = [worker.remote(content, path, lineage.declarations) for _ in range(count)]
         running: dict[Any, tuple[Any, str]] = {}
         failures = Failures(asset, log)
         try:
@@ -120,7 +133,7 @@ class RayBackend:
                     else:
                         waiting.appendleft(partition)
                     if waiting:
-                        idle.append(worker.remote(content, path))
+                        idle.append(worker.remote(content, path, lineage.declarations))
                 except ray.exceptions.RayTaskError as error:
                     if not isinstance(error.cause, LessAssetsError):
                         raise  # an error of the program, with the worker's traceback
@@ -139,11 +152,6 @@ class RayBackend:
 def open_backend(project: Project) -> Backend:
     """The backend that a project file names."""
     return RayBackend(project) if project.compute.backend == "ray" else LocalBackend()
-
-
-def missing_package(settings: ComputeSettings) -> str | None:
-    """Name of the package that the backend needs and this environment lacks."""
-    return "ray" if settings.backend == "ray" and importlib.util.find_spec("ray") is None else None
 
 
 def connect(settings: ComputeSettings) -> None:

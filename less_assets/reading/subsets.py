@@ -1,0 +1,21 @@
+"""The subsets that recipes have selected, as they stand: what a report compares with.
+
+Belongs here: finding them. What they hold is read by whoever shows it.
+"""
+
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import Project
+from less_assets.store.artifacts import Pointer
+
+
+def chooses_rows(project: Project, recipe: str) -> bool:
+    """Whether a recipe chooses rows, so that there is something to report: not the whole pool, and not none."""
+    return project.recipe(recipe).strategy not in ("full", "none")
+
+
+def other_subsets(lineage: Lineage, recipe: str, task: str) -> dict[str, Pointer]:
+    """The subsets that other recipes last selected for a task, by recipe key; up to date or not."""
+    folder = lineage.declarations["selected_subset"].folder
+    others = [key for key in lineage.project.recipe_keys if key != recipe and chooses_rows(lineage.project, key)]
+    pointers = {key: lineage.store.pointer(folder.format(recipe=key, task=task)) for key in others}
+    return {key: pointer for key, pointer in pointers.items() if pointer is not None}

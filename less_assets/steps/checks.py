@@ -1,0 +1,200 @@
+"""Checks that a person should see: nothing here stops a run. Gates that must stop one raise inside steps.
+
+Belongs here: judging figures, and telling a person. Does not belong here: computing them, or Dagster.
+"""
+
+from typing import Any
+
+import polars as pl
+
+from less_assets.compute.models import ModelLoader
+from less_assets.compute.step import Log
+from less_assets.errors import LessAssetsError
+from less_assets.lineage.lineage import Lineage, split
+from less_assets.steps.asset import Check
+from less_assets.steps.shown import Picture, Table, Verdict
+from less_assets.store.tables import read_parquet
+
+QUARANTINE_LIMIT = 0.05
+"""Share of quarantined rows above which a pool is worth a look."""
+DOMINANCE_LIMIT = 0.5
+"""Share of the selection above which one subtask has won too much (issue with `max` aggregation, method.md)."""
+
+OVERLAP_LIMIT = 0.7
+"""Expected overlap with the exact selection below which sketches are too coarse; LESS's own storage reaches 0.6."""
+CORRELATION_LIMIT = 0.5
+"""Correlation of predicted with real influence below which first-order influence says little about this model."""
+
+SHORT_LIMIT = 0.5
+"""Share of very short answers in a selection above which it is worth a look ..."""
+SHORT_FACTOR = 2.0
+"""... if it is also this many times the pool's own share."""
+
+TROUBLE = (LessAssetsError, MemoryError, RuntimeError)
+"""What a check that takes gradients may meet on a machine (torch raises RuntimeError) and tells instead of stopping."""
+
+
+def _check_quarantine(lineage: Lineage, _: str, models: ModelLoader, log: Log) -> Verdict:
+    shards = [lineage.summary("instruction_pool", shard) for shard in lineage.shards()]
+    rows, bad = sum(shard["rows"] for shard in shards), sum(shard["quarantined"] for shard in shards)
+    share = bad / max(1, rows)
+    return Verdict(
+        share <= QUARANTINE_LIMIT,
+        f"{bad:,} of {rows:,} rows ({share:.1%}) are quarantined; `instruction_pool` lists them with reasons.",
+        {"rows": rows, "quarantined": bad, "share": share},
+    )
+
+
+def _compare_with_base(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
+    recipe, task = split(key)
+    model = lineage.project.recipe(recipe).model
+    bases = [
+        name
+        for name, other in lineage.project.recipe_keys.items()
+        if other.strategy == "none" and other.model == model and name != recipe
+    ]
+    known = [name for name in bases if lineage.status("eval_results", f"{name}|{task}").state == "fresh"]
+    ours = lineage.summary("eval_results", key).get("metrics") or {}
+    if not known or not ours:
+        return Verdict(True, "There is no evaluation of the base model to compare with yet.", {})
+    base = lineage.summary("eval_results", f"{known[0]}|{task}")["metrics"]
+    losses = [name for name in ours if name.endswith("/loss")]
+    worse = [name for name in losses if not ours[name] <= base[name]]  # a diverged model's loss is NaN
+    said = ", ".join(f"{name} {ours[name]:.3f}, base {base[name]:.3f}" for name in worse or losses)
+    return Verdict(not worse, f"{'Worse' if worse else 'Not worse'} than the base model: {said}", {})
+
+
+def check_dominance(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
+    """Whether one subtask has won most of a selection (partition key `recipe|task`)."""
+    recipe, task = split(key)
+    counts = lineage.summary("selected_subset", key).get("subtasks") or {}
+    shares = {f"{task}/{name}": count for task, part in counts.items() for name, count in part.items()}
+    total = sum(shares.values())
+    # A subtask that has won everything is the only one that was counted.
+    choices = lineage.summary("target_examples", task)["subtasks"] if lineage.project.recipe(recipe).aggregate else []
+    if len(choices) < 2 or not total:
+        return Verdict(True, "The recipe does not choose between subtasks.", {})
+    name, most = max(shares.items(), key=lambda item: item[1])
+    return Verdict(
+        most / total <= DOMINANCE_LIMIT,
+        f"{name} has won {most / total:.0%} of the selection; `aggregate: round_robin` takes turns.",
+        {"subtask": name, "share": most / total},
+    )
+
+
+def check_short_rows(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
+    """Whether a selection (partition key `recipe|task`) is made of answers of a word or two, and the pool is not."""
+    found = lineage.summary("selected_subset", key)
+    shards = [lineage.summary("instruction_pool", shard) for shard in lineage.shards()]
+    if not found["rows"]:
+        return Verdict(True, "Nothing is selected.", {})
+    share = found.get("very_short", 0) / found["rows"]
+    pool = sum(each["very_short"] for each in shards) / max(1, sum(each["usable"] for each in shards))
+    return Verdict(
+        share <= SHORT_LIMIT or share <= SHORT_FACTOR * pool,
+        f"{share:.0%} of the selected answers have at most 20 characters, {pool:.0%} of the pool's.",
+        {"share": share, "share_of_pool": pool},
+    )
+
+
+def check_sketch(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> Verdict:
+    """Certify a task's scores, unless that was done, and tell how far they can be trusted."""
+    from less_assets.reading.certificates import certified_recipes
+    from less_assets.steps.certificates import certified_on, certify
+
+    if not lineage.project.gradients.certificate_rows or not certified_recipes(lineage.project):
+        return Verdict(True, "No certificate is asked for.", {})
+    try:
+        folder = certify(lineage, models, task, log)
+        return _judge_fidelity(folder.manifest().summary, certified_on(lineage, folder, task))
+    except TROUBLE as error:
+        return Verdict(False, f"No certificate could be made: {error}", {})
+
+
+def check_real_steps(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> Verdict:
+    """Compare a task's predicted influence with real steps, unless that was done, and tell how they agree."""
+    from less_assets.reading.certificates import STEPS
+    from less_assets.steps.certificates import take_real_steps
+
+    if not lineage.project.gradients.real_step_rows:
+        return Verdict(True, "No real steps are asked for.", {})
+    try:
+        folder = take_real_steps(lineage, models, task, log)
+        return _judge_steps(folder.manifest().summary, read_parquet(folder, STEPS))
+    except TROUBLE as error:
+        return Verdict(False, f"No real step could be taken: {error}", {})
+
+
+def _judge_fidelity(summary: dict[str, Any], recipes: list[Any]) -> Verdict:
+    """Show a certificate: figures per recipe, and the sample's scores as a picture for the first one."""
+    from less_assets.report.charts import agreement_scatter
+
+    figures: dict[str, Any] = {
+        "sampled_rows": summary["rows"],
+        "cosine_error": dict(summary["cosine_error"]),
+        "one_over_root_k": summary["theory"],
+    }
+    if not recipes:
+        return Verdict(True, "The pool is too small for a certificate.", figures)
+    columns = ("recipe", "spearman", "sample_overlap", "overlap", "certain", "band")
+    figures["recipes"] = Table(pl.DataFrame([{name: getattr(each, name) for name in columns} for each in recipes]))
+    sketched, exact, cut = recipes[0].scores
+    figures["sample"] = Picture(agreement_scatter(sketched, exact, cut=cut), "sketched and exact scores")
+    worst = min(recipes, key=lambda each: each.overlap)
+    figures["expected_overlap"] = worst.overlap  # by itself, so that the UI plots it
+    return Verdict(
+        worst.overlap >= OVERLAP_LIMIT,
+        f"Exact scores would select about {worst.overlap:.0%} of the rows that {worst.recipe} selects; "
+        f"{worst.certain:.0%} of them are certain, the others borderline. "
+        "More dimensions, or `rescore: exact` in the recipe, make it more.",
+        figures,
+    )
+
+
+def _judge_steps(summary: dict[str, Any], steps: pl.DataFrame) -> Verdict:
+    """Show how predicted and real influence agree, as figures and as a picture."""
+    from less_assets.report.charts import agreement_scatter
+
+    names = sorted(summary["agreement"], key=lambda name: name != "predicted")
+    agreement = [{"predictor": name, **summary["agreement"][name]} for name in names]
+    axes = ("predicted fall of the loss", "real fall of the loss")
+    chart = agreement_scatter(steps["predicted"].to_list(), steps["real"].to_list(), axes=axes)
+    correlation = summary["agreement"]["predicted"]["spearman"]
+    return Verdict(
+        correlation is not None and correlation >= CORRELATION_LIMIT,
+        f"Rank correlation of predicted with real influence: "
+        f"{'none' if correlation is None else format(correlation, '.2f')} "
+        f"({summary['rows']} rows, {summary['target_examples']} target examples, {summary['checkpoint']}).",
+        {
+            "agreement": Table(pl.DataFrame(agreement)),
+            **({} if correlation is None else {"rank_correlation": correlation}),
+            "learning_rate": summary["learning_rate"],
+            "steps": Picture(chart, "predicted and real influence"),
+        },
+    )
+
+
+few_rows_quarantined = Check("few_rows_quarantined", "Few rows of the pool are quarantined.", _check_quarantine)
+no_subtask_dominates = Check(
+    "no_subtask_dominates", "No subtask has won more than half of the selection.", check_dominance
+)
+not_only_very_short_rows = Check(
+    "not_only_very_short_rows",
+    "The selection does not consist of answers of a word or two, unless the pool does.",
+    check_short_rows,
+)
+not_worse_than_base = Check(
+    "not_worse_than_base", "The fine-tuned model's held-out loss is not above the base model's.", _compare_with_base
+)
+sketch_is_faithful = Check(
+    "sketch_is_faithful",
+    "Exact scores would select nearly the same rows: a random sample of the pool is scored exactly.",
+    check_sketch,
+    loads_model=True,
+)
+influence_is_real = Check(
+    "influence_is_real",
+    "Rows of higher predicted influence lower the targets' loss more when a real step is taken.",
+    check_real_steps,
+    loads_model=True,
+)
