@@ -15,8 +15,8 @@ from less_assets.compute.models import ModelLoader, cache_folder, open_store
 from less_assets.errors import ComputeError, LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.materialization import Backend, Compute, Failures, make_artifact, make_here
-from less_assets.project.project import Compute as ComputeSettings
 from less_assets.project.project import Project, parse_project
+from less_assets.project.sections import Compute as ComputeSettings
 from less_assets.store.manifest import Manifest
 
 LOSSES_PER_PARTITION = 3

@@ -13,7 +13,8 @@ from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration import ui_metadata as metadata
 from less_assets.orchestration.checks import partition_of
 from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project, Task
+from less_assets.project.project import Project
+from less_assets.project.sections import Task
 from less_assets.steps.evaluation import BOARD
 from less_assets.steps.pool import EXAMPLES
 from less_assets.steps.targets import TARGETS

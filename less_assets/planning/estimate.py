@@ -16,7 +16,8 @@ from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import MODEL_LOAD, TRAINING, Rate, Rates, rate_name
 from less_assets.lineage.lineage import Lineage, Status
 from less_assets.planning.workload import ASSUMED, TOKEN_ASSETS, Amount, Workload
-from less_assets.project.project import Project, Task
+from less_assets.project.project import Project
+from less_assets.project.sections import Task
 from less_assets.running.runner import GraphRunner, Partition, Request
 
 GRADIENT_SECONDS, TRAINING_SECONDS, ASKING_SECONDS = 10.0, 12.0, 20.0

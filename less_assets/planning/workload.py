@@ -15,7 +15,8 @@ from less_assets.compute.speeds import MODEL_LOAD, Rates, rate_name
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.pool_files import Shard, data_path
-from less_assets.project.project import Project, Task
+from less_assets.project.project import Project
+from less_assets.project.sections import Task
 from less_assets.reading.certificates import CERTIFICATE, REAL_STEPS, certified_rules
 
 RUN_SECONDS = 0.25
@@ -26,8 +27,6 @@ ASSUMED = {"instruction_pool": 2e-4, "selected_subset": 2e-5}
 """Seconds a row where no run has measured it: of one two-core machine, and small beside all work on tokens."""
 SAMPLE_ROWS = 32
 SAMPLE_PLACES = 4
-TASK_FREE = ("random", "full", "none", "perplexity")
-"""Strategies whose subset is the same for every task: equal models are trained once."""
 TOKEN_ASSETS = (
     *("warmup_checkpoints", "train_gradients", "target_gradients", "exact_scores", "finetuned_model"),
     *("pool_embeddings", "target_embeddings", "token_attribution"),
@@ -378,7 +377,8 @@ def _finetuned_model(work: Workload, due: Sequence[Partition]) -> Amount:
         resolved = work.project.recipe(recipe)
         if resolved.strategy != "none":
             same = (resolved.strategy, resolved.budget, resolved.seed, resolved.model)
-            trained[same if resolved.strategy in TASK_FREE else (recipe, task)] = work.selected_rows(recipe, task)
+            # Equal models are trained once.
+            trained[same if resolved.traits.same_for_every_task else (recipe, task)] = work.selected_rows(recipe, task)
     tokens = sum(trained.values()) * work.row_tokens * work.project.finetuning.epochs
     stored = work.training_bytes(len(trained))
     return Amount(units={"finetuned_model": tokens}, tokens=tokens, loads=len(trained), bytes=stored)

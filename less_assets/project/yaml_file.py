@@ -1,7 +1,7 @@
 """YAML text to plain data that remembers its lines; safe against anything a file can contain.
 
 Belongs here: parsing, duplicate keys, alias bombs, and the way from a key path back to a line. What the keys mean is
-`project.py`.
+`sections.py`.
 """
 
 import re

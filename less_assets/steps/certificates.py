@@ -17,7 +17,8 @@ from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
 from less_assets.orchestration.materialization import Compute, StepInputs, StepResult, materialize, measured
-from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.project.project import Project
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import (
     POOL,
     SAMPLE,

@@ -16,7 +16,8 @@ from less_assets.lineage.lineage import split
 from less_assets.orchestration import ui_metadata as metadata
 from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one
 from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project, Task
+from less_assets.project.project import Project
+from less_assets.project.sections import Task
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.manifest import Manifest
 from less_assets.store.tables import read_parquet, write_parquet

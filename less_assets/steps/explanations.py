@@ -16,7 +16,8 @@ from less_assets.lineage.lineage import Lineage, split
 from less_assets.orchestration import ui_metadata as metadata
 from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_one
 from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.project.project import Project
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.rows import (
     ROWS_AT_ONCE,
     checkpoint_weights,

@@ -19,7 +19,8 @@ from less_assets.orchestration import ui_metadata as metadata
 from less_assets.orchestration.checks import SCORE_CHECKS, SUBSET_CHECKS
 from less_assets.orchestration.materialization import StepInputs, StepResult, materialize_range, materialize_together
 from less_assets.orchestration.partitions import Axes
-from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.project.project import Project
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import judge_selection
 from less_assets.steps.gradients import FEATURES, TARGET_FEATURES, check_sketch
 from less_assets.steps.pool import EXAMPLES
