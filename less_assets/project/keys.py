@@ -171,8 +171,8 @@ def nearest(word: str, known: list[str]) -> str:
 def _other_key(key: str, section: KeyPath, schema: type[Section]) -> str:
     """The nearest valid key, or the section where the key belongs."""
     field = _field_at(section, schema)
-    here = section_of(field.annotation) if field else schema
-    advice = nearest(key, list(keys_of(here)) if here else [])
+    owner = section_of(field.annotation) if field else schema
+    advice = nearest(key, list(keys_of(owner)) if owner else [])
     homes = [path for path in all_keys(schema) if path.rpartition(".")[2] == key]
     return advice if advice.startswith("did you mean") or not homes else f"it belongs to {' or '.join(homes)}"
 
@@ -186,7 +186,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that an annotation such as `list[Task]` or `Evaluation | None` leads to; None for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:

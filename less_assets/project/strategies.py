@@ -49,49 +49,24 @@ class Strategy:
         return self.has_budget if key == "quotas" else key in self.keys
 
 
+_LESS_KEYS = ("form", "subtask", "aggregate", "rescore", "candidates", "near_duplicates")
+# fmt: off
 _ENTRIES = (
-    Strategy(
-        "less",
-        "rows whose training step lowers the targets' loss",
-        "influence:score_shard",
-        scores="influence",
-        keys=("form", "subtask", "aggregate", "rescore", "candidates", "near_duplicates"),
-    ),
-    Strategy("random", "at random", "selection:select_at_random", keys=("seeds",), same_for_every_task=True),
+    Strategy("less", "rows whose training step lowers the targets' loss", "influence:score_shard", "influence",
+             _LESS_KEYS),
+    Strategy("random", "at random", "selection:select_at_random", None, ("seeds",), same_for_every_task=True),
     Strategy("full", "the whole pool", "selection:select_all", has_budget=False, same_for_every_task=True),
     Strategy("none", "nothing: the base model", None, has_budget=False, same_for_every_task=True),
-    Strategy(
-        "bm25",
-        "rows that share rare words with the targets",
-        "baselines:bm25_scores",
-        scores="text",
-        keys=("aggregate",),
-    ),
-    Strategy(
-        "dsir", "rows whose n-grams are the targets'", "baselines:dsir_log_weights", scores="text", keys=("seeds",)
-    ),
-    Strategy(
-        "rds",
-        "rows whose hidden states are near the targets' (RDS+)",
-        "baselines:cosine_scores",
-        scores="embeddings",
-        keys=("aggregate",),
-    ),
-    Strategy(
-        "perplexity",
-        "the middle or the top of the base model's perplexity",
-        "baselines:perplexity_scores",
-        scores="embeddings",
-        keys=("keep",),
-        same_for_every_task=True,
-    ),
-    Strategy(
-        "length_matched",
-        "at random, as long as another recipe's rows or the targets",
-        "baselines:length_matched_log_weights",
-        keys=("match", "seeds"),
-    ),
+    Strategy("bm25", "rows that share rare words with the targets", "baselines:bm25_scores", "text", ("aggregate",)),
+    Strategy("dsir", "rows whose n-grams are the targets'", "baselines:dsir_log_weights", "text", ("seeds",)),
+    Strategy("rds", "rows whose hidden states are near the targets' (RDS+)", "baselines:cosine_scores", "embeddings",
+             ("aggregate",)),
+    Strategy("perplexity", "the middle or the top of the base model's perplexity", "baselines:perplexity_scores",
+             "embeddings", ("keep",), same_for_every_task=True),
+    Strategy("length_matched", "at random, as long as another recipe's rows or the targets",
+             "baselines:length_matched_log_weights", None, ("match", "seeds")),
 )
+# fmt: on
 STRATEGIES = {strategy.name: strategy for strategy in _ENTRIES}
 """Every strategy by its name, in the order of the documentation."""
 STRATEGY_KEYS = (*dict.fromkeys(key for strategy in _ENTRIES for key in strategy.keys), "quotas")
