@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from upath import UPath
 
 from less_assets.lineage.lineage import Lineage
-from less_assets.project.project import Gradients, Project
+from less_assets.project.project import Project
+from less_assets.project.sections import Gradients
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import hold_folder, local_path, storage_trouble
 

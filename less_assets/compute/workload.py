@@ -23,8 +23,6 @@ ARTIFACT_SECONDS = 0.1
 """Planning, sealing and recording one artifact (the demo: 0.1 s where nothing is computed)."""
 SAMPLE_ROWS = 32
 SAMPLE_PLACES = 4
-TASK_FREE = ("random", "full", "none", "perplexity")
-"""Strategies whose subset is the same for every task: equal models are trained once."""
 _NOT_THERE = (MissingArtifactError, StaleArtifactError, CorruptArtifactError)
 
 Partition = str | None

@@ -39,7 +39,7 @@ def results(project: Project, store: ArtifactStore) -> str:
 def _pages(lineage: Lineage) -> list[str]:
     """Path of every selection report that is up to date."""
     pages = []
-    reported = [key for key in lineage.project.recipe_keys if lineage.project.needs(key, "selection_report")]
+    reported = lineage.declarations["selection_report"].recipes(lineage.project)
     for key, task in ((key, task) for task in lineage.project.task_names for key in reported):
         if lineage.status("selection_report", f"{key}|{task}").state == "fresh":
             page = lineage.folder("selection_report", f"{key}|{task}").path(REPORT)

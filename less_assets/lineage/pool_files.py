@@ -13,7 +13,8 @@ import fsspec
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, PoolFormatError
 from less_assets.lineage.plan import digest
-from less_assets.project.project import Project, Source
+from less_assets.project.project import Project
+from less_assets.project.sections import Source
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import read_bytes, write_atomically
 

@@ -12,7 +12,7 @@ import dagster as dg
 import polars as pl
 
 from less_assets.compute.timings import seconds_of
-from less_assets.project.project import SubtaskRule
+from less_assets.project.sections import SubtaskRule
 from less_assets.report.charts import markdown_image
 from less_assets.steps.asset import Asset
 from less_assets.steps.shown import PREVIEW_CHARACTERS, File, Markdown, Picture, Stored, Table, Verdict

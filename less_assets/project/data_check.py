@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from less_assets.errors import LessAssetsError
-from less_assets.project.project import Evaluation, Project, Source, TargetExamples
+from less_assets.project.project import Project
+from less_assets.project.sections import Evaluation, Source, TargetExamples
 from less_assets.project.yaml_file import Problem
 
 PEEK_ROWS = 256

@@ -1,6 +1,6 @@
 """Sections and keys of a YAML file: how they are documented, checked, and how errors in them are told.
 
-Belongs here: what holds for any key. Which keys there are is `project.py`; how YAML is parsed safely `project_yaml.py`.
+Belongs here: what holds for any key. Which keys there are is `sections.py`; how YAML is parsed safely `yaml_file.py`.
 """
 
 import difflib
@@ -38,7 +38,8 @@ def setting(
     """A documented key; `...` as default makes it required.
 
     Args:
-        default: Default value, as it comes out of validation.
+        default: Default value, as it comes out of validation; or a function that makes it from the keys above it that
+            are valid, by name.
         description: One sentence, without full stop.
         type: How to name the type, where the annotation does not say it well.
         unit: Unit of the value.
@@ -47,7 +48,8 @@ def setting(
         **limits: pydantic's: `gt`, `ge`, `lt`, `le`, `min_length`, `alias`.
     """
     extra: dict[str, Any] = {"type": type, "unit": unit, "source": source, "shown": shown}
-    return Field(default, description=description, json_schema_extra=extra, **limits)
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(**made, description=description, json_schema_extra=extra, **limits)
 
 
 class Section(BaseModel):
@@ -80,19 +82,21 @@ def explain(error: ValidationError, marked: MarkedData, schema: type[Section]) -
         schema: The section that stands for the whole file.
     """
     errors = error.errors(include_url=False)
-    unknown = [each["loc"] for each in errors if each["type"] == "extra_forbidden"]
-    for each in errors:
-        path: KeyPath = each["loc"]
-        if each["type"] == "missing" and any(_is_misspelt(path, other) for other in unknown):
+    unknown = [broken["loc"] for broken in errors if broken["type"] == "extra_forbidden"]
+    for broken in errors:
+        path: KeyPath = broken["loc"]
+        if broken["type"] == "missing" and any(_is_misspelt(path, other) for other in unknown):
             continue
-        if each["type"] == "rules":
-            for rule in each["ctx"]["broken"]:
+        if broken["type"] == "default_factory_not_called":
+            continue  # a key above it is wrong, which is told
+        if broken["type"] == "rules":
+            for rule in broken["ctx"]["broken"]:
                 full = (*path, *rule.path)
                 yield Problem(marked.where(full), f"{shown_path(full)}: {rule.what}", rule.fix)
             continue
-        if each["type"] == "invalid_key":
+        if broken["type"] == "invalid_key":
             path = (*path[:-1], str(path[-1])) if path else path
-        what, fix = _in_words(each, path, schema)
+        what, fix = _in_words(broken, path, schema)
         yield Problem(marked.where(path), f"{shown_path(path)}: {what}", fix)
 
 
@@ -167,8 +171,8 @@ def nearest(word: str, known: list[str]) -> str:
 def _other_key(key: str, section: KeyPath, schema: type[Section]) -> str:
     """The nearest valid key, or the section where the key belongs."""
     field = _field_at(section, schema)
-    here = section_of(field.annotation) if field else schema
-    advice = nearest(key, list(keys_of(here)) if here else [])
+    owner = section_of(field.annotation) if field else schema
+    advice = nearest(key, list(keys_of(owner)) if owner else [])
     homes = [path for path in all_keys(schema) if path.rpartition(".")[2] == key]
     return advice if advice.startswith("did you mean") or not homes else f"it belongs to {' or '.join(homes)}"
 
@@ -182,7 +186,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section that an annotation such as `list[Task]` or `Evaluation | None` leads to; None for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
+    return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:

@@ -1,6 +1,6 @@
 """The reference page of the project file, written from the models: `python -m less_assets.project.reference_page`.
 
-Belongs here: putting keys into Markdown tables. What keys mean is `project.py`.
+Belongs here: putting keys into Markdown tables. What keys mean is `sections.py`.
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from less_assets.project.keys import keys_of, section_of
@@ -18,7 +19,7 @@ _INTRODUCTION = """\
 
 One YAML file is the whole experiment: `LESS_PROJECT` or `--project` names it, `projects/demo.yaml` is the default.
 [`projects/template.yaml`](../projects/template.yaml) shows every key in place; copy it. This page is written from the
-models in `less_assets/project/project.py` by `python -m less_assets.project.reference_page`.
+models in `less_assets/project/sections.py` by `python -m less_assets.project.reference_page`.
 
 - Relative paths are meant from the project file's folder. URLs are any that fsspec knows.
 - Names (project, sources, tasks, recipes) consist of `a-z`, `0-9`, `_`, `.`, `-`, begin with a letter or digit, and are
@@ -40,7 +41,7 @@ def describe_project_file() -> str:
     return "\n".join([_INTRODUCTION, *_tables("", "The file", Project, "")])
 
 
-def _tables(path: str, title: str, section: Any, about: str) -> list[str]:
+def _tables(path: str, title: str, section: type[BaseModel], about: str) -> list[str]:
     lines = [f"## {title}", ""]
     if about:
         lines += [f"{about}.", ""]
@@ -80,16 +81,16 @@ def _type(annotation: Any) -> str:
 def _limits(field: FieldInfo) -> str:
     signs = {annotated_types.Gt: ("gt", ">"), annotated_types.Ge: ("ge", "≥")}
     signs |= {annotated_types.Lt: ("lt", "<"), annotated_types.Le: ("le", "≤")}
-    found = [
+    limits = [
         f"{sign} {getattr(limit, name):,}"
         for kind, (name, sign) in signs.items()
         for limit in field.metadata
         if isinstance(limit, kind)
     ]
-    return " and ".join(found)
+    return " and ".join(limits)
 
 
-def _default(field: FieldInfo, shown: Any) -> str:
+def _default(field: FieldInfo, shown: object) -> str:
     if field.is_required():
         return "required"
     if section_of(field.annotation):
@@ -102,6 +103,6 @@ def _default(field: FieldInfo, shown: Any) -> str:
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parents[1] / "docs" / "project-file.md"
+    page = Path(__file__).parents[2] / "docs" / "project-file.md"
     page.write_text(describe_project_file(), encoding="utf-8")
     print(f"wrote {page}")

@@ -1,7 +1,7 @@
 """YAML text to plain data that remembers its lines; safe against anything a file can contain.
 
 Belongs here: parsing, duplicate keys, alias bombs, and the way from a key path back to a line. What the keys mean is
-`project.py`.
+`sections.py`.
 """
 
 import re
@@ -197,7 +197,7 @@ def _line(node: yaml.Node) -> int:
 
 def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
-        return [each for pair in node.value for each in pair]
+        return [child for pair in node.value for child in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 

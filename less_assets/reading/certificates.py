@@ -16,7 +16,8 @@ import polars as pl
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.plan import ArtifactPlan
-from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.project.project import Project
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from less_assets.lineage.lineage import Lineage
-from less_assets.project.project import ResolvedRecipe
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.files import EXACT, EXACT_COLUMN, SUBSET, score_file
 from less_assets.reading.rows import score_column, scores_of, subtask_label
 from less_assets.steps.ranking import candidates_of

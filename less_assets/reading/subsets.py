@@ -10,7 +10,7 @@ from less_assets.store.artifacts import Pointer
 
 def chooses_rows(project: Project, recipe: str) -> bool:
     """Whether a recipe chooses rows, so that there is something to report: not the whole pool, and not none."""
-    return project.recipe(recipe).strategy not in ("full", "none")
+    return project.recipe(recipe).traits.has_budget
 
 
 def other_subsets(lineage: Lineage, recipe: str, task: str) -> dict[str, Pointer]:

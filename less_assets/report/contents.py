@@ -22,7 +22,7 @@ from less_assets.method.data.composition import (
     turn_class,
 )
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
-from less_assets.project.project import ResolvedRecipe
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
 from less_assets.reading.rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
 from less_assets.reading.selection_cut import Cuts, score_matrix

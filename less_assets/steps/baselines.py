@@ -17,7 +17,7 @@ from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.plan import Versions
-from less_assets.project.project import EMBEDDING_SCORED, TEXT_SCORED, Project
+from less_assets.project.project import Project
 from less_assets.reading.files import EMBEDDINGS, EXAMPLES, PLACES, TARGETS, score_file
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
@@ -232,8 +232,13 @@ def _scored_text(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
     return {"pool_index": inputs["pool_index"], "examples": examples}
 
 
-def _scored_by(*kinds: str) -> Callable[[Project, str], bool]:
-    return lambda project, recipe: project.recipe(recipe).strategy in kinds
+def _ranks_by(scores: str) -> Callable[[Project, str], bool]:
+    return lambda project, recipe: project.recipe(recipe).traits.scores == scores
+
+
+def _compares_embeddings(project: Project, recipe: str) -> bool:
+    traits = project.recipe(recipe).traits
+    return traits.scores == "embeddings" and not traits.same_for_every_task
 
 
 ASSETS = (
@@ -249,7 +254,7 @@ ASSETS = (
         folder="embeddings/pool/{shard}",
         settings=_model_settings,
         shared_settings=lambda project: {"model": project.model_settings()},
-        needed_by=_scored_by(*EMBEDDING_SCORED),
+        needed_by=_ranks_by("embeddings"),
         compute=embed_shard,
         describe=one_table(EMBEDDINGS),
         in_ranges=True,
@@ -269,7 +274,7 @@ ASSETS = (
         settings=_model_settings,
         shared_settings=lambda project: {"model": project.model_settings()},
         determined_by=_embedded_targets,
-        needed_by=_scored_by("rds"),
+        needed_by=_compares_embeddings,
         compute=embed_targets,
         describe=one_table(EMBEDDINGS),
         loads_model=True,
@@ -285,12 +290,16 @@ ASSETS = (
             "Cosine of every pool row with each target example (`rds`), or the base model's loss on it (`perplexity`)."
         ),
         axes=("recipe", "task"),
-        inputs=(Input("pool_index"), Input("pool_embeddings"), Input("target_embeddings", read_by=_scored_by("rds"))),
+        inputs=(
+            Input("pool_index"),
+            Input("pool_embeddings"),
+            Input("target_embeddings", read_by=_compares_embeddings),
+        ),
         folder="selection/{task}/embedding/{recipe}",
         # By fingerprint alone: recipes that differ in their budget only share the scores.
         shared_folder="selection/{task}/embedding",
         settings=_strategy,
-        needed_by=_scored_by(*EMBEDDING_SCORED),
+        needed_by=_ranks_by("embeddings"),
         compute=score_embeddings,
     ),
     Asset(
@@ -304,7 +313,7 @@ ASSETS = (
         shared_folder="selection/{task}/text",
         settings=_strategy,
         determined_by=_scored_text,
-        needed_by=_scored_by(*TEXT_SCORED),
+        needed_by=_ranks_by("text"),
         compute=score_texts,
     ),
 )

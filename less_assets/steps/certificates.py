@@ -18,7 +18,7 @@ from less_assets.compute.step import Compute, Log, StepInputs, StepResult, mater
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
-from less_assets.project.project import ResolvedRecipe
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import (
     CERTIFICATE,
     POOL,

@@ -17,7 +17,8 @@ from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.plan import Versions
-from less_assets.project.project import Project, ResolvedRecipe
+from less_assets.project.project import Project
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import CERTIFICATE, read_certificate
 from less_assets.reading.files import EXACT, INDEX, NEIGHBOURS, REPORT, ROWS, SUBSET, TOKENS
 from less_assets.reading.rows import (

@@ -11,7 +11,7 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import Log
 from less_assets.lineage.lineage import Lineage
-from less_assets.project.project import Task
+from less_assets.project.sections import Task
 from less_assets.reading.files import BOARD, EXAMPLES, TARGETS
 from less_assets.steps.asset import Check
 from less_assets.steps.shown import TABLE_ROWS, Table, Verdict

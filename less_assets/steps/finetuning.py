@@ -12,7 +12,7 @@ import polars as pl
 
 from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
-from less_assets.compute.workload import TASK_FREE, Amount, Workload
+from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
 from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.file_digests import model_stamp
@@ -109,7 +109,8 @@ def training_work(workload: Workload, due: Sequence[str]) -> Amount:
         resolved = workload.project.recipe(recipe)
         if resolved.strategy != "none":
             same = (resolved.strategy, resolved.budget, resolved.seed, resolved.model)
-            trained[same if resolved.strategy in TASK_FREE else (recipe, task)] = workload.selected_rows(recipe, task)
+            subset = same if resolved.traits.same_for_every_task else (recipe, task)
+            trained[subset] = workload.selected_rows(recipe, task)
     tokens = sum(trained.values()) * workload.row_tokens * workload.project.finetuning.epochs
     stored = workload.training_bytes(len(trained))
     return Amount(units={"finetuned_model": tokens}, tokens=tokens, loads=len(trained), bytes=stored)

@@ -12,7 +12,7 @@ import polars as pl
 
 from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
-from less_assets.project.project import TEXT_SCORED, ResolvedRecipe
+from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES, FEATURES, INDEX, score_file
 from less_assets.steps import baselines
 from less_assets.steps.gradients import encode_targets
@@ -169,7 +169,7 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
     """The pool scored by a baseline: once for a task, once for each member of a group."""
     from less_assets.method.selection.selection import Candidates
 
-    asset = "text_scores" if recipe.strategy in TEXT_SCORED else "embedding_scores"
+    asset = "text_scores" if recipe.traits.scores == "text" else "embedding_scores"
     folder = work.lineage.folder(asset, f"{recipe.key}|{task}")
     places: Any = read_json(folder, baselines.PLACES)
     final = _final_scores(work, recipe, folder)

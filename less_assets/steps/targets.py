@@ -14,7 +14,7 @@ from less_assets.lineage.declaration import Keys
 from less_assets.lineage.file_digests import files_digest
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import Versions, digest
-from less_assets.project.project import Task
+from less_assets.project.sections import Task
 from less_assets.reading.files import TARGETS
 from less_assets.steps.asset import Asset
 from less_assets.steps.fairness_checks import targets_not_evaluated

@@ -20,7 +20,8 @@ from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import ComputeError, TrainingError
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.project.project import Compute, load_project
+from less_assets.project.project import load_project
+from less_assets.project.sections import Compute
 from less_assets.running.runner import GraphRunner, Outcome, Request, register_shards
 from less_assets.steps.registry import open_lineage, open_store
 

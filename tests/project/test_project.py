@@ -15,8 +15,10 @@ from support.project_keys import CHANGES, STRUCTURE, set_key
 
 from less_assets.errors import ProjectFileError
 from less_assets.project.keys import all_keys
-from less_assets.project.project import Budget, Gradients, Lora, Project, Training, Warmup, load_project, parse_project
+from less_assets.project.project import Project, load_project, parse_project
+from less_assets.project.recipes import Budget
 from less_assets.project.reference_page import describe_project_file
+from less_assets.project.sections import Gradients, Lora, Training, Warmup
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = ROOT / "projects"
@@ -600,6 +602,7 @@ def test_bytes_of_a_row_choose_its_storage(forms: str, bytes_per_row: object, st
     chosen = project(f"gradients: {{forms: {forms}, bytes_per_row: {bytes_per_row}}}\n")
     written = project(f"gradients: {{forms: {forms}, storage: {storage}, dimension: {dimension}}}\n")
     assert (chosen.gradients.storage, chosen.gradients.dimension) == (storage, dimension)
+    assert Gradients.model_validate(chosen.gradients.model_dump(include={"forms", "bytes_per_row"})) == chosen.gradients
     assert chosen.gradient_settings() == written.gradient_settings(), (
         "features made under one are fresh under the other"
     )
@@ -613,13 +616,6 @@ def test_a_groups_settings_are_its_members():
 def test_only_recipes_by_influence_read_scores():
     found = parse_project(FULL.encode())
     assert [key for key in found.recipe_keys if found.reads_scores(key)] == ["less"]
-
-
-def test_recipes_that_choose_some_rows_and_not_others_are_reported():
-    found = parse_project(FULL.encode())
-    assert not found.needs("base", "selection_report")
-    assert found.needs("less", "selection_report")
-    assert [key for key in found.recipe_keys if found.needs(key, "token_attribution")] == ["less"]
 
 
 def test_settings_do_not_change_when_a_project_moves():

@@ -1,0 +1,91 @@
+"""Rules between the sections of a project file: names that must exist, be unique, or be of the right kind.
+
+Belongs here: what concerns several sections. Rules between keys of one section stand with it in `sections.py`.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from less_assets.project.keys import BrokenRule, Section, nearest
+from less_assets.project.recipes import resolve
+from less_assets.project.sections import Gradients, Recipe, Source, Task
+from less_assets.project.strategies import STRATEGIES
+from less_assets.project.yaml_file import KeyPath
+
+SomeSection = TypeVar("SomeSection", bound=Section)
+
+
+def rules_between_sections(data: Mapping[str, object], context: dict[str, Path]) -> Iterator[BrokenRule]:
+    """Rules that concern several sections, checked on all parts that are valid by themselves."""
+    pool = data.get("pool")
+    sources = _valid_parts(Source, pool.get("sources") if isinstance(pool, dict) else None, context)
+    tasks = _valid_parts(Task, data.get("tasks"), context)
+    recipes = _valid_parts(Recipe, data.get("recipes"), context)
+    gradients = _valid_parts(Gradients, [data.get("gradients", {})], context)
+    yield from _taken(("pool", "sources"), [(index, source.name) for index, source in sources.items()], "source")
+    yield from _taken(("tasks",), [(index, task.name) for index, task in tasks.items()], "task")
+    yield from _taken(("recipes",), [(index, recipe.name) for index, recipe in recipes.items()], "recipe")
+    distinct = {recipe.name: index for index, recipe in reversed(recipes.items())}.values()
+    keys = [(index, resolved.key) for index in sorted(distinct) for resolved in resolve(recipes[index], ["adamw"])]
+    yield from _taken(("recipes",), keys, "recipe key")
+    all_names = _stated_names(data.get("tasks"))
+    groups = {task.name for task in tasks.values() if task.members}
+    for index, task in tasks.items():
+        for position, member in enumerate(task.members or []):
+            path: KeyPath = ("tasks", index, "members", position)
+            if member not in all_names:
+                yield BrokenRule(path, f"there is no task {member!r}", nearest(member, sorted(all_names - {task.name})))
+            elif member in groups:
+                yield BrokenRule(path, f"{member!r} is a group itself", "name its members instead: groups do not nest")
+    for index, recipe in recipes.items() if gradients else []:
+        if recipe.form and recipe.form not in gradients[0].forms:
+            yield BrokenRule(
+                ("recipes", index, "form"),
+                f"gradients.forms does not list {recipe.form!r}",
+                f"add it there, or choose one of {', '.join(gradients[0].forms)}",
+            )
+    stated = _stated_names(pool.get("sources") if isinstance(pool, dict) else None)
+    yield from _names_in_recipes(recipes, stated, _stated_names(data.get("recipes")))
+
+
+def _stated_names(parts: object) -> set[str]:
+    """Names of the parts of a list, valid or not."""
+    listed = parts if isinstance(parts, list) else []
+    return {part["name"] for part in listed if isinstance(part, dict) and isinstance(part.get("name"), str)}
+
+
+def _names_in_recipes(recipes: Mapping[int, Recipe], sources: set[str], names: set[str]) -> Iterator[BrokenRule]:
+    """Recipes name sources and other recipes: they must exist, and be of a kind that makes sense there."""
+    strategies = {recipe.name: recipe.strategy for recipe in recipes.values()}
+    matchable = sorted(name for name, strategy in strategies.items() if STRATEGIES[strategy].matchable)
+    for index, recipe in recipes.items():
+        for name in sorted({*(recipe.quotas or {})} - sources):
+            path: KeyPath = ("recipes", index, "quotas", name)
+            yield BrokenRule(path, f"there is no source {name!r}", nearest(name, sorted(sources)))
+        path = ("recipes", index, "match")
+        if recipe.match is not None and recipe.match not in names:
+            yield BrokenRule(path, f"there is no recipe {recipe.match!r}", nearest(recipe.match, matchable))
+        elif recipe.match in strategies and recipe.match not in matchable:
+            what = f"{recipe.match!r} has strategy {strategies[str(recipe.match)]}"
+            fitting = [name for name, strategy in STRATEGIES.items() if strategy.matchable]
+            yield BrokenRule(path, what, f"name a recipe with strategy {', '.join(fitting)}")
+
+
+def _valid_parts(kind: type[SomeSection], parts: object, context: dict[str, Path]) -> dict[int, SomeSection]:
+    valid = {}
+    for index, part in enumerate(parts if isinstance(parts, list) else []):
+        try:
+            valid[index] = kind.model_validate(part, context=context)
+        except ValidationError:
+            continue  # told already
+    return valid
+
+
+def _taken(path: KeyPath, names: list[tuple[int, str]], what: str) -> Iterator[BrokenRule]:
+    first: dict[str, int] = {}
+    for index, name in names:
+        if first.setdefault(name, index) != index:
+            yield BrokenRule((*path, index, "name"), f"the {what} {name!r} exists already", "choose another name")

@@ -1,0 +1,528 @@
+"""The sections of a project file: what every key means, what it may be, and the rules between keys of one section.
+
+Belongs here: one class a section. Rules between sections are `rules.py`, what holds for any key `keys.py`.
+"""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from less_assets.project.keys import BrokenRule, Section, setting
+from less_assets.project.strategies import STRATEGIES, STRATEGY_KEYS, readers
+from less_assets.project.values import (
+    AutoCount,
+    HarnessTask,
+    Location,
+    ModelReference,
+    Name,
+    OptionalSize,
+    Size,
+    Text,
+    is_url,
+)
+from less_assets.project.yaml_file import KeyPath
+
+Form = Literal["adamw", "paper", "reference", "marginal", "sgd"]
+SubtaskRule = Literal["mean_cosine", "cosine_of_mean"]
+Aggregate = Literal["max", "mean", "round_robin"]
+Perplexities = Literal["mid", "top"]
+FeatureStorage = Literal["float16", "int8", "int4", "int1"]
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[tuple(STRATEGIES)]
+Unit = Literal["fraction", "rows", "tokens"]
+BUDGETS: tuple[Unit, ...] = get_args(Unit)
+PAPER = "LESS"
+MAX_SEED = 2**32 - 1
+
+
+class Storage(Section):
+    """Where artifacts are kept."""
+
+    root: Location = setting(
+        "artifacts",
+        "Folder, relative to this file, or fsspec URL (`s3://bucket/prefix`, `gs://…`); credentials belong in the "
+        "environment",
+        type="path or URL",
+        validate_default=True,
+    )
+
+
+class Model(Section):
+    """The model whose gradients are taken, and how examples become its input."""
+
+    base: ModelReference = setting(
+        ...,
+        "Hugging Face id (`owner/name`, optionally `@revision`), folder, or `gguf:package/file.gguf` for a file "
+        "inside an installed package",
+        type="id or path",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Precision of weights and gradients; `auto`: bfloat16 where the machine is fast at it, else float32"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Where the model runs; `auto`: the best there is")
+    device_map: Text | None = setting(
+        None, "Spread the base model over several devices, as in transformers (`auto`, `balanced`, …)"
+    )
+    max_length: int = setting(
+        2048, "Longest pool example; longer ones are cut from the right", unit="tokens", source=f"{PAPER} code", ge=2
+    )
+    chat_format: Literal["template", "tulu"] = setting(
+        "template", "`template`: the tokenizer's own chat template; `tulu`: `<|user|>\\n…`, as in LESS"
+    )
+    quantization: Literal["none", "4bit"] = setting("none", "4-bit base weights by bitsandbytes (CUDA only)")
+    trust_remote_code: bool = setting(False, "Run Python code that comes with the model; only for sources you trust")
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        if self.device_map is not None and self.device == "cpu":
+            yield BrokenRule(("device_map",), "has no meaning with device: cpu", "leave one of the two out")
+
+
+class Lora(Section):
+    """The adapter of warm-up and fine-tuning; its parameters are what gradients are taken of."""
+
+    rank: int = setting(128, "Rank r", source=f"{PAPER} code", ge=1, le=65536)
+    alpha: float = setting(
+        512.0, "Scale; the adapter's output is multiplied by alpha / rank", source=f"{PAPER} code", gt=0
+    )
+    dropout: float = setting(
+        0.1, "Dropout in training; off while gradients are taken", source=f"{PAPER} code", ge=0, lt=1
+    )
+    target_modules: list[Text] = setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "Names of the linear layers that get an adapter",
+        source=f"{PAPER} code",
+        min_length=1,
+    )
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        yield from _repeated(("target_modules",), self.target_modules)
+
+
+class Source(Section):
+    """One set of files of the pool."""
+
+    name: Name = setting(..., "Name of the source; part of shard keys and of every selected row", type="name")
+    path: Location = setting(
+        ...,
+        "File, folder, pattern (`data/*.jsonl`) or fsspec URL (`hf://datasets/…`): JSON lines or CSV, also compressed "
+        "(`.gz`, `.bz2`, `.xz`, `.zst`), or Parquet",
+        type="path or URL",
+    )
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = setting(
+        "auto", "Format of the rows; `auto`: decided row by row from the field names"
+    )
+    limit: int | None = setting(None, "Use only the first rows of the source; null: all", unit="rows", ge=1)
+
+
+class Pool(Section):
+    """The instruction data to select from."""
+
+    shard_size: int = setting(
+        4096,
+        "Rows per shard, the unit that is recomputed when data changes; keep a pool under 100 shards",
+        unit="rows",
+        ge=1,
+    )
+    sources: list[Source] = setting(..., "The files, by source", min_length=1)
+
+
+class Training(Section):
+    """How an adapter is trained with AdamW on the loss of assistant tokens."""
+
+    epochs: int = setting(4, "Passes over the data", source=PAPER, ge=1, le=1000)
+    learning_rate: float = setting(2e-5, "Highest learning rate", source=PAPER, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "Learning rate after its warm-up; the paper's text says cosine", source=f"{PAPER} code"
+    )
+    warmup_ratio: float = setting(
+        0.03, "Share of the steps in which the learning rate rises from 0", source=PAPER, ge=0, lt=1
+    )
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", source=f"{PAPER} code", ge=0)
+    batch_size: int = setting(128, "Examples per optimizer step", unit="examples", source=PAPER, ge=1)
+    max_grad_norm: float = setting(
+        1.0, "Clip the gradient's norm to this; 0: never", source="transformers' default, which LESS uses", ge=0
+    )
+    seed: int = setting(0, "Seed of the adapter's start, the order of examples and dropout", ge=0, le=MAX_SEED)
+    micro_batch_tokens: int = setting(
+        2048,
+        "Padded tokens that go through the model at once; bounds memory, not the optimizer step",
+        unit="tokens",
+        ge=1,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, a third more time"
+    )
+
+    def training_values(self) -> dict[str, Any]:
+        """Keyword arguments of `method.training.TrainingSettings`."""
+        return self.model_dump(include=set(Training.model_fields))
+
+    def training_settings(self) -> dict[str, Any]:
+        """Those of them that can change numbers, for fingerprints."""
+        return self.model_dump(include=set(Training.model_fields) - {"gradient_checkpointing"})
+
+
+class Warmup(Training):
+    """Step 1: a short training on a random part of the pool, or checkpoints from elsewhere."""
+
+    fraction: float = setting(0.05, "Share of the pool that is drawn once and then frozen", source=PAPER, gt=0, le=1)
+    seed: int = setting(
+        3,
+        "Seed of the draw, the adapter's start, the order of examples and dropout",
+        source=f"{PAPER} code (README)",
+        ge=0,
+        le=MAX_SEED,
+    )
+    imported: list[Location] | None = setting(
+        None,
+        "Checkpoint folders from another training (adapter and optimizer state), in order, instead of a warm-up here",
+        alias="import",
+        type="list of paths",
+        min_length=1,
+    )
+    mean_learning_rates: list[Annotated[float, Field(gt=0)]] | None = setting(
+        None,
+        "Mean learning rate of the epoch that ends at each imported checkpoint; null: read from its trainer state",
+        type="list of numbers",
+    )
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        if self.imported is None:
+            if self.mean_learning_rates is not None:
+                yield BrokenRule(
+                    ("mean_learning_rates",), "belongs to imported checkpoints", "leave it out, or give `import`"
+                )
+            return
+        yield from _repeated(("import",), self.imported)
+        for position, path in enumerate(self.imported):
+            if is_url(path):
+                yield BrokenRule(("import", position), "is a URL", "copy the checkpoint to a local folder first")
+        for key in self.given("fraction", *Training.model_fields):
+            yield BrokenRule((key,), "has no meaning with `import`: nothing is trained", "leave one of the two out")
+        if self.mean_learning_rates is not None and len(self.mean_learning_rates) != len(self.imported):
+            yield BrokenRule(
+                ("mean_learning_rates",),
+                f"has {len(self.mean_learning_rates)} values for {len(self.imported)} checkpoints",
+                "give one for each checkpoint",
+            )
+
+
+class Gradients(Section):
+    """Steps 2 and 3: the features of pool and target examples."""
+
+    forms: list[Form] = setting(
+        ["adamw", "marginal"],
+        "Directions Γ to store, all from one backward pass: `adamw` torch's step, `paper` the printed formula, "
+        "`reference` the published code, `marginal` what the example adds to the step, `sgd` the plain gradient",
+        min_length=1,
+    )
+    sketch: Literal["sparse", "rademacher"] = setting(
+        "sparse", "Random projection: `sparse` costs the same at any dimension, `rademacher` is the paper's"
+    )
+    bytes_per_row: OptionalSize = setting(
+        None,
+        "Instead of `dimension` and `storage`: choose the two that keep scores truest for so many bytes a row, form "
+        "and checkpoint (`16 KiB`): 1 bit a dimension, or 8 where `sgd` is among the forms; more dimensions than the "
+        "adapter has parameters buy nothing",
+        type="size",
+        unit="bytes",
+        ge=8,
+        le=2**23,
+    )
+    dimension: int = setting(
+        lambda above: _chosen_storage(above)[1],
+        "Dimension k of a feature; the paper has 8192",
+        shown="32768",
+        ge=8,
+        le=2**26,
+    )
+    storage: FeatureStorage = setting(
+        lambda above: _chosen_storage(above)[0],
+        "Precision of stored features; more dimensions buy more than more bits. The paper has float16",
+        shown="int4",
+    )
+    seed: int = setting(0, "Seed of the projection, the same for everything that is compared", ge=0, le=MAX_SEED)
+    token_budget: AutoCount = setting(
+        None,
+        "Padded tokens per batch; `auto`: what fits into memory, resolved once and recorded",
+        type="`auto` or number",
+        unit="tokens",
+        shown="auto",
+        ge=1,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory for long rows, a third more time"
+    )
+    directions_limit: Size = setting(
+        2 * 10**9,
+        "Exact target directions held at a time by `rescore: exact`; more passes where they do not fit",
+        type="size",
+        unit="bytes",
+        shown="2 GB",
+        ge=0,
+    )
+    certificate_rows: int = setting(
+        64,
+        "Random pool rows that the check `sketch_is_faithful` scores exactly, to say how far a selection can be "
+        "trusted; 0: no certificate, else at least 8",
+        unit="rows",
+        ge=0,
+    )
+    real_step_rows: int = setting(
+        16,
+        "Random pool rows on which the check `influence_is_real` takes a true optimizer step, to compare what becomes "
+        "of the targets' loss with the prediction; 0: none, else at least 3",
+        unit="rows",
+        ge=0,
+    )
+    block_rows: int = setting(
+        512, "Rows per stored block; a killed run resumes at the last finished one", unit="rows", ge=1
+    )
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        yield from _repeated(("forms",), self.forms)
+        for key in self.given("dimension", "storage") if self.bytes_per_row is not None else []:
+            yield BrokenRule((key,), "is what `bytes_per_row` chooses", "leave one of the two out")
+        for key, fewest in (("certificate_rows", 8), ("real_step_rows", 3)):
+            if 0 < getattr(self, key) < fewest:
+                yield BrokenRule((key,), f"fewer than {fewest} rows say nothing", f"write 0, or {fewest} or more")
+
+
+def _chosen_storage(above: dict[str, Any]) -> tuple[str, int]:
+    """Storage and dimension where the file does not state them, from the keys above them that are valid."""
+    if above.get("bytes_per_row") is None or "forms" not in above:
+        return "int4", 32768
+    from less_assets.method.gradients.quantization import choose_storage
+
+    return choose_storage(above["bytes_per_row"], above["forms"])
+
+
+class TargetExamples(Section):
+    """A task's target examples: what the selected data shall teach."""
+
+    path: Location = setting(
+        ...,
+        "JSON lines with `messages` and optional `subtask`; or the file or folder of a benchmark's own format",
+        type="path or URL",
+    )
+    format: Literal["messages", "bbh", "mmlu", "tydiqa", "gsm8k"] = setting(
+        "messages", "`messages`, or a benchmark's own files, turned into prompts exactly as LESS does"
+    )
+    max_length: int | None = setting(
+        None,
+        "Longest target example; longer prompts are cut from the left; null: the model's `max_length`",
+        unit="tokens",
+        ge=2,
+    )
+
+
+class Evaluation(Section):
+    """How fine-tuned models are judged on a task: a harness task, a held-out file, or a benchmark's own files."""
+
+    harness: HarnessTask = setting(
+        None, "lm-evaluation-harness task: name, path of a YAML file, or the task itself", type="name, path or mapping"
+    )
+    held_out: Location | None = setting(
+        None,
+        "JSON lines with `messages` and optional `subtask`: loss and exact match of the last turn",
+        type="path or URL",
+    )
+    format: Literal["bbh", "mmlu", "tydiqa", "gsm8k"] | None = setting(
+        None, "Benchmark whose own test files `path` names"
+    )
+    path: Location | None = setting(None, "Test files in that format", type="path or URL")
+    limit: int | None = setting(None, "First examples of each subtask only; null: all", unit="examples", ge=1)
+    max_new_tokens: int | None = setting(
+        None, "Longest answer; null: the format's own, or enough for the longest reference", unit="tokens", ge=1
+    )
+    max_length: int | None = setting(
+        None, "Longest prompt and answer together; null: the model's `max_length`", unit="tokens", ge=2
+    )
+    token_budget: int = setting(4096, "Padded tokens per batch", unit="tokens", ge=1)
+    few_shot: bool = setting(True, "Put the benchmark's worked examples into the prompts, as LESS does (`format` only)")
+    num_fewshot: int | None = setting(None, "Worked examples in a prompt; null: the task's own (`harness` only)", ge=0)
+    apply_chat_template: bool = setting(False, "Put prompts into the tokenizer's chat template (`harness` only)")
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        kinds = [kind for kind in ("harness", "held_out", "format") if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            said = f"names {' and '.join(kinds)}" if kinds else "names no examples"
+            yield BrokenRule((), said, "give exactly one of `harness`, `held_out`, or `format` with `path`")
+        if (self.format is None) != (self.path is None):
+            yield BrokenRule(
+                ("format",) if self.path is None else ("path",),
+                "`format` and `path` go together",
+                "give both, or neither",
+            )
+        if "harness" in kinds and self.max_new_tokens is not None:
+            yield BrokenRule(("max_new_tokens",), "is the harness task's own matter", "leave it out")
+        for key in self.given("num_fewshot", "apply_chat_template") if "harness" not in kinds else []:
+            yield BrokenRule((key,), "applies to harness tasks only", "leave it out")
+        if kinds != ["format"] and self.given("few_shot"):
+            yield BrokenRule(("few_shot",), "applies to benchmark formats only", "leave it out")
+
+
+class Task(Section):
+    """A target: its examples and its evaluation, or a group of other tasks that share one subset."""
+
+    name: Name = setting(..., "Name of the task; a partition key", type="name")
+    examples: TargetExamples | None = setting(None, "Target examples")
+    members: list[Name] | None = setting(
+        None,
+        "Instead of examples: other tasks, to select one subset for all of them, round-robin",
+        type="list of names",
+        min_length=1,
+    )
+    control: bool = setting(
+        False,
+        "The evaluation has nothing to do with the examples: a check warns if a recipe beats random on it all the same",
+    )
+    evaluation: Evaluation | None = setting(
+        None, "How models are judged; null: selection only (a group is judged by its members' evaluations)"
+    )
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        if (self.examples is None) == (self.members is None):
+            yield BrokenRule(
+                ("members",) if self.members else (),
+                "has both `examples` and `members`" if self.members else "has neither `examples` nor `members`",
+                "give exactly one of them",
+            )
+        if self.members:
+            yield from _repeated(("members",), self.members)
+            if self.evaluation:
+                yield BrokenRule(("evaluation",), "a group is judged by its members' evaluations", "leave it out")
+        if self.control and not self.evaluation:
+            yield BrokenRule(("control",), "a control without evaluation shows nothing", "give it an `evaluation`")
+
+
+class Recipe(Section):
+    """A way to choose a subset, and the model to fine-tune on it."""
+
+    name: Name = setting(
+        ...,
+        f"Name of the recipe; a partition key ({readers('seeds')}: with `-seed0`, …)",
+        type="name",
+    )
+    strategy: StrategyName = setting(
+        ...,
+        "What to choose; " + "; ".join(f"`{strategy.name}`: {strategy.chooses}" for strategy in STRATEGIES.values()),
+    )
+    form: Form | None = setting(
+        None,
+        f"Direction Γ ({readers('form')}), one of `gradients.forms`; null: `marginal` if listed, else the first",
+    )
+    subtask: SubtaskRule = setting(
+        "mean_cosine",
+        f"Influence on a subtask ({readers('subtask')}): mean of cosines (LESS code) or cosine of the mean gradient "
+        "(paper)",
+    )
+    aggregate: Aggregate = setting(
+        "round_robin",
+        f"How subtasks (`rds`: target examples) make one ranking ({readers('aggregate')}): `max` is LESS's and lets "
+        "one subtask take most; `round_robin` takes turns",
+    )
+    fraction: float | None = setting(
+        None, "Budget: share of the pool's distinct examples; the paper has 0.05", gt=0, lt=1
+    )
+    rows: int | None = setting(None, "Budget: examples", unit="rows", ge=1)
+    tokens: int | None = setting(None, "Budget: loss tokens", unit="tokens", ge=1)
+    rescore: Literal["none", "exact"] = setting(
+        "none", f"`exact`: score the candidates around the cut again with unprojected gradients ({readers('rescore')})"
+    )
+    candidates: float = setting(4.0, "Candidates to rescore, as a multiple of the budget", ge=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = setting(
+        [0],
+        f"One draw, one recipe key for each seed ({readers('seeds')})",
+        type="list of numbers",
+        min_length=1,
+    )
+    keep: Perplexities = setting(
+        "mid", f"Rows to keep ({readers('keep')}): the middle of the pool's distribution, or the highest"
+    )
+    match: Name | None = setting(
+        None,
+        f"Recipe whose selected rows' lengths are matched ({readers('match')}); null: those of the task's target "
+        "examples",
+        type="name",
+    )
+    near_duplicates: float | None = setting(
+        None,
+        "Pass over a row whose gradient has at least this cosine with that of a row selected before it "
+        f"({readers('near_duplicates')}); null: keep all",
+        gt=0,
+        le=1,
+    )
+    quotas: dict[Name, Annotated[float, Field(gt=0, le=1)]] | None = setting(
+        None,
+        "Largest share of the budget that a source may have, by name of the source; sources not named have no limit",
+        type="mapping of sources to shares",
+        min_length=1,
+    )
+    model: ModelReference | None = setting(
+        None, "Fine-tune this model instead of `model.base` (LESS-T)", type="id or path", source=PAPER
+    )
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        budgets = [unit for unit in BUDGETS if getattr(self, unit) is not None]
+        strategy = STRATEGIES[self.strategy]
+        if not strategy.has_budget:
+            for unit in budgets:
+                yield BrokenRule((unit,), f"strategy {self.strategy} has no budget", "leave it out")
+        elif len(budgets) != 1:
+            said = f"has {len(budgets)} budgets: {', '.join(budgets)}" if budgets else "has no budget"
+            yield BrokenRule((budgets[1],) if budgets else (), said, "give exactly one of `fraction`, `rows`, `tokens`")
+        for key in self.given(*STRATEGY_KEYS):
+            if not strategy.reads(key):
+                draws_nothing = f"strategy {self.strategy} draws nothing"
+                said = draws_nothing if key == "seeds" else f"has no meaning for strategy {self.strategy}"
+                yield BrokenRule((key,), said, "leave it out")
+        if strategy.reads("rescore") and self.rescore == "none" and self.given("candidates"):
+            yield BrokenRule(("candidates",), "has no meaning without `rescore: exact`", "leave it out")
+        yield from _repeated(("seeds",), self.seeds)
+
+
+class Report(Section):
+    """What the selection report shows besides the selected rows, and for how many rows it goes down to tokens."""
+
+    token_rows: int = setting(
+        100,
+        "Selected rows, best first, whose tokens get their shares; costs three passes over a row at each checkpoint. "
+        "Rows below the cut and most negative ones always get them",
+        unit="rows",
+        ge=0,
+    )
+    context_rows: int = setting(
+        50, "Rows shown below the cut, and as many of the most negative ones", unit="rows", ge=0
+    )
+
+
+class Compute(Section):
+    """Where the heavy assets run."""
+
+    backend: Literal["local", "ray"] = setting(
+        "local", "`local`: this process; `ray`: shards spread over a Ray cluster"
+    )
+    address: Text = setting(
+        "auto",
+        "Ray: address of the cluster (`ray://host:10001`); `auto`: the one this machine belongs to; `local`: start one "
+        "on this machine",
+    )
+    gpus_per_worker: float = setting(1.0, "Ray: GPUs of each worker; 0: processors only", ge=0)
+    cpus_per_worker: float = setting(1.0, "Ray: processors of each worker, also its number of threads", gt=0)
+    workers: int | None = setting(None, "Ray: number of workers; null: as many as fit", ge=1)
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        keys = ("address", "gpus_per_worker", "cpus_per_worker", "workers")
+        for key in self.given(*keys) if self.backend == "local" else []:
+            yield BrokenRule((key,), "has no meaning with backend: local", "leave it out, or say backend: ray")
+
+
+def _repeated(path: KeyPath, values: Iterable[Hashable]) -> Iterator[BrokenRule]:
+    for value, count in Counter(values).items():
+        if count > 1:
+            yield BrokenRule(path, f"{value!r} is listed {count} times", "list it once")

@@ -1,0 +1,78 @@
+"""The table of strategies: what each way to choose rows is called, reads and takes from the project file.
+
+Belongs here: plain data, one entry a strategy. How a strategy scores rows is the function that its entry names.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to choose rows.
+
+    Attributes:
+        name: As the project file writes it.
+        chooses: What it chooses, in a few words for the reference page.
+        function: Where it is computed: `module:function` in `less_assets.method.selection`; None: nothing to compute.
+        scores: Scores of the pool that it ranks by; None: it ranks by none.
+        keys: Keys of a recipe that only some strategies read, this one among them.
+        has_budget: Whether it chooses a part of the pool: then it takes a budget and `quotas`.
+        same_for_every_task: Whether all tasks get the same subset.
+    """
+
+    name: str
+    chooses: str
+    function: str | None
+    scores: Literal["influence", "text", "embeddings"] | None = None
+    keys: tuple[str, ...] = ()
+    has_budget: bool = True
+    same_for_every_task: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws at random: one recipe key for each seed."""
+        return "seeds" in self.keys
+
+    @property
+    def has_subtasks(self) -> bool:
+        """Whether a row has a score for each subtask (`rds`: each target example), to be aggregated."""
+        return "aggregate" in self.keys
+
+    @property
+    def matchable(self) -> bool:
+        """Whether `length_matched` may imitate its selection: it ranks by a score and draws nothing."""
+        return self.scores is not None and not self.draws
+
+    def reads(self, key: str) -> bool:
+        """Whether a recipe of this strategy may state a key that some strategies only read."""
+        return self.has_budget if key == "quotas" else key in self.keys
+
+
+_LESS_KEYS = ("form", "subtask", "aggregate", "rescore", "candidates", "near_duplicates")
+# fmt: off
+_ENTRIES = (
+    Strategy("less", "rows whose training step lowers the targets' loss", "influence:score_shard", "influence",
+             _LESS_KEYS),
+    Strategy("random", "at random", "selection:select_at_random", None, ("seeds",), same_for_every_task=True),
+    Strategy("full", "the whole pool", "selection:select_all", has_budget=False, same_for_every_task=True),
+    Strategy("none", "nothing: the base model", None, has_budget=False, same_for_every_task=True),
+    Strategy("bm25", "rows that share rare words with the targets", "baselines:bm25_scores", "text", ("aggregate",)),
+    Strategy("dsir", "rows whose n-grams are the targets'", "baselines:dsir_log_weights", "text", ("seeds",)),
+    Strategy("rds", "rows whose hidden states are near the targets' (RDS+)", "baselines:cosine_scores", "embeddings",
+             ("aggregate",)),
+    Strategy("perplexity", "the middle or the top of the base model's perplexity", "baselines:perplexity_scores",
+             "embeddings", ("keep",), same_for_every_task=True),
+    Strategy("length_matched", "at random, as long as another recipe's rows or the targets",
+             "baselines:length_matched_log_weights", None, ("match", "seeds")),
+)
+# fmt: on
+STRATEGIES = {strategy.name: strategy for strategy in _ENTRIES}
+"""Every strategy by its name, in the order of the documentation."""
+STRATEGY_KEYS = (*dict.fromkeys(key for strategy in _ENTRIES for key in strategy.keys), "quotas")
+"""Keys of a recipe that only some strategies read."""
+
+
+def readers(key: str) -> str:
+    """The strategies that read a recipe key, for documentation: "`less`, `bm25`"."""
+    return ", ".join(f"`{name}`" for name, strategy in STRATEGIES.items() if strategy.reads(key))
