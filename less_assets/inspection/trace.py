@@ -11,7 +11,6 @@ from typing import Any
 import polars as pl
 
 from less_assets.lineage.lineage import Lineage
-from less_assets.lineage.plan import FORMAT_VERSION
 from less_assets.orchestration.definitions import code_versions
 from less_assets.reading.rows import find_row
 from less_assets.steps.gradients import FEATURES
@@ -19,6 +18,7 @@ from less_assets.steps.pool import EXAMPLES
 from less_assets.steps.ranking import score_file
 from less_assets.steps.selection import SUBSET
 from less_assets.steps.warmup import SAMPLE
+from less_assets.store.manifest import FORMAT_VERSION
 from less_assets.store.tables import read_parquet
 
 
