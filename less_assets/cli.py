@@ -1,6 +1,6 @@
 """The command `less-assets`: for terminals and clusters; it writes to the same Dagster instance as the UI.
 
-Belongs here: arguments, printing, exit codes. What runs and in which order is `jobs.py`.
+Belongs here: arguments, printing, exit codes. What runs and in which order is `running/runner.py`.
 """
 
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from less_assets.lineage.lineage import Lineage, Status
-    from less_assets.planning.estimate import Estimate
+    from less_assets.planning.estimate import AssetEstimate, Estimate
     from less_assets.project.project import Project
     from less_assets.running.runner import GraphRunner, Request
     from less_assets.store.artifacts import ArtifactStore
@@ -98,36 +98,44 @@ def plan(
         register_shards(loaded, store, instance)
         models = ModelLoader(loaded, cache_folder(store))
         request = _request(task, recipe, until, loaded)
-        found = estimate(runner, open_lineage(loaded, store), models, request, calibrate=calibrate, log=_say)
-        _print_plan(found)
+        _print_plan(estimate(runner, open_lineage(loaded, store), models, request, calibrate=calibrate, log=_say))
 
 
-def _print_plan(found: "Estimate") -> None:
-    heading = ("asset", "fresh", "to make", "tokens", "time", "bytes")
-    print(f"{heading[0]:<22}{heading[1]:>7}{heading[2]:>9}{heading[3]:>10}{heading[4]:>14}{heading[5]:>11}  why")
-    for each in found.assets:
-        columns = f"{each.asset:<22}{len(each.statuses) - each.due:>7}{each.due:>9}"
-        if each.amount is None:
-            print(columns)
-            continue
-        time_needed = "?" if each.seconds is None else duration(each.seconds)
-        tokens = _count(each.amount.tokens) if each.amount.tokens else ""
-        size = f"{_count(each.amount.bytes)}B" if each.amount.bytes else ""
-        print(f"{columns}{tokens:>10}{time_needed:>14}{size:>11}  {_why(each.statuses.values())}")
-    due = sum(each.due for each in found.assets)
+def _print_plan(forecast: "Estimate") -> None:
+    from less_assets.inspection.text_table import text_table
+
+    headings = ("asset", "fresh", "to make", "tokens", "time", "bytes", "why")
+    print(text_table([_plan_row(planned) for planned in forecast.assets], headings, right_aligned=range(1, 6)))
+    due = sum(planned.due for planned in forecast.assets)
     if not due:
         print("\nnothing to do")
         return
     print(f"\n{due} artifacts to make; `less-assets run` makes them")
-    more = "at least " if any(each.amount and each.seconds is None for each in found.assets) else "about "
-    print(f"{more}{duration(found.seconds)}; {_count(found.tokens)} tokens through the model; {_count(found.bytes)}B")
+    is_lower_bound = any(planned.amount and planned.seconds is None for planned in forecast.assets)
+    print(
+        f"{'at least' if is_lower_bound else 'about'} {duration(forecast.seconds)}; "
+        f"{_count(forecast.tokens)} tokens through the model; {_count(forecast.bytes)}B"
+    )
     for words, names in (
-        ("speeds measured in earlier runs", found.measured),
-        ("speeds of a short trial", found.calibrated),
-        ("speeds not known, left out of the time", found.unknown),
+        ("speeds measured in earlier runs", forecast.measured),
+        ("speeds of a short trial", forecast.calibrated),
+        ("speeds not known, left out of the time", forecast.unknown),
     ):
         if names:
             print(f"{words}: {', '.join(names)}")
+
+
+def _plan_row(planned: "AssetEstimate") -> tuple[str, ...]:
+    counts = (planned.asset, str(len(planned.statuses) - planned.due), str(planned.due))
+    if planned.amount is None:
+        return (*counts, "", "", "", "")
+    return (
+        *counts,
+        _count(planned.amount.tokens).rstrip() if planned.amount.tokens else "",
+        "?" if planned.seconds is None else duration(planned.seconds),
+        f"{_count(planned.amount.bytes)}B" if planned.amount.bytes else "",
+        _why(planned.statuses.values()),
+    )
 
 
 def _count(number: float) -> str:
@@ -226,10 +234,10 @@ def explain(
             )
         if text:
             models = ModelLoader(lineage.project, cache_folder(lineage.store))
-            found = explain_text(lineage, models, task, sys.stdin.read() if text == "-" else text)
+            explanation = explain_text(lineage, models, task, sys.stdin.read() if text == "-" else text)
         else:
-            found = explain_row(lineage, task, example_id)
-        _print(found, in_words, as_json)
+            explanation = explain_row(lineage, task, example_id)
+        _print(explanation, in_words, as_json)
 
 
 @app.command()
@@ -252,6 +260,7 @@ def gc(
 ) -> None:
     """Remove artifacts that nothing current refers to, and what killed runs and trainings have left for a day."""
     from less_assets.compute.models import cache_folder, scratch_folder
+    from less_assets.inspection.text_table import text_table
     from less_assets.project.project import load_project
     from less_assets.steps.registry import open_store
     from less_assets.store.garbage import collect_garbage, collect_scratch
@@ -260,8 +269,8 @@ def gc(
         store = open_store(load_project(project))
         removed = collect_garbage(store, dry_run=dry_run)
         removed += collect_scratch(scratch_folder(cache_folder(store)), dry_run=dry_run)
-        for path, size in removed:
-            print(f"{size / 1e6:>10,.1f} MB  {path}")
+        if removed:
+            print(text_table([(f"{size / 1e6:,.1f} MB", path) for path, size in removed], right_aligned=[0]))
         total = sum(size for _, size in removed)
         print(f"{len(removed)} artifacts, {total / 1e6:,.1f} MB {'would be' if dry_run else 'were'} removed")
 
@@ -318,8 +327,8 @@ def _read(path: Path) -> Iterator["Lineage"]:
     yield open_lineage(loaded, open_store(loaded))
 
 
-def _print(found: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    print(json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) if as_json else in_words(found))
+def _print(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    print(json.dumps(answer, ensure_ascii=False, indent=1, allow_nan=False) if as_json else in_words(answer))
 
 
 @contextmanager

@@ -1,19 +1,21 @@
 """Progress with an estimate of what is left, for everything that takes longer than a few seconds.
 
-Belongs here: counting and wording, and reading the wording back for programs. Where the lines go (Dagster's log, a
-terminal) is the caller's choice.
+Belongs here: counting and wording. Where the lines go (Dagster's log, a terminal) is the caller's choice.
 """
 
-import re
+import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 
 INTERVAL_SECONDS = 5.0
-_LINE = re.compile(
-    r"(?P<asset>\S+)(?: (?P<partition>\S+))?: (?P<done>[\d,]+) of (?P<total>[\d,]+) (?P<unit>.+?) \(\d+ %\), "
-    r"(?P<per_second>[\d,.]+) (?P=unit)/s, (?:(?P<tokens_per_second>[\d,]+) tokens/s, )?(?P<left>.+) left"
-)
+FIGURES: ContextVar[Mapping[str, str | float]] = ContextVar("figures", default={})  # noqa: B039 - nobody writes into it
+"""What the line that is being logged says, for programs; empty outside a progress line.
+
+A log takes a line as text. What formats it does so before the call returns, in the same thread, and finds here:
+partition (if it has one), done and total (of `unit`), per_second, tokens_per_second (if tokens were counted),
+seconds_left (if known).
+"""
 
 
 class Progress:
@@ -42,45 +44,28 @@ class Progress:
         now = time.monotonic()
         if now - self._last >= INTERVAL_SECONDS and self.done < self.total:
             self._last = now
-            rate = (self.done - self._done_before) / (now - self.started)
-            left = (self.total - self.done) / rate if rate > 0 else float("inf")
-            share = 100 * self.done / self.total
+            self._say(now - self.started)
+
+    def _say(self, seconds: float) -> None:
+        rate = (self.done - self._done_before) / seconds
+        tokens = f"{self._tokens / seconds:,.0f} tokens/s, " if self._tokens else ""
+        left = (self.total - self.done) / rate if rate > 0 else math.inf
+        figures: dict[str, str | float] = {"done": self.done, "total": self.total, "unit": self.unit}
+        figures["per_second"] = round(rate, 3)
+        if partition := self.what.partition(" ")[2]:
+            figures["partition"] = partition
+        if self._tokens:
+            figures["tokens_per_second"] = round(self._tokens / seconds)
+        if rate > 0:
+            figures["seconds_left"] = round(left)
+        token = FIGURES.set(figures)
+        try:
             self._log(
-                f"{self.what}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), "
-                f"{rate:,.1f} {self.unit}/s, {self._tokens_a_second(now)}{duration(left)} left"
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f} %), "
+                f"{rate:,.1f} {self.unit}/s, {tokens}{duration(left)} left"
             )
-
-    def _tokens_a_second(self, now: float) -> str:
-        return f"{self._tokens / (now - self.started):,.0f} tokens/s, " if self._tokens else ""
-
-
-def figures(line: str) -> dict[str, Any]:
-    """What a progress line says, for programs that collect logs; empty for any other line.
-
-    Log lines pass through Dagster and through other processes as text, so the figures are read back from it.
-
-    Returns:
-        asset, partition (if it has one), done and total (of `unit`), per_second, tokens_per_second (if tokens were
-        counted), seconds_left (if known).
-    """
-    found = _LINE.fullmatch(line)
-    if not found:
-        return {}
-    said = {name: text for name, text in found.groupdict().items() if text is not None}
-    left = _seconds(said.pop("left"))
-    return {
-        **said,
-        **{name: int(said[name].replace(",", "")) for name in ("done", "total", "tokens_per_second") if name in said},
-        "per_second": float(said["per_second"].replace(",", "")),
-        **({} if left is None else {"seconds_left": left}),
-    }
-
-
-def _seconds(text: str) -> int | None:
-    """What `duration` has put into words; None for `?`."""
-    units = {"s": 1, "min": 60, "h": 3600}
-    parts = re.findall(r"(\d+) (s|min|h)\b", text)
-    return sum(int(number) * units[unit] for number, unit in parts) if parts else None
+        finally:
+            FIGURES.reset(token)
 
 
 def duration(seconds: float) -> str:

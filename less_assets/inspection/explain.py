@@ -13,6 +13,7 @@ import polars as pl
 
 from less_assets.compute.models import ModelLoader
 from less_assets.errors import LessAssetsError, MissingArtifactError, PoolFormatError, StaleArtifactError
+from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
 from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS
 from less_assets.reading.rows import (
@@ -59,8 +60,8 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
     table = scores_of(lineage, task, row, names)
     influence = []
     for form, rule in pairs:
-        found = {name: score_matrix(table[score_column(form, rule, name)])[0] for name in (None, *weights)}
-        influence.append(_influence(form, rule, labels, found))
+        scores = {name: score_matrix(table[score_column(form, rule, name)])[0] for name in (None, *weights)}
+        influence.append(_influence(form, rule, labels, scores))
     form = pairs[0][0]
     cosines = target_influence(lineage, form, task, row, weights)[0] if table["status"][0] == "ok" else np.zeros(0)
     return {
@@ -77,7 +78,7 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
         "messages": stored["messages"],
         "checkpoint_weights": weights,
         "influence": influence,
-        "recipes": [_stored_place(lineage, task, key, row) for key in lineage.project.recipe_keys],
+        "recipes": [_stored_standing(lineage, task, key, row) for key in lineage.project.recipe_keys],
         "nearest_targets": _nearest(lineage, task, form, cosines),
         "tokens": _stored_tokens(lineage, task, facts["example_id"]),
     }
@@ -150,10 +151,10 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
             by_pair[form, rule][checkpoint] = score_block(stored[form], directions)[0]
         cosines += target_cosines({checkpoint: stored[forms[0]]}, {checkpoint: targets}, {checkpoint: weight})[0]
     influence = []
-    for (form, rule), found in by_pair.items():
-        total = sum(np.float32(weights[name]) * found[name] for name in weights)
-        influence.append(_influence(form, rule, labels, {None: np.asarray(total), **found}))
-    totals = {(each["form"], each["rule"]): np.array(list(each["subtasks"].values())) for each in influence}
+    for (form, rule), scores in by_pair.items():
+        total = sum(np.float32(weights[name]) * scores[name] for name in weights)
+        influence.append(_influence(form, rule, labels, {None: np.asarray(total), **scores}))
+    totals = {(entry["form"], entry["rule"]): np.array(list(entry["subtasks"].values())) for entry in influence}
     return {
         "task": task,
         "example_id": row_id,
@@ -163,7 +164,7 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
         "messages": messages,
         "checkpoint_weights": weights,
         "influence": influence,
-        "recipes": [_live_place(lineage, task, key, totals) for key in _scoring_recipes(lineage)],
+        "recipes": [_live_standing(lineage, task, key, totals) for key in _scoring_recipes(lineage)],
         "nearest_targets": _nearest(lineage, task, forms[0], cosines),
     }
 
@@ -200,44 +201,47 @@ def _scoring_recipes(lineage: Lineage) -> list[str]:
 
 def _scored_pairs(lineage: Lineage) -> list[tuple[str, str]]:
     """Form and subtask rule of every recipe that selects by influence; without one, of the first stored form."""
-    found = []
-    for key in _scoring_recipes(lineage):
-        recipe = lineage.project.recipe(key)
-        found.append((str(recipe.form), str(recipe.subtask)))
-    return list(dict.fromkeys(found)) or [(lineage.project.gradients.forms[0], "mean_cosine")]
+    recipes = [lineage.project.recipe(key) for key in _scoring_recipes(lineage)]
+    pairs = dict.fromkeys((str(recipe.form), str(recipe.subtask)) for recipe in recipes)
+    return list(pairs) or [(lineage.project.gradients.forms[0], "mean_cosine")]
 
 
-def _influence(form: str, rule: str, labels: Sequence[str], found: Mapping[str | None, np.ndarray]) -> dict[str, Any]:
-    def values(scores: np.ndarray) -> dict[str, float | None]:
-        return {label: _number(score) for label, score in zip(labels, scores, strict=True)}
+def _influence(form: str, rule: str, labels: Sequence[str], scores: Mapping[str | None, np.ndarray]) -> dict[str, Any]:
+    """Scores (J,) by subtask: None names the total, every other key a checkpoint."""
 
-    checkpoints = {str(name): values(scores) for name, scores in found.items() if name is not None}
-    return {"form": form, "rule": rule, "subtasks": values(found[None]), "checkpoints": checkpoints}
+    def by_label(values: np.ndarray) -> dict[str, float | None]:
+        return {label: _number(value) for label, value in zip(labels, values, strict=True)}
+
+    checkpoints = {name: by_label(values) for name, values in scores.items() if name is not None}
+    return {"form": form, "rule": rule, "subtasks": by_label(scores[None]), "checkpoints": checkpoints}
 
 
 def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _stored_place(lineage: Lineage, task: str, key: str, row: pl.DataFrame) -> dict[str, Any]:
+def _stored_standing(lineage: Lineage, task: str, key: str, row: pl.DataFrame) -> dict[str, Any]:
     """What a recipe made of a row: whether it selected it, and how far it is from the cut."""
     partition = f"{key}|{task}"
     state = lineage.status("selected_subset", partition).state
-    place: dict[str, Any] = {"recipe": key, "state": state}
+    standing: dict[str, Any] = {"recipe": key, "state": state}
     if state != "fresh":
-        return place
+        return standing
     subset = read_parquet(lineage.folder("selected_subset", partition), SUBSET)
-    found = subset.filter(pl.col("example_id") == row["example_id"][0])
-    place |= {"selected": bool(found.height), "rows": subset.height}
-    if found.height:
-        place |= {name: found[name][0] for name in ("rank", "score", "subtask")}
+    selected = subset.filter(pl.col("example_id") == row["example_id"][0])
+    standing |= {"selected": bool(selected.height), "rows": subset.height}
+    if selected.height:
+        standing |= {name: selected[name][0] for name in ("rank", "score", "subtask")}
     if lineage.project.selects_by_influence(key):
         cuts = Cuts.of(lineage, lineage.project.recipe(key), task)
-        place |= _standing(cuts, float(cuts.margins_of(row)[0]))
-    return place
+        standing |= _standing(cuts, float(cuts.margins_of(row)[0]))
+    return standing
 
 
-def _live_place(lineage: Lineage, task: str, key: str, totals: Mapping[tuple[str, str], np.ndarray]) -> dict[str, Any]:
+def _live_standing(
+    lineage: Lineage, task: str, key: str, totals: Mapping[tuple[str, str], np.ndarray]
+) -> dict[str, Any]:
+    """What a recipe would make of a row, by its total influence (J,) per form and subtask rule."""
     recipe = lineage.project.recipe(key)
     if lineage.status("selected_subset", f"{key}|{task}").state != "fresh":
         return {"recipe": key, "state": "not up to date"}
@@ -261,19 +265,17 @@ def _standing(cuts: Cuts, margin: float) -> dict[str, Any]:
 
 def _nearest(lineage: Lineage, task: str, form: str, cosines: np.ndarray) -> list[dict[str, Any]]:
     targets = read_parquet(lineage.folder("target_examples", task), TARGETS)
-    found = []
-    for place in np.argsort(-cosines, kind="stable")[:NEAREST]:
-        target = targets.row(int(place), named=True)
-        found.append(
-            {
-                "influence": float(cosines[place]),
-                "form": form,
-                "subtask": target["subtask"],
-                "messages": target["messages"],
-                "completion": target["assistant_prefix"] + target["completion"],
-            }
-        )
-    return found
+    order = np.argsort(-cosines, kind="stable")[:NEAREST]
+    return [
+        {
+            "influence": float(cosine),
+            "form": form,
+            "subtask": target["subtask"],
+            "messages": target["messages"],
+            "completion": target["assistant_prefix"] + target["completion"],
+        }
+        for cosine, target in zip(cosines[order], targets[order].iter_rows(named=True), strict=True)
+    ]
 
 
 def _stored_tokens(lineage: Lineage, task: str, example_id: str) -> dict[str, Any] | None:
@@ -284,9 +286,9 @@ def _stored_tokens(lineage: Lineage, task: str, example_id: str) -> dict[str, An
             continue
         columns = ["example_id", "subtask", "turn", "text", "share", "momentum", "influence"]
         table = read_parquet(lineage.folder("token_attribution", partition), "tokens.parquet", columns)
-        found = table.filter(pl.col("example_id") == example_id)
-        if found.height:
-            return {"recipe": key, **found.drop("example_id").row(0, named=True)}
+        tokens = table.filter(pl.col("example_id") == example_id)
+        if tokens.height:
+            return {"recipe": key, **tokens.drop("example_id").row(0, named=True)}
     return None
 
 
@@ -303,83 +305,85 @@ def _in_pool(lineage: Lineage, example_id: str) -> bool:
 # ---- in words ----
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def in_words(explanation: Mapping[str, Any]) -> str:
     """An explanation for a terminal.
 
     Args:
-        found: From `explain_row` or `explain_text`.
+        explanation: From `explain_row` or `explain_text`.
     """
-    parts = [_row_words(found)]
-    parts += [_influence_words(each, found["checkpoint_weights"], str(found["task"])) for each in found["influence"]]
-    parts.append("\n".join(["recipes", *(f"  {_recipe_words(each)}" for each in found["recipes"])]))
-    if found["nearest_targets"]:
-        lines = [f"target examples that it helps most (form {found['nearest_targets'][0]['form']})"]
-        width = max(len(each["subtask"]) for each in found["nearest_targets"])
-        for each in found["nearest_targets"]:
-            asked = _one_line(each["messages"][-1]["content"], TEXT_CHARACTERS // 2)
-            answer = _one_line(each["completion"], TEXT_CHARACTERS // 2)
-            lines.append(f"  {each['influence']:+.4f}  {each['subtask']:<{width}}  {asked}  →  {answer}")
-        parts.append("\n".join(lines))
-    if tokens := found.get("tokens"):
+    weights, task = explanation["checkpoint_weights"], str(explanation["task"])
+    parts = [_row_words(explanation)]
+    parts += [_influence_words(influence, weights, task) for influence in explanation["influence"]]
+    recipes = [(standing["recipe"], _recipe_words(standing)) for standing in explanation["recipes"]]
+    parts.append(f"recipes\n{text_table(recipes, indent=2)}")
+    if targets := explanation["nearest_targets"]:
+        rows = [
+            (
+                _signed(target["influence"]),
+                target["subtask"],
+                _one_line(target["messages"][-1]["content"], TEXT_CHARACTERS // 2),
+                "→",
+                _one_line(target["completion"], TEXT_CHARACTERS // 2),
+            )
+            for target in targets
+        ]
+        heading = f"target examples that it helps most (form {targets[0]['form']})"
+        parts.append(f"{heading}\n{text_table(rows, indent=2)}")
+    if tokens := explanation.get("tokens"):
         parts.append(_token_words(tokens))
     return "\n\n".join(parts)
 
 
-def _row_words(found: Mapping[str, Any]) -> str:
-    lines = [f"row {found['example_id']}"]
-    if "source_file" in found:
-        copies = f", {found['copies']} copies" if found["copies"] > 1 else ""
+def _row_words(explanation: Mapping[str, Any]) -> str:
+    lines = [f"row {explanation['example_id']}"]
+    if "source_file" in explanation:
+        copies = f", {explanation['copies']} copies" if explanation["copies"] > 1 else ""
         lines.append(
-            f"  {found['source_file']}:{found['source_row']}  (source {found['source']}, shard {found['shard']}, "
-            f"row {found['row']}{copies})"
+            f"  {explanation['source_file']}:{explanation['source_row']}  (source {explanation['source']}, "
+            f"shard {explanation['shard']}, row {explanation['row']}{copies})"
         )
-        if found["status"] != "ok":
-            lines.append(f"  it has no score: {found['status']}")
+        if explanation["status"] != "ok":
+            lines.append(f"  it has no score: {explanation['status']}")
     else:
-        lines.append("  the pool has it as well" if found["in_pool"] else "  not in the pool; scored now")
-    lines += [f"  {each['role']:<10} {_one_line(each['content'], TEXT_CHARACTERS)}" for each in found["messages"]]
-    return "\n".join(lines)
+        lines.append("  the pool has it as well" if explanation["in_pool"] else "  not in the pool; scored now")
+    messages = [
+        (message["role"], _one_line(message["content"], TEXT_CHARACTERS)) for message in explanation["messages"]
+    ]
+    return "\n".join([*lines, text_table(messages, indent=2)])
 
 
-def _influence_words(each: Mapping[str, Any], weights: Mapping[str, float], task: str) -> str:
+def _influence_words(influence: Mapping[str, Any], weights: Mapping[str, float], task: str) -> str:
     headings = ["subtask", "influence", *(f"{name} ({weight:.0%})" for name, weight in weights.items())]
-    ranked = sorted(each["subtasks"].items(), key=lambda item: -(item[1] if item[1] is not None else -np.inf))
+    ranked = sorted(influence["subtasks"].items(), key=lambda item: -(item[1] if item[1] is not None else -np.inf))
     rows = [
-        [label, _signed(total), *(_signed(each["checkpoints"][name][label]) for name in weights)]
+        [label, _signed(total), *(_signed(influence["checkpoints"][name][label]) for name in weights)]
         for label, total in ranked
     ]
-    widths = [max(len(line[place]) for line in [headings, *rows]) for place in range(len(headings))]
-    lines = [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in [headings, *rows]
-    ]
-    return "\n".join([f"influence on {task} (form {each['form']}, {each['rule']})", *lines])
+    title = f"influence on {task} (form {influence['form']}, {influence['rule']})"
+    return f"{title}\n{text_table(rows, headings, indent=2)}"
 
 
-def _recipe_words(place: Mapping[str, Any]) -> str:
-    name = f"{place['recipe']:<16}"
-    if place["state"] != "fresh":
-        return f"{name}  its subset is {place['state']}; less-assets run --until selected_subset"
-    if "would_be_selected" in place:
-        words = "would be selected" if place["would_be_selected"] else "would not be selected"
-    elif place["selected"]:
-        words = f"selected, rank {place['rank']:,} of {place['rows']:,}"
-        words += f", for {place['subtask']}" if place["subtask"] else ""
+def _recipe_words(standing: Mapping[str, Any]) -> str:
+    if standing["state"] != "fresh":
+        return f"its subset is {standing['state']}; less-assets run --until selected_subset"
+    if "would_be_selected" in standing:
+        words = "would be selected" if standing["would_be_selected"] else "would not be selected"
+    elif standing["selected"]:
+        words = f"selected, rank {standing['rank']:,} of {standing['rows']:,}"
+        words += f", for {standing['subtask']}" if standing["subtask"] else ""
     else:
         words = "not selected"
-    if place.get("above_cut") is not None:
-        side = "above" if place["above_cut"] >= 0 else "below"
-        words += (
-            f"; {abs(place['above_cut']):.4g} {side} the cut, {place['rows_ahead']:,} of {place['of_rows']:,} ahead"
-        )
-    return f"{name}  {words}" + (f" ({place['note']})" if place.get("note") else "")
+    if (margin := standing.get("above_cut")) is not None:
+        side = "above" if margin >= 0 else "below"
+        words += f"; {abs(margin):.4g} {side} the cut, {standing['rows_ahead']:,} of {standing['of_rows']:,} ahead"
+    return f"{words} ({standing['note']})" if standing.get("note") else words
 
 
 def _token_words(tokens: Mapping[str, Any]) -> str:
-    order = sorted(range(len(tokens["share"])), key=lambda place: -abs(tokens["share"][place]))[:STRONGEST]
+    strongest = sorted(zip(tokens["share"], tokens["text"], strict=True), key=lambda token: -abs(token[0]))[:STRONGEST]
     momentum = f", of which {_signed(tokens['momentum'])} is momentum's" if tokens["momentum"] else ""
-    lines = [f"tokens, of the exact influence {_signed(tokens['influence'])} on {tokens['subtask']}{momentum}"]
-    return "\n".join([*lines, *(f"  {_signed(tokens['share'][place])}  {tokens['text'][place]!r}" for place in order)])
+    title = f"tokens, of the exact influence {_signed(tokens['influence'])} on {tokens['subtask']}{momentum}"
+    return f"{title}\n{text_table([(_signed(share), repr(text)) for share, text in strongest], indent=2)}"
 
 
 def _signed(value: float | None) -> str:
@@ -388,5 +392,5 @@ def _signed(value: float | None) -> str:
 
 def _one_line(text: str, characters: int) -> str:
     # Control characters of a pool's text must not reach the terminal.
-    flat = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    flat = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return flat if len(flat) <= characters else flat[: characters - 1] + "…"

@@ -6,6 +6,7 @@ Belongs here: words for a terminal. The leaderboard's tables are made by `method
 import polars as pl
 
 from less_assets.errors import MissingArtifactError, StaleArtifactError
+from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
 from less_assets.reading.files import BOARD, REPORT, SUBSET
@@ -27,7 +28,7 @@ def results(project: Project, store: ArtifactStore) -> str:
     except (MissingArtifactError, StaleArtifactError):
         parts.append("(The leaderboard is made by a run without --until, --task and --recipe.)")
     if pages := _pages(lineage):
-        parts.append("Reports, one page each; open them in a browser\n" + "\n".join(pages))
+        parts.append("Reports, one page each; open them in a browser\n" + pages)
     parts.append(
         f"artifacts   {store.root}\n"
         f"subsets     {store.root}/selection/TASK/recipes/RECIPE/…/subset.jsonl\n"
@@ -36,15 +37,15 @@ def results(project: Project, store: ArtifactStore) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _pages(lineage: Lineage) -> list[str]:
+def _pages(lineage: Lineage) -> str:
     """Path of every selection report that is up to date."""
     pages = []
     reported = lineage.declarations["selection_report"].recipes(lineage.project)
     for key, task in ((key, task) for task in lineage.project.task_names for key in reported):
         if lineage.status("selection_report", f"{key}|{task}").state == "fresh":
             page = lineage.folder("selection_report", f"{key}|{task}").path(REPORT)
-            pages.append(f"{f'{key} for {task}':<32}{page}")
-    return pages
+            pages.append((f"{key} for {task}", str(page)))
+    return text_table(pages)
 
 
 def _leaderboard(lineage: Lineage) -> str:
@@ -63,7 +64,7 @@ def _leaderboard(lineage: Lineage) -> str:
         "[95 % bootstrap interval over samples]  ± standard deviation over seeds  "
         "* better than random: the interval of the paired difference excludes 0"
     )
-    return "\n\n".join([*(f"{heading}\n{_text_table(table)}" for heading, table in parts if table.height), note])
+    return "\n\n".join([*(f"{heading}\n{_table(table)}" for heading, table in parts if table.height), note])
 
 
 def _shares(lineage: Lineage, task: str) -> str:
@@ -78,14 +79,8 @@ def _shares(lineage: Lineage, task: str) -> str:
         pl.Series(name, [f"{100 * counts.get(source, 0) / max(1, sum(counts.values())):.1f} %" for source in pool])
         for name, counts in columns.items()
     )
-    return f"Share of each source among the rows selected for {task}\n{_text_table(table)}"
+    return f"Share of each source among the rows selected for {task}\n{_table(table)}"
 
 
-def _text_table(table: pl.DataFrame) -> str:
-    """Columns side by side, padded to their widest cell."""
-    columns = [[name, *table[name].cast(pl.String).fill_null("").to_list()] for name in table.columns]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in zip(*columns, strict=True)
-    )
+def _table(frame: pl.DataFrame) -> str:
+    return text_table(frame.cast(pl.String).fill_null("").rows(), frame.columns)

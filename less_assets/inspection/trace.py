@@ -4,17 +4,17 @@ Belongs here: gathering that as plain data, and putting it into words. Not here:
 what artifacts are made from (`lineage.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import polars as pl
 
 from less_assets.lineage.lineage import Lineage
-from less_assets.lineage.plan import FORMAT_VERSION
 from less_assets.orchestration.definitions import code_versions
 from less_assets.reading.files import EXAMPLES, FEATURES, SAMPLE, SUBSET, score_file
 from less_assets.reading.rows import find_row
+from less_assets.store.manifest import FORMAT_VERSION
 from less_assets.store.tables import read_parquet
 
 
@@ -35,23 +35,23 @@ def trace_row(lineage: Lineage, example_id: str) -> dict[str, Any]:
     name, shard, row = copies.row(0, named=True)["example_id"], copies["shard"][0], int(copies["row"][0])
     project = lineage.project
     places = []
-    for each in copies.iter_rows(named=True):
-        table = read_parquet(lineage.folder("instruction_pool", each["shard"]), EXAMPLES, ["source_file", "source_row"])
-        file, number = table.row(each["row"])
-        segment = {"source": each["source"], "file": file, "line": number, "counts": each["canonical"]}
-        places.append(segment | {"shard": each["shard"], "row": each["row"]})
+    for copy in copies.iter_rows(named=True):
+        table = read_parquet(lineage.folder("instruction_pool", copy["shard"]), EXAMPLES, ["source_file", "source_row"])
+        file, number = table.row(copy["row"])
+        segment = {"source": copy["source"], "file": file, "line": number, "counts": copy["canonical"]}
+        places.append(segment | {"shard": copy["shard"], "row": copy["row"]})
     arrays = []
     for checkpoint in project.checkpoints:
-        found = _artifact(lineage, "train_gradients", f"{checkpoint}|{shard}")
-        if found["state"] == "fresh":
-            found |= {"array": f"{found['path']}/{FEATURES}", "array_row": row, "forms": list(project.gradients.forms)}
-        arrays.append({"checkpoint": checkpoint, **found})
+        array = {"checkpoint": checkpoint, **_artifact(lineage, "train_gradients", f"{checkpoint}|{shard}")}
+        if array["state"] == "fresh":
+            array |= {"array": f"{array['path']}/{FEATURES}", "array_row": row, "forms": list(project.gradients.forms)}
+        arrays.append(array)
     scores = []
     for task in project.task_names:
-        found = _artifact(lineage, "influence_scores", task)
-        if found["state"] == "fresh":
-            found |= {"table": f"{found['path']}/{score_file(shard)}", "table_row": row}
-        scores.append({"task": task, **found})
+        table_of_task = {"task": task, **_artifact(lineage, "influence_scores", task)}
+        if table_of_task["state"] == "fresh":
+            table_of_task |= {"table": f"{table_of_task['path']}/{score_file(shard)}", "table_row": row}
+        scores.append(table_of_task)
     return {
         "example_id": name,
         "project": project.name,
@@ -81,12 +81,12 @@ def trace_row(lineage: Lineage, example_id: str) -> dict[str, Any]:
 def _artifact(lineage: Lineage, asset: str, partition: str | None) -> dict[str, Any]:
     """State, path and versions of an artifact."""
     status = lineage.status(asset, partition)
-    found: dict[str, Any] = {"asset": asset, "partition": partition, "state": status.state}
+    artifact: dict[str, Any] = {"asset": asset, "partition": partition, "state": status.state}
     if status.state != "fresh":
-        return found | {"why": list(status.reasons)}
+        return artifact | {"why": list(status.reasons)}
     manifest = lineage.fresh(asset, partition)
     path = str(lineage.folder(asset, partition).root)
-    return found | {
+    return artifact | {
         "path": path,
         "fingerprint": manifest.fingerprint,
         "data_version": manifest.data_version,
@@ -104,71 +104,66 @@ def _in_sample(lineage: Lineage, example_id: str) -> bool | None:
 def _selection(lineage: Lineage, recipe: str, task: str, example_id: str) -> dict[str, Any]:
     """Whether a recipe selected the row for a task, and what was made of its subset."""
     key = f"{recipe}|{task}"
-    found: dict[str, Any] = {"recipe": recipe, "task": task, **_artifact(lineage, "selected_subset", key)}
-    if found["state"] != "fresh":
-        return found
+    selection: dict[str, Any] = {"recipe": recipe, "task": task, **_artifact(lineage, "selected_subset", key)}
+    if selection["state"] != "fresh":
+        return selection
     subset = read_parquet(
         lineage.folder("selected_subset", key), SUBSET, ["rank", "example_id", "score", "subtask", "task"]
     ).rename({"task": "member"})
     row = subset.filter(pl.col("example_id") == example_id)
-    found["selected"] = bool(row.height)
+    selection["selected"] = bool(row.height)
     if row.height:
-        found |= row.drop("example_id").row(0, named=True)
-        found["went_into"] = [_artifact(lineage, asset, key) for asset in ("finetuned_model", "eval_results")]
-    return found
+        selection |= row.drop("example_id").row(0, named=True)
+        selection["went_into"] = [_artifact(lineage, asset, key) for asset in ("finetuned_model", "eval_results")]
+    return selection
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def in_words(trace: Mapping[str, Any]) -> str:
     """A lineage for a terminal.
 
     Args:
-        found: From `trace_row`.
+        trace: From `trace_row`.
     """
-    lines = [f"row {found['example_id']} of {found['project']} ({found['project_file']})", "", "comes from"]
-    for place in found["places"]:
-        note = "" if place["counts"] else "  (a further copy)"
-        lines.append(
-            f"  {place['file']}:{place['line']}  source {place['source']}, shard {place['shard']}, row {place['row']}"
-            + note
-        )
-    lines += [f"  {_words(found['pool'])}", f"  {_words(found['pool_index'])}"]
-    sampled = {True: "in the warm-up sample", False: "not in the warm-up sample", None: ""}[
-        found["warmup"]["in_sample"]
-    ]
-    lines.append(f"  {_words(found['warmup'])}  {sampled}".rstrip())
-    lines += ["", "its features"]
+    sampled = {True: "  in the warm-up sample", False: "  not in the warm-up sample", None: ""}
+    lines = [f"row {trace['example_id']} of {trace['project']} ({trace['project_file']})", "", "comes from"]
     lines += [
-        f"  {each['array']}  row {each['array_row']}  version {each['data_version']}"
-        if each["state"] == "fresh"
-        else f"  {_words(each)}"
-        for each in found["gradients"]
+        f"  {place['file']}:{place['line']}  source {place['source']}, shard {place['shard']}, row {place['row']}"
+        + ("" if place["counts"] else "  (a further copy)")
+        for place in trace["places"]
     ]
-    lines += ["", "its scores"]
-    lines += [
-        f"  {each['table']}  row {each['table_row']}  version {each['data_version']}"
-        if each["state"] == "fresh"
-        else f"  {_words(each)}"
-        for each in found["scores"]
-    ]
-    code, settings = found["code"], found["settings"]
+    lines += [f"  {_words(trace['pool'])}", f"  {_words(trace['pool_index'])}"]
+    lines.append(f"  {_words(trace['warmup'])}{sampled[trace['warmup']['in_sample']]}")
+    lines += ["", "its features", *(_row_words(array, "array") for array in trace["gradients"])]
+    lines += ["", "its scores", *(_row_words(table, "table") for table in trace["scores"])]
+    code = trace["code"]
     lines += ["", "made with", f"  less-assets {code['less_assets']}, artifact format {code['artifact_format']}"]
-    for name in ("warmup_checkpoints", "train_gradients"):
-        lines.append(f"  {name} code version {code['code_versions'][name]}")
-    for name, values in settings.items():
+    for asset in ("warmup_checkpoints", "train_gradients"):
+        lines.append(f"  {asset} code version {code['code_versions'][asset]}")
+    for name, values in trace["settings"].items():
         lines.append(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
-    lines += ["", "selected by"]
-    selected = [each for each in found["selections"] if each.get("selected")]
-    for each in selected:
-        score = f", score {each['score']:+.4f}" if each["score"] is not None else ""
-        lines.append(f"  {each['recipe']} for {each['task']}: rank {each['rank']:,}{score}  {each['path']}")
-        lines += [f"    {_words(after)}" for after in each["went_into"] if after["state"] == "fresh"]
-    if not selected:
-        lines.append("  nobody")
-    unknown = [each for each in found["selections"] if each["state"] != "fresh"]
+    return "\n".join([*lines, "", "selected by", *_selection_words(trace["selections"])])
+
+
+def _row_words(artifact: Mapping[str, Any], kind: str) -> str:
+    """Where the row lies in a stored array or table."""
+    if artifact["state"] != "fresh":
+        return f"  {_words(artifact)}"
+    return f"  {artifact[kind]}  row {artifact[f'{kind}_row']}  version {artifact['data_version']}"
+
+
+def _selection_words(selections: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for selection in selections:
+        if selection.get("selected"):
+            score = f", score {selection['score']:+.4f}" if selection["score"] is not None else ""
+            what = f"{selection['recipe']} for {selection['task']}: rank {selection['rank']:,}{score}"
+            lines.append(f"  {what}  {selection['path']}")
+            lines += [f"    {_words(after)}" for after in selection["went_into"] if after["state"] == "fresh"]
+    lines = lines or ["  nobody"]
+    unknown = [f"{stale['recipe']}|{stale['task']}" for stale in selections if stale["state"] != "fresh"]
     if unknown:
-        names = ", ".join(f"{each['recipe']}|{each['task']}" for each in unknown)
-        lines.append(f"  not known, their subsets are not up to date: {names}")
-    return "\n".join(lines)
+        lines.append(f"  not known, their subsets are not up to date: {', '.join(unknown)}")
+    return lines
 
 
 def _words(artifact: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import dagster as dg
 
-from less_assets.compute.progress import figures
+from less_assets.compute.progress import FIGURES
 
 FORMAT_VARIABLE = "LESS_ASSETS_LOG"
 """Set to `json`, it makes every line one JSON object: time, level, run, asset, message; figures of progress."""
@@ -42,14 +42,14 @@ class _Json(logging.Formatter):
     """One JSON object a line, for programs that collect logs."""
 
     def format(self, record: logging.LogRecord) -> str:
-        meta, message = _meta(record), _message(record)
+        meta = _meta(record)
         entry = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "run": meta.get("run_id"),
             "asset": meta.get("step_key"),
-            "message": message,
-            **figures(message),
+            "message": _message(record),
+            **FIGURES.get(),
         }
         return json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False)
 

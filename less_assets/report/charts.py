@@ -11,13 +11,16 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 if TYPE_CHECKING:
     import altair as alt
+    from numpy.typing import ArrayLike
+
+    Drawing = alt.Chart | alt.LayerChart | alt.FacetChart
 
 MAX_BYTES = 30_000
 BLUE, SKY, ORANGE, GREY = "#0072b2", "#56b4e9", "#e69f00", "#8c8c8c"
@@ -26,7 +29,7 @@ OTHER = "other"
 
 
 def score_histogram(
-    scores: Any, cut: float | None = None, *, all_above: float | None = None, title: str = "", bins: int = 60
+    scores: ArrayLike, cut: float | None = None, *, all_above: float | None = None, title: str = "", bins: int = 60
 ) -> bytes:
     """Draw the distribution of scores, with the part above the cut set off and the cut as a line.
 
@@ -78,8 +81,8 @@ def score_histogram(
 
 
 def cut_histogram(
-    edges: Any,
-    counts: Any,
+    edges: ArrayLike,
+    counts: Sequence[int],
     cut: float,
     band: tuple[float, float] | None = None,
     *,
@@ -100,12 +103,12 @@ def cut_histogram(
     """
     import altair as alt
 
-    edges = np.asarray(edges, dtype=np.float64)
-    middles = _middles(edges)
+    bounds = np.asarray(edges, dtype=np.float64)
+    middles = _middles(bounds)
     table = pl.DataFrame(
         {
-            "from": edges[:-1],
-            "to": edges[1:],
+            "from": bounds[:-1],
+            "to": bounds[1:],
             "rows": counts,
             "part": ["selected" if middle >= cut else "not selected" for middle in middles],
         }
@@ -252,7 +255,7 @@ def agreement_scatter(
 
     table = pl.DataFrame({"x": list(map(float, sketched)), "y": list(map(float, exact))})
     scale = alt.Scale(zero=False)
-    chart: Any = (
+    chart: Drawing = (
         alt.Chart(table, width=300, height=260)
         .mark_point(color=BLUE, size=30, filled=True, opacity=0.7)
         .encode(x=alt.X("x:Q", title=axes[0], scale=scale), y=alt.Y("y:Q", title=axes[1], scale=scale))
@@ -345,13 +348,14 @@ def _recipes(table: pl.DataFrame) -> alt.Chart:
     )
 
 
-def _one_panel_a_task(panel: Any, table: pl.DataFrame) -> alt.FacetChart:
+def _one_panel_a_task(panel: alt.LayerChart, table: pl.DataFrame) -> alt.FacetChart:
     """Panels side by side, in the table's order, each with an axis of its own; four tasks make a square."""
     import altair as alt
 
     tasks = table["task"].unique(maintain_order=True).to_list()
     faceted = panel.facet(facet=alt.Facet("task:N", title=None, sort=tasks), columns=2 if len(tasks) == 4 else 3)
-    return faceted.resolve_scale(x="independent")
+    independent: alt.FacetChart = faceted.resolve_scale(x="independent")
+    return independent
 
 
 def markdown_image(png: bytes, alt: str = "chart") -> str:
@@ -365,7 +369,7 @@ def markdown_image(png: bytes, alt: str = "chart") -> str:
 
 
 def _middles(edges: np.ndarray) -> np.ndarray:
-    return (edges[:-1] + edges[1:]) / 2
+    return np.asarray((edges[:-1] + edges[1:]) / 2)
 
 
 def _share(counts: Mapping[str, float], name: str) -> float:
@@ -384,23 +388,24 @@ def _color(field: str, colors: Mapping[str, str], *, legend: bool = True) -> alt
     )
 
 
-def _styled(chart: Any, background: str, padding: int) -> Any:
-    return (
+def _styled(chart: Drawing, background: str, padding: int) -> Drawing:
+    styled: Drawing = (
         chart.configure(background=background, padding=padding)
         .configure_axis(labelColor=INK, titleColor=INK, gridColor=GRID, labelLimit=220, titleFontWeight="normal")
         .configure_legend(labelColor=INK)
         .configure_header(labelColor=INK, labelFontWeight="bold")
         .configure_view(stroke=None, continuousWidth=460, continuousHeight=180)
     )
+    return styled
 
 
-def _svg(chart: Any) -> str:
+def _svg(chart: Drawing) -> str:
     import vl_convert
 
     return vl_convert.vegalite_to_svg(_styled(chart, "transparent", 4).to_dict())
 
 
-def _png(chart: Any, title: str) -> bytes:
+def _png(chart: Drawing, title: str) -> bytes:
     """Render at the sharpest scale that keeps the picture below `MAX_BYTES`."""
     import altair as alt
     import vl_convert

@@ -1,13 +1,13 @@
 """What the page of a selection shows, gathered from stored artifacts: plain data, no HTML.
 
 Belongs here: reading, counting, and the sentences that say what is worth a look. Not here: how it looks (`page.py`, and
-the files beside it), or computing anything about a row (`assets/explanations.py`).
+the files beside it), what opening one row shows (`row_details.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -23,20 +23,17 @@ from less_assets.method.data.composition import (
 )
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.project.recipes import ResolvedRecipe
+from less_assets.reading.certificates import judge_selection
 from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
-from less_assets.reading.rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
-from less_assets.reading.selection_cut import Cuts, score_matrix
+from less_assets.reading.rows import checkpoint_weights, subtask_label
+from less_assets.reading.selection_cut import Cuts
 from less_assets.reading.subsets import other_subsets
-from less_assets.report.certificate import Certificate, certificate_of, percent
+from less_assets.report.row_details import Explanations, JsonObject, rounded, row_details
 from less_assets.store.tables import read_parquet
 
-NEIGHBOUR_CHARACTERS = 400
-"""Characters shown of a neighbour's question and of its answer, where it is not in the page itself."""
-MANY_ROWS = 4000
-"""In a page of more rows than this only the nearest neighbour of a row, and near-duplicates, are shown with text."""
-MANY_CHARACTERS = 120
-ID_CHARACTERS = 12
-"""Characters of a neighbour's id: enough for `explain` and `trace` to find it."""
+if TYPE_CHECKING:
+    from less_assets.method.selection.fidelity import Judgement
+
 CHARACTERS_PER_TOKEN = 4
 BINS = 72
 _FINE_BINS = 400_000  # of scores between −2 and 2: what the bins of the chart are added up from
@@ -54,11 +51,11 @@ class ReportContents:
         summary: The figures for the manifest.
     """
 
-    head: dict[str, Any]
+    head: JsonObject
     columns: dict[str, list[Any]]
-    details: list[dict[str, Any]]
+    details: list[JsonObject]
     cut: "Cut | None"
-    summary: dict[str, Any]
+    summary: JsonObject
 
 
 @dataclass(frozen=True)
@@ -100,89 +97,122 @@ def report_contents(
     scored = lineage.project.selects_by_influence(recipe_key)
     key = f"{recipe_key}|{task}"
     subset = read_parquet(lineage.folder("selected_subset", key), SUBSET).drop("messages")
-    certificate = certificate_of(lineage, key, subset)
-    if scored:
-        rows = read_parquet(lineage.folder("token_attribution", key), "rows.parquet")
-    else:
-        rows = subset.with_columns(pl.lit("selected").alias("group"))
-    rows = rows.with_columns(
-        subtask_label(lineage, task).alias("label") if scored else pl.col("subtask").alias("label")
-    )
-    rows = rows.with_row_index("place")
+    judgement = judge_selection(lineage, key, subset)
     cuts = Cuts.of(lineage, recipe, task) if scored else None
+    rows = _rows(lineage, key, task, subset, scored)
     pool = _look_through(lineage, rows, cuts.best_labels() if cuts else None, progress)
-    facts = rows.join(pool.facts, on=["shard", "row"], how="left", maintain_order="left")
-    if certificate:
-        facts = certificate.judge(facts)
-    else:
-        facts = facts.with_columns(pl.lit(None, pl.Float32).alias("chance"), pl.lit(None, pl.Boolean).alias("certain"))
-    explained = _Explained.of(lineage, recipe, task, facts, cuts.scores_of(facts)) if cuts else None
+    rows = rows.join(pool.facts, on=["shard", "row"], how="left", maintain_order="left")
+    rows = _with_certificate(rows, judgement)
+    explained = Explanations.of(lineage, recipe, task, rows, cuts.scores_of(rows)) if cuts else None
     others = _other_selections(lineage, recipe_key, task)
-    details = _details(lineage, facts, explained, others)
-    if explained is not None:
-        facts = facts.with_columns(pl.Series("duplicate", explained.nearest_cosine(), pl.Float32))
-    else:
-        facts = facts.with_columns(pl.lit(None, pl.Float32).alias("duplicate"))
-    selected = facts.filter(pl.col("group") == "selected")
-    overlap = _overlap(lineage, subset, others)
+    details = row_details(lineage, rows, explained, others)
+    nearest = explained.nearest_cosine() if explained else [None] * rows.height
+    rows = rows.with_columns(pl.Series("duplicate", nearest, pl.Float32))
+    selected = rows.filter(pl.col("group") == "selected")
     composition = _composition(selected, pool, scored)
-    notes = _notes(selected, composition, facts, certificate, scored)
-    targets = read_parquet(lineage.folder("target_examples", task), TARGETS)
-    head: dict[str, Any] = {
+    head: JsonObject = {
         "project": lineage.project.name,
         "task": task,
         "recipe": recipe_key,
         "settings": _settings(lineage, recipe),
         "scored": scored,
         "exact": recipe.candidates is not None,
-        "counts": {
-            "selected": selected.height,
-            "pool": int(lineage.summary("pool_index")["unique"]),
-            "tokens": int(selected["tokens"].sum()),
-            "estimated": not scored,
-            "below_cut": int((facts["group"] == "below_cut").sum()),
-            "most_negative": int((facts["group"] == "most_negative").sum()),
-            "certain": int(selected["certain"].sum()) if certificate else None,
-        },
-        "certificate": certificate.text if certificate else None,
-        "checkpoints": [
-            {"name": name, "weight": _short(weight)} for name, weight in checkpoint_weights(lineage).items()
-        ]
-        if scored
-        else [],
+        "counts": _counts(lineage, rows, selected, judgement, scored),
+        "certificate": _certificate_text(judgement) if judgement else None,
+        "checkpoints": _checkpoints(lineage) if scored else [],
         "subtasks": cuts.labels if cuts else [],
-        "cuts": {label: _short(value) for label, value in cuts.by_label().items()} if cuts else {},
+        "cuts": {label: rounded(value) for label, value in cuts.by_label().items()} if cuts else {},
         "composition": composition,
-        "overlap": overlap,
-        "notes": notes,
+        "overlap": _overlap(lineage, subset, others),
+        "notes": _notes(selected, composition, rows, judgement, scored),
         "near_duplicate": NEAR_DUPLICATE,
-        "targets": [_target(row) for row in targets.iter_rows(named=True)] if scored else [],
+        "targets": _targets(lineage, task) if scored else [],
         "inputs": dict(sorted(_made_from(lineage, key).items())),
     }
-    columns = {
-        "id": facts["example_id"].to_list(),
-        "group": facts["group"].to_list(),
-        "rank": facts["rank"].to_list(),
-        "score": [_short(score) for score in facts["score"].to_list()],
-        "subtask": facts["label"].to_list(),
-        "source": facts["source"].to_list(),
-        "tokens": facts["tokens"].to_list(),
-        "length": facts["length"].to_list(),
-        "turns": facts["turns"].to_list(),
-        "turn_class": facts["turn_class"].to_list(),
-        "language": facts["language"].to_list(),
-        "certain": facts["certain"].to_list(),
-        "duplicate": [_short(cosine) for cosine in facts["duplicate"].to_list()],
+    cut = _cut(cuts, judgement) if cuts else None
+    return ReportContents(head, _columns(rows, details), details, cut, _summary(head))
+
+
+def _rows(lineage: Lineage, key: str, task: str, subset: pl.DataFrame, scored: bool) -> pl.DataFrame:
+    """The rows of the page: selected ones and, of those with scores, some others; `place` numbers them."""
+    if scored:
+        rows = read_parquet(lineage.folder("token_attribution", key), "rows.parquet")
+        label = subtask_label(lineage, task)
+    else:
+        rows, label = subset.with_columns(pl.lit("selected").alias("group")), pl.col("subtask")
+    return rows.with_columns(label.alias("label")).with_row_index("place")
+
+
+def _counts(
+    lineage: Lineage, rows: pl.DataFrame, selected: pl.DataFrame, judgement: "Judgement | None", scored: bool
+) -> JsonObject:
+    return {
+        "selected": selected.height,
+        "pool": int(lineage.summary("pool_index")["unique"]),
+        "tokens": int(selected["tokens"].sum()),
+        "estimated": not scored,
+        "below_cut": int((rows["group"] == "below_cut").sum()),
+        "most_negative": int((rows["group"] == "most_negative").sum()),
+        "certain": int(selected["certain"].sum()) if judgement else None,
+    }
+
+
+def _checkpoints(lineage: Lineage) -> list[JsonObject]:
+    return [{"name": name, "weight": rounded(weight)} for name, weight in checkpoint_weights(lineage).items()]
+
+
+def _columns(rows: pl.DataFrame, details: Sequence[JsonObject]) -> dict[str, list[Any]]:
+    """The table of rows by the names that `page.js` knows."""
+    as_stored = ("source", "tokens", "length", "turns", "turn_class", "language", "certain")
+    return {
+        "id": rows["example_id"].to_list(),
+        "group": rows["group"].to_list(),
+        "rank": rows["rank"].to_list(),
+        "score": [rounded(score) for score in rows["score"]],
+        "subtask": rows["label"].to_list(),
+        **{name: rows[name].to_list() for name in as_stored},
+        "duplicate": [rounded(cosine) for cosine in rows["duplicate"]],
         "heat": [detail.get("heat") is not None for detail in details],
     }
-    summary = {
-        "rows": selected.height,
+
+
+def _summary(head: JsonObject) -> JsonObject:
+    return {
+        "rows": head["counts"]["selected"],
         "rows_below_cut": head["counts"]["below_cut"],
         "most_negative_rows": head["counts"]["most_negative"],
-        "notes": [note["text"] for note in notes],
-        "overlap": {entry["recipe"]: entry["shared"] for entry in overlap},
+        "notes": [note["text"] for note in head["notes"]],
+        "overlap": {entry["recipe"]: entry["shared"] for entry in head["overlap"]},
     }
-    return ReportContents(head, columns, details, _cut(cuts, certificate) if cuts else None, summary)
+
+
+# ---- the certificate ----
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _certificate_text(judgement: "Judgement") -> str:
+    return (
+        f"By the certificate of the scores, exact scores would select {_percent(judgement.overlap)} of these rows, "
+        "too. A certain row is one of which that holds with a chance of 95 % or more."
+    )
+
+
+def _with_certificate(rows: pl.DataFrame, judgement: "Judgement | None") -> pl.DataFrame:
+    """The rows with columns `chance` and `certain`, null for rows that no certificate speaks of."""
+    if judgement is None:
+        return rows.with_columns(pl.lit(None, pl.Float32).alias("chance"), pl.lit(None, pl.Boolean).alias("certain"))
+    judged = judgement.table.select("example_id", "chance", "certain")
+    return rows.join(judged, on="example_id", how="left", maintain_order="left")
+
+
+def _borderline(judgement: "Judgement | None") -> float | None:
+    """A selected row nearer to the cut than this may be borderline; None where every row may."""
+    bands = judgement.bands if judgement else []
+    widths = [band for band in bands if band is not None]
+    return max(widths) if widths and len(widths) == len(bands) else None
 
 
 # ---- the pool, once ----
@@ -269,7 +299,7 @@ def _median(counts: Mapping[int, int]) -> float:
 # ---- the cut ----
 
 
-def _cut(cuts: Cuts, certificate: Certificate | None) -> Cut:
+def _cut(cuts: Cuts, judgement: "Judgement | None") -> Cut:
     """Bin the pool's scores; where there are several cuts, by how far rows are above theirs."""
     fine = np.zeros(_FINE_BINS, dtype=np.int64)
     several = len(cuts.queues) > 1
@@ -286,179 +316,55 @@ def _cut(cuts: Cuts, certificate: Certificate | None) -> Cut:
     first = cut_at - -(-(cut_at - low) // width) * width
     bounds = np.arange(first, high + width, width)
     counts = [int(fine[max(0, a) : b].sum()) for a, b in pairwise(bounds)]
-    edges = [float(_short(bound * 4 / _FINE_BINS - 2)) for bound in bounds]
-    band = (offset, offset + certificate.band) if certificate and certificate.band is not None else None
+    edges = [_score_at(bound) for bound in bounds.tolist()]
+    width_of_band = _borderline(judgement)
+    band = None if width_of_band is None else (offset, offset + width_of_band)
     what = "exact influence" if cuts.exact is not None else "influence"
     axis = f"{what} above the cut of the row's subtask" if several else what
     rows = "candidates" if cuts.exact is not None else "rows of the pool"
-    return Cut(edges, counts, float(_short(cut_at * 4 / _FINE_BINS - 2)), band, axis, rows)
+    return Cut(edges, counts, _score_at(cut_at), band, axis, rows)
 
 
-# ---- rows, one by one ----
-
-
-@dataclass
-class _Explained:
-    """What was computed about the rows, in their order.
-
-    Attributes:
-        totals: Influence per subtask, float32 (n, J).
-        by_checkpoint: Cosine at each checkpoint with the row's own subtask, float32 (n, C).
-        neighbours: Columns `targets` and `rows` of `token_attribution`.
-        tokens: Token shares by example id, of those rows that have them.
-        near_messages: Messages of neighbours that are not among the rows, by id.
-    """
-
-    totals: np.ndarray
-    by_checkpoint: np.ndarray
-    neighbours: pl.DataFrame
-    tokens: dict[str, dict[str, Any]]
-    near_messages: dict[str, list[Any]]
-
-    @classmethod
-    def of(
-        cls, lineage: Lineage, recipe: ResolvedRecipe, task: str, rows: pl.DataFrame, totals: np.ndarray
-    ) -> "_Explained":
-        """Read it."""
-        folder = lineage.folder("token_attribution", f"{recipe.key}|{task}")
-        form, rule = str(recipe.form), str(recipe.subtask)
-        checkpoints = lineage.project.checkpoints
-        names = [score_column(form, rule, name) for name in checkpoints]
-        table = scores_of(lineage, task, rows, names)
-        labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
-        own = np.array([labels.index(label) for label in rows["label"]], dtype=np.int64)
-        every = np.arange(rows.height)
-        by_checkpoint = [score_matrix(table[name])[every, own] for name in names]
-        neighbours = read_parquet(folder, "neighbours.parquet")
-        near = neighbours["rows"].explode().drop_nulls().struct.unnest()
-        elsewhere = near.filter(~pl.col("example_id").is_in(rows["example_id"].to_list())).unique("example_id")
-        tokens = {
-            row["example_id"]: row
-            for row in read_parquet(
-                folder, "tokens.parquet", ["example_id", "turn", "text", "share", "momentum", "influence", "cut"]
-            ).iter_rows(named=True)
-        }
-        return cls(
-            totals,
-            np.stack(by_checkpoint, axis=1),
-            neighbours,
-            tokens,
-            messages_of(lineage, elsewhere.sort("shard", "row")),
-        )
-
-    def nearest_cosine(self) -> list[float | None]:
-        """Cosine of each row with the nearest row of the pool."""
-        return [rows[0]["cosine"] if rows else None for rows in self.neighbours["rows"].to_list()]
-
-    def detail(self, place: int, row: Mapping[str, Any], places: Mapping[str, int]) -> dict[str, Any]:
-        """What the page shows of one row besides its messages."""
-        near = self.neighbours.row(place, named=True)
-        found: dict[str, Any] = {
-            "subtasks": [_short(value, 3) for value in self.totals[place]],
-            "checkpoints": [_short(value) for value in self.by_checkpoint[place]],
-            "targets": [[each["target"], _short(each["cosine"])] for each in near["targets"]],
-            "near": [
-                {
-                    "id": each["example_id"][:ID_CHARACTERS],
-                    "cosine": _short(each["cosine"]),
-                    "place": places.get(each["example_id"]),
-                    "messages": self._near_text(each, nearest=number == 0, many=len(places) > MANY_ROWS),
-                }
-                for number, each in enumerate(near["rows"])
-            ],
-        }
-        if own := self.tokens.get(row["example_id"]):
-            found["heat"] = {
-                "turns": _turns(own),
-                "momentum": _short(own["momentum"]),
-                "influence": _short(own["influence"]),
-                "cut": own["cut"],
-            }
-        return found
-
-    def _near_text(self, near: Mapping[str, Any], *, nearest: bool, many: bool) -> list[list[str]] | None:
-        """The beginnings of a neighbour's question and answer, if the page does not hold it and has the room."""
-        messages = self.near_messages.get(near["example_id"])
-        twin = near["cosine"] >= NEAR_DUPLICATE
-        if messages is None or (many and not nearest and not twin):
-            return None
-        asked = next((each for each in messages if each["role"] == "user"), messages[0])
-        if many and not twin:
-            return [[asked["role"], _cut_text(asked["content"], MANY_CHARACTERS)]]
-        return [[each["role"], _cut_text(each["content"], NEIGHBOUR_CHARACTERS)] for each in (asked, messages[-1])]
-
-
-def _turns(tokens: Mapping[str, Any]) -> list[list[Any]]:
-    """[turn, texts, shares] for each assistant turn; a token without text of its own joins the one before it."""
-    turns: list[list[Any]] = []
-    for turn, text, share in zip(tokens["turn"], tokens["text"], tokens["share"], strict=True):
-        if not turns or turns[-1][0] != turn:
-            turns.append([turn, [], []])
-        if text == "" and turns[-1][1]:
-            turns[-1][2][-1] += share
-        else:
-            turns[-1][1].append(text)
-            turns[-1][2].append(share)
-    return [[turn, texts, [_short(share) for share in shares]] for turn, texts, shares in turns]
-
-
-def _details(
-    lineage: Lineage, rows: pl.DataFrame, explained: _Explained | None, others: Mapping[str, set[str]]
-) -> list[dict[str, Any]]:
-    messages = messages_of(lineage, rows)
-    places = {example_id: place for place, example_id in enumerate(rows["example_id"])}
-    details = []
-    for place, row in enumerate(rows.iter_rows(named=True)):
-        detail = {
-            "messages": [[message["role"], message["content"]] for message in messages[row["example_id"]]],
-            "file": row["source_file"],
-            "line": row["source_row"],
-            "shard": row["shard"],
-            "row": row["row"],
-            "copies": row["copies"],
-            "also": [number for number, ids in enumerate(others.values()) if row["example_id"] in ids],
-            "chance": _short(row["chance"], 2),
-        }
-        details.append(detail | (explained.detail(place, row, places) if explained else {}))
-    return details
-
-
-def _cut_text(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[: characters - 1] + "…"
-
-
-def _target(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "subtask": row["subtask"],
-        "messages": [[message["role"], message["content"]] for message in row["messages"]],
-        "prefix": row["assistant_prefix"],
-        "completion": row["completion"],
-    }
+def _score_at(bin_bound: float) -> float:
+    return float(f"{bin_bound * 4 / _FINE_BINS - 2:.4g}")
 
 
 # ---- the whole ----
 
 
+def _targets(lineage: Lineage, task: str) -> list[JsonObject]:
+    targets = read_parquet(lineage.folder("target_examples", task), TARGETS)
+    return [
+        {
+            "subtask": target["subtask"],
+            "messages": [[message["role"], message["content"]] for message in target["messages"]],
+            "prefix": target["assistant_prefix"],
+            "completion": target["completion"],
+        }
+        for target in targets.iter_rows(named=True)
+    ]
+
+
 def _settings(lineage: Lineage, recipe: ResolvedRecipe) -> list[list[str]]:
     """The recipe in words, [name, value] each."""
     budget = recipe.budget
-    found = [["strategy", recipe.strategy]]
+    settings = [["strategy", recipe.strategy]]
     if budget is not None:
         amount = f"{budget.amount:.3g} of the pool" if budget.unit == "fraction" else f"{budget.amount:,} {budget.unit}"
-        found.append(["budget", amount])
+        settings.append(["budget", amount])
     if lineage.project.selects_by_influence(recipe.key):
         gradients = lineage.project.gradients
-        found += [
+        settings += [
             ["direction form", str(recipe.form)],
             ["subtask rule", str(recipe.subtask)],
             ["aggregate", str(recipe.aggregate)],
             ["features", f"{gradients.sketch} sketch, k {gradients.dimension:,}, {gradients.storage}"],
         ]
         if recipe.candidates is not None:
-            found.append(["rescored", f"exactly, {recipe.candidates:g} × the budget"])
+            settings.append(["rescored", f"exactly, {recipe.candidates:g} × the budget"])
     if recipe.seed is not None:
-        found.append(["seed", str(recipe.seed)])
-    return [*found, ["base model", lineage.project.as_written(lineage.project.model.base)]]
+        settings.append(["seed", str(recipe.seed)])
+    return [*settings, ["base model", lineage.project.as_written(lineage.project.model.base)]]
 
 
 def _made_from(lineage: Lineage, key: str) -> dict[str, str]:
@@ -475,18 +381,22 @@ def _other_selections(lineage: Lineage, recipe: str, task: str) -> dict[str, set
     }
 
 
-def _overlap(lineage: Lineage, subset: pl.DataFrame, others: Mapping[str, set[str]]) -> list[dict[str, Any]]:
+def _overlap(lineage: Lineage, subset: pl.DataFrame, others: Mapping[str, set[str]]) -> list[JsonObject]:
     """How many rows other recipes for the task selected as well; in the order of `others`."""
-    own = set(subset["example_id"])
+    selected = set(subset["example_id"])
     unique = max(1, int(lineage.summary("pool_index")["unique"]))
-    found = []
-    for other, ids in others.items():
-        expected = round(len(own) * len(ids) / unique, 1)
-        found.append({"recipe": other, "rows": len(ids), "shared": len(own & ids), "expected": expected})
-    return found
+    return [
+        {
+            "recipe": recipe,
+            "rows": len(ids),
+            "shared": len(selected & ids),
+            "expected": round(len(selected) * len(ids) / unique, 1),
+        }
+        for recipe, ids in others.items()
+    ]
 
 
-def _composition(selected: pl.DataFrame, pool: _Pool, scored: bool) -> list[dict[str, Any]]:
+def _composition(selected: pl.DataFrame, pool: _Pool, scored: bool) -> list[JsonObject]:
     """Per property: its name, and for each class how many selected rows and rows of the pool it has."""
     length = "Loss tokens" if scored else "Answer length (characters / 4)"
     parts: list[tuple[str, str, str, tuple[str, ...]]] = [
@@ -496,72 +406,75 @@ def _composition(selected: pl.DataFrame, pool: _Pool, scored: bool) -> list[dict
         ("turns", "Assistant turns", "turn_class", TURNS),
         ("language", "Language (a guess)", "language", ()),
     ]
-    found = []
+    composition = []
     for name, title, column, order in parts:
-        own: dict[str, int] = dict(selected[column].drop_nulls().value_counts().iter_rows())
+        chosen: dict[str, int] = dict(selected[column].drop_nulls().value_counts().iter_rows())
         counts = pool.counts[name]
-        names = [each for each in order if each in own or each in counts]
-        names = names or sorted({*own, *counts}, key=lambda each: (-own.get(each, 0), -counts.get(each, 0), each))
-        if names:
-            classes = [[each, own.get(each, 0), counts.get(each, 0)] for each in names]
-            found.append({"name": name, "title": title, "classes": classes})
-    return found
+        classes = [label for label in order if label in chosen or label in counts]
+        classes = classes or sorted(
+            {*chosen, *counts}, key=lambda label: (-chosen.get(label, 0), -counts.get(label, 0), label)
+        )
+        if classes:
+            in_both = [[label, chosen.get(label, 0), counts.get(label, 0)] for label in classes]
+            composition.append({"name": name, "title": title, "classes": in_both})
+    return composition
 
 
 def _notes(
     selected: pl.DataFrame,
     composition: Sequence[Mapping[str, Any]],
     rows: pl.DataFrame,
-    certificate: Certificate | None,
+    judgement: "Judgement | None",
     scored: bool,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """What a person should look at before trusting the selection, most important first; each may name a filter."""
-    notes: list[dict[str, Any]] = []
+    notes: list[JsonObject] = []
 
-    def note(text: str, **only: Any) -> None:
-        notes.append({"text": text, "filter": only or None})
+    def note(text: str, **only: str) -> None:
+        notes.append(_note(text, **only))
 
     total = max(1, selected.height)
-    if scored and certificate is None:
+    if scored and judgement is None:
         note("No certificate: how far sketched scores are from exact ones was not measured for this selection.")
-    if certificate is not None and (unsure := int((~selected["certain"].fill_null(True)).sum())):
-        note(f"{_rows(unsure)} of {total:,} selected are borderline.", certain="borderline")
+    if judgement is not None and (unsure := int((~selected["certain"].fill_null(True)).sum())):
+        note(f"{_row_count(unsure)} of {total:,} selected are borderline.", certain="borderline")
     if scored and (harmful := int((selected["score"] < 0).sum())):
-        note(f"{_rows(harmful)} selected with a negative influence: the budget is larger than the useful pool.")
-    for part in composition:
-        everything = max(1, sum(count for *_, count in part["classes"]))
-        chosen = max(1, sum(count for _, count, _ in part["classes"]))
-        for name, count, whole in part["classes"]:
-            share, of_pool = count / chosen, whole / everything
-            fair = 1 / len(part["classes"])
-            if part["name"] == "subtask" and share > max(0.5, 1.2 * fair) and fair < 1:
-                note(f"{name} took {percent(share)} of the selection.", subtask=name)
-            elif part["name"] == "source" and len(part["classes"]) > 1 and share > 0.5 and share > 1.5 * of_pool:
-                note(f"{name} is {percent(share)} of the selection and {percent(of_pool)} of the pool.", source=name)
-            elif part["name"] == "source" and of_pool > 0.05 and share < of_pool / 10:
-                note(f"{name}, {percent(of_pool)} of the pool, is all but absent ({_rows(count)}).", source=name)
-        if part["name"] == "length":
-            short = [entry for entry in part["classes"] if entry[0] in LENGTHS[:1]]
-            if short and short[0][1] / chosen > 0.25 and short[0][1] / chosen > 2 * short[0][2] / everything:
-                text = f"{percent(short[0][1] / chosen)} of the selected rows have at most 16 loss tokens"
-                note(f"{text}, {percent(short[0][2] / everything)} of the pool do.", length=LENGTHS[0])
+        note(f"{_row_count(harmful)} selected with a negative influence: the budget is larger than the useful pool.")
+    notes += [note for part in composition for note in _composition_notes(part)]
     if scored and (twins := int((selected["duplicate"] >= NEAR_DUPLICATE).sum())):
         note(
-            f"{_rows(twins)} selected with a near-duplicate in the pool (cosine at least {NEAR_DUPLICATE:g}).",
+            f"{_row_count(twins)} selected with a near-duplicate in the pool (cosine at least {NEAR_DUPLICATE:g}).",
             duplicate="yes",
         )
     if worst := int((rows["group"] == "most_negative").sum()):
-        text = f"{_rows(worst)} of the pool with the most negative influence: look there for wrong labels."
+        text = f"{_row_count(worst)} of the pool with the most negative influence: look there for wrong labels."
         note(text, group="most_negative")
     return notes
 
 
-def _rows(count: int) -> str:
+def _composition_notes(part: Mapping[str, Any]) -> Iterator[JsonObject]:
+    """What is odd about the classes of one property."""
+    of_pool_total = max(1, sum(count for *_, count in part["classes"]))
+    selected_total = max(1, sum(count for _, count, _ in part["classes"]))
+    fair = 1 / len(part["classes"])
+    for name, count, pool_count in part["classes"]:
+        share, of_pool = count / selected_total, pool_count / of_pool_total
+        if part["name"] == "subtask" and share > max(0.5, 1.2 * fair) and fair < 1:
+            yield _note(f"{name} took {_percent(share)} of the selection.", subtask=name)
+        elif part["name"] == "source" and len(part["classes"]) > 1 and share > 0.5 and share > 1.5 * of_pool:
+            text = f"{name} is {_percent(share)} of the selection and {_percent(of_pool)} of the pool."
+            yield _note(text, source=name)
+        elif part["name"] == "source" and of_pool > 0.05 and share < of_pool / 10:
+            text = f"{name}, {_percent(of_pool)} of the pool, is all but absent ({_row_count(count)})."
+            yield _note(text, source=name)
+        elif part["name"] == "length" and name == LENGTHS[0] and share > 0.25 and share > 2 * of_pool:
+            text = f"{_percent(share)} of the selected rows have at most 16 loss tokens"
+            yield _note(f"{text}, {_percent(of_pool)} of the pool do.", length=name)
+
+
+def _note(text: str, **only: str) -> JsonObject:
+    return {"text": text, "filter": only or None}
+
+
+def _row_count(count: int) -> str:
     return f"{count:,} row" if count == 1 else f"{count:,} rows"
-
-
-def _short(value: Any, digits: int = 4) -> Any:
-    """A number with few significant digits; None for what is no finite number."""
-    if value is None or not np.isfinite(value):
-        return None
-    return float(f"{float(value):.{digits}g}")

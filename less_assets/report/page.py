@@ -16,7 +16,6 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import resources
-from typing import Any
 
 from less_assets.report.contents import Cut, ReportContents
 
@@ -32,7 +31,8 @@ def _file(name: str) -> str:
 @cache
 def page_digest() -> str:
     """Hash of everything but data that a page is made of: a changed design makes pages anew."""
-    parts = [_file(name) for name in ("page.html", "page.css", "page.js", "page.py", "contents.py")]
+    names = ("page.html", "page.css", "page.js", "page.py", "contents.py", "row_details.py")
+    parts = [_file(name) for name in names]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -69,13 +69,13 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _packed(value: Any) -> str:
+def _packed(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     # A lone half of a surrogate pair is no character; what cannot be written is shown as "?".
     return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 9, mtime=0)).decode()
 
 
-def _slices(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def _slices(values: Sequence[object], size: int) -> Iterator[Sequence[object]]:
     for start in range(0, len(values), size):
         yield values[start : start + size]
 

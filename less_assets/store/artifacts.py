@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import JsonValue
 from upath import UPath
@@ -177,10 +177,10 @@ class ArtifactFolder:
 
     def _check_file(self, manifest: Manifest, name: str) -> None:
         try:
-            found = file_digest(self.root / name)
+            digest = file_digest(self.root / name)
         except FileNotFoundError as error:
             raise self._damage(manifest, name, "is missing") from error
-        if found != manifest.files[name].digest:
+        if digest != manifest.files[name].digest:
             raise self._damage(manifest, name, "has other bytes than were written")
 
     def _damage(self, manifest: Manifest, name: str, how: str) -> CorruptArtifactError:
@@ -244,10 +244,10 @@ class ArtifactFolder:
         """
         if not write:
             self.verify()
-        if here := local_path(self.root):
+        if local := local_path(self.root):
             with storage_trouble(self.root, "create"):
-                here.mkdir(parents=True, exist_ok=True)
-            yield here
+                local.mkdir(parents=True, exist_ok=True)
+            yield local
             return
         with tempfile.TemporaryDirectory(prefix="less-assets-") as temporary:
             folder = pathlib.Path(temporary)
@@ -277,7 +277,7 @@ class ArtifactFolder:
 
 def _local_state(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
     paths = {name: os.stat(folder / name) for name in list_files(UPath(folder))}
-    return {name: (found.st_size, found.st_mtime_ns) for name, found in paths.items()}
+    return {name: (status.st_size, status.st_mtime_ns) for name, status in paths.items()}
 
 
 class Pointer(NamedTuple):
@@ -296,7 +296,7 @@ class ArtifactStore:
         storage_options: Options of the fsspec file system. Secrets belong in the environment.
     """
 
-    def __init__(self, root: str, storage_options: dict[str, Any] | None = None) -> None:
+    def __init__(self, root: str, storage_options: Mapping[str, object] | None = None) -> None:
         self.root = open_root(root, storage_options)
 
     def artifact(self, key: str, fingerprint: str) -> ArtifactFolder:
@@ -366,8 +366,8 @@ class ArtifactStore:
             MissingArtifactError: The record is there but the artifact is gone.
             CorruptArtifactError: Record or manifest is damaged, or they do not belong together.
         """
-        found = self.pointer(key)
-        return None if found is None else _agreed_manifest(key, found)
+        pointer = self.pointer(key)
+        return None if pointer is None else _agreed_manifest(key, pointer)
 
     def require(self, key: str, asset: str) -> ArtifactFolder:
         """The artifact in force for a key.
@@ -382,13 +382,13 @@ class ArtifactStore:
             StaleArtifactError: Another version of less-assets wrote it.
         """
         try:
-            found = self.pointer(key)
-            if found is None:
+            pointer = self.pointer(key)
+            if pointer is None:
                 raise MissingArtifactError(f"{key} has not been made yet.", where=str(self.root))
-            _agreed_manifest(key, found)
+            _agreed_manifest(key, pointer)
         except (MissingArtifactError, CorruptArtifactError, StaleArtifactError) as error:
             raise type(error)(error.what, where=error.where, fix=repair_command(asset)) from error
-        return found.folder
+        return pointer.folder
 
     def published(self) -> list[str]:
         """Every key that has an artifact in force, sorted."""
@@ -404,7 +404,7 @@ class ArtifactStore:
         `artifact(key, fingerprint)` then holds.
         """
         final = self.artifact(key, fingerprint)
-        here, target = local_path(self.root), local_path(final.root)
+        local_root, target = local_path(self.root), local_path(final.root)
         if target:
             staging = target.with_name(partial_name(fingerprint))
         else:
@@ -416,8 +416,8 @@ class ArtifactStore:
             yield folder
             if not folder.exists():
                 raise RuntimeError(f"{key} was written but not sealed")
-            if here and target:
-                with exclusive_lock(here / LOCK_NAME):
+            if local_root and target:
+                with exclusive_lock(local_root / LOCK_NAME):
                     _move_into_place(staging, target, final)
             else:
                 _upload_into_place(staging, final)
@@ -433,10 +433,10 @@ class ArtifactStore:
         """
         folder = self.artifact(key, fingerprint)
         with contextlib.ExitStack() as stack:
-            if here := local_path(folder.root):
+            if local := local_path(folder.root):
                 with storage_trouble(folder.root, "create"):
-                    here.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(exclusive_lock(here.with_name(f"{fingerprint}.lock")))
+                    local.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive_lock(local.with_name(f"{fingerprint}.lock")))
             yield folder
 
 

@@ -13,19 +13,24 @@ import struct
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import google_crc32c
 import numpy as np
 import zarr
 from upath import UPath
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.errors import ContainsArrayError
 
 from less_assets.errors import CorruptArtifactError, LessAssetsError, MissingArtifactError, StaleArtifactError
 from less_assets.method.gradients.quantization import decode, encode
 from less_assets.store.artifacts import ArtifactFolder, repair_command
 from less_assets.store.files import list_files, local_path, remove_tree, storage_trouble
+
+if TYPE_CHECKING:
+    ZarrArray = zarr.Array[Any]  # Any: the metadata of whichever Zarr format
 
 BLOCK_ROWS = 512
 DECODE_ROWS = 64  # 8 MiB of float32 at k = 32768: still in the cache (L3) when they are multiplied
@@ -111,7 +116,7 @@ class FeatureWriter:
         """First row of a block and the row after its last."""
         return index * self.block_rows, min((index + 1) * self.block_rows, self.rows)
 
-    def _open_or_create(self) -> dict[str, zarr.Array]:
+    def _open_or_create(self) -> "dict[str, ZarrArray]":
         group = zarr.open_group(store=_zarr_store(self.path), mode="a")
         layout = dict(group.attrs)
         if layout and layout != self.layout:
@@ -346,9 +351,9 @@ class FeatureReader:
             start = int(index) * self.block_rows
             stop = min(start + self.block_rows, self.rows)
             block = _read(array, self.path, f"{form}/features", start, stop, self._asset)
-            here = np.flatnonzero(wanted // self.block_rows == index)
-            codes = block[wanted[here] - start]
-            taken[here] = decode(codes, scales[wanted[here]], self.storage, self.dimension)
+            of_block = np.flatnonzero(wanted // self.block_rows == index)
+            codes = block[wanted[of_block] - start]
+            taken[of_block] = decode(codes, scales[wanted[of_block]], self.storage, self.dimension)
         return taken
 
 
@@ -372,11 +377,11 @@ def open_features(folder: ArtifactFolder, name: str = "features.zarr") -> Featur
     return FeatureReader(folder.path(name), asset=manifest.kind)
 
 
-def _array_specs(layout: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype, Any]]:
+def _array_specs(layout: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype, float]]:
     """Name -> (shape, dtype, fill value) of every array; `status` is last, as it is in writing."""
     rows = int(layout["rows"])
     codes, _ = encode(np.zeros((1, int(layout["dimension"])), dtype=np.float32), str(layout["storage"]))
-    specs: dict[str, tuple[tuple[int, ...], np.dtype, Any]] = {}
+    specs: dict[str, tuple[tuple[int, ...], np.dtype, float]] = {}
     for form in layout["forms"]:
         specs[f"{form}/features"] = ((rows, codes.shape[1]), codes.dtype, 0)
         specs[f"{form}/scale"] = ((rows,), np.dtype(np.float32), 0.0)
@@ -387,9 +392,9 @@ def _array_specs(layout: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], 
     return specs
 
 
-def _checked_arrays(group: zarr.Group, layout: Mapping[str, Any]) -> dict[str, zarr.Array]:
+def _checked_arrays(group: zarr.Group, layout: Mapping[str, Any]) -> "dict[str, ZarrArray]":
     """All arrays of the group; ValueError if one is not what the layout says."""
-    arrays: dict[str, zarr.Array] = {}
+    arrays: dict[str, ZarrArray] = {}
     for name, (shape, dtype, _) in _array_specs(layout).items():
         array = group[name]
         if not isinstance(array, zarr.Array) or (array.shape, array.dtype) != (shape, dtype):
@@ -400,30 +405,30 @@ def _checked_arrays(group: zarr.Group, layout: Mapping[str, Any]) -> dict[str, z
     return arrays
 
 
-def _zarr_store(path: UPath) -> Any:
-    if here := local_path(path):
-        return zarr.storage.LocalStore(here)
+def _zarr_store(path: UPath) -> Store:
+    if folder := local_path(path):
+        return zarr.storage.LocalStore(folder)
     return zarr.storage.FsspecStore.from_url(str(path), storage_options=dict(path.storage_options))
 
 
-class _WholeStore(zarr.storage.WrapperStore[Any]):
+class _WholeStore(zarr.storage.WrapperStore[Store]):
     """A store in which an absent chunk is an error: Zarr takes it for a chunk of the fill value, hence for numbers.
 
     `FeatureReader` looks for all chunks when it opens; this is for one that is lost while it reads.
     """
 
-    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        found = await super().get(key, prototype, byte_range)
-        if found is None and "/c/" in f"/{key}":
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        content = await super().get(key, prototype, byte_range)
+        if content is None and "/c/" in f"/{key}":
             raise FileNotFoundError(f"{key} is missing")
-        return found
+        return content
 
 
-def _chunk_file(name: str, array: zarr.Array, index: int) -> str:
+def _chunk_file(name: str, array: "ZarrArray", index: int) -> str:
     return f"{name}/c/{index}/0" if array.ndim == 2 else f"{name}/c/{index}"
 
 
-def _local_block(path: UPath, array: zarr.Array, buffer: np.ndarray | None = None) -> np.ndarray | None:
+def _local_block(path: UPath, array: "ZarrArray", buffer: np.ndarray | None = None) -> np.ndarray | None:
     """The rows of a block in a local file, read into a buffer if there is one; None to read it through Zarr.
 
     A chunk is its bytes and their CRC32C; a Zarr shard of one chunk ends with the chunk's offset and length and their
@@ -447,21 +452,21 @@ def _local_block(path: UPath, array: zarr.Array, buffer: np.ndarray | None = Non
         if end - start != size + _CHECKSUM.size:
             return None
         (checksum,) = _CHECKSUM.unpack_from(data.data, start + size)
-        found = data[start : start + size]
+        content = data[start : start + size]
     except (OSError, ValueError, struct.error):
         return None
-    return found.view(array.dtype).reshape(array.chunks) if google_crc32c.value(found) == checksum else None
+    return content.view(array.dtype).reshape(array.chunks) if google_crc32c.value(content) == checksum else None
 
 
-def _read(array: zarr.Array, path: UPath, name: str, start: int, stop: int, asset: str | None = None) -> np.ndarray:
+def _read(array: "ZarrArray", path: UPath, name: str, start: int, stop: int, asset: str | None = None) -> np.ndarray:
     """Rows start to stop; whatever Zarr raises about their bytes becomes a CorruptArtifactError naming the file."""
     block_rows = (array.shards or array.chunks)[0]
     indices = range(start // block_rows, -(-stop // block_rows))
     blocks = [_local_block(path / _chunk_file(name, array, index), array) for index in indices]
-    here = [block for block in blocks if block is not None]
-    if here and len(here) == len(blocks):
+    local = [block for block in blocks if block is not None]
+    if local and len(local) == len(blocks):
         first = indices[0] * block_rows
-        return (here[0] if len(here) == 1 else np.concatenate(here))[start - first : stop - first]
+        return (local[0] if len(local) == 1 else np.concatenate(local))[start - first : stop - first]
     try:
         with storage_trouble(path, "read"):
             return np.asarray(array[start:stop])

@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +26,7 @@ BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"}
 CLIENT_PACKAGES = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests"}
 
 
-def open_root(root: str, storage_options: dict[str, Any] | None = None) -> UPath:
+def open_root(root: str, storage_options: Mapping[str, Any] | None = None) -> UPath:
     """Path object of a storage root: an absolute local path, or an fsspec URL such as `s3://bucket/prefix`."""
     if "://" not in root or root.startswith("file://"):
         return UPath(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
@@ -34,7 +34,8 @@ def open_root(root: str, storage_options: dict[str, Any] | None = None) -> UPath
         what = "The storage root holds a password, which would show in logs and in Dagster."
         raise StorageError(what, where="storage.root", fix="Give credentials in the environment.")
     # A cached listing would show a folder as it was before another process wrote to it.
-    return UPath(root.rstrip("/"), **{"use_listings_cache": False, **(storage_options or {})})
+    path: UPath = UPath(root.rstrip("/"), **{"use_listings_cache": False, **(storage_options or {})})
+    return path
 
 
 def local_path(path: UPath) -> pathlib.Path | None:
@@ -171,20 +172,20 @@ def list_files(folder: UPath, *, partial: bool = False) -> dict[str, int]:
         folder: Where to look.
         partial: Also list unfinished temporary files.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     with storage_trouble(folder, "list"):
         if local := local_path(folder):
             for directory, _, names in os.walk(local):
                 for name in names:
                     file = os.path.join(directory, name)
                     with contextlib.suppress(FileNotFoundError):  # another process may be finishing or removing it
-                        found[os.path.relpath(file, local).replace(os.sep, "/")] = os.path.getsize(file)
+                        sizes[os.path.relpath(file, local).replace(os.sep, "/")] = os.path.getsize(file)
         else:
             base = folder.path.rstrip("/") + "/"
             with contextlib.suppress(FileNotFoundError):
                 for file, entry in folder.fs.find(folder.path, detail=True).items():
-                    found[file.lstrip("/").removeprefix(base.lstrip("/"))] = int(entry["size"])
-    return {name: found[name] for name in sorted(found) if partial or PARTIAL_SUFFIX not in name}
+                    sizes[file.lstrip("/").removeprefix(base.lstrip("/"))] = int(entry["size"])
+    return {name: sizes[name] for name in sorted(sizes) if partial or PARTIAL_SUFFIX not in name}
 
 
 def modified_at(path: UPath) -> float:
@@ -192,7 +193,7 @@ def modified_at(path: UPath) -> float:
     with storage_trouble(path, "look at"):
         if local := local_path(path):
             return local.stat().st_mtime
-        return path.fs.modified(path.path).timestamp()
+        return float(path.fs.modified(path.path).timestamp())
 
 
 def remove_tree(folder: UPath) -> None:

@@ -40,14 +40,14 @@ def collect_garbage(
     in_use = set()
     for name in files:
         key, _, file = name.rpartition("/")
-        if file == CURRENT_NAME and PARTIAL_SUFFIX not in name and (found := store.pointer(key)):
-            in_use.add(f"{found.folder.key}/{found.folder.fingerprint}")
+        if file == CURRENT_NAME and PARTIAL_SUFFIX not in name and (pointer := store.pointer(key)):
+            in_use.add(f"{pointer.folder.key}/{pointer.folder.fingerprint}")
     leftovers: dict[str, dict[str, int]] = defaultdict(dict)
     folders: dict[str, dict[str, int]] = defaultdict(dict)
     for name, size in files.items():
         parts = name.split("/")
-        partial = next((place for place, part in enumerate(parts) if part.endswith(PARTIAL_SUFFIX)), None)
-        finger = next((place for place, part in enumerate(parts[:-1]) if place and FINGERPRINT.fullmatch(part)), None)
+        partial = next((depth for depth, part in enumerate(parts) if part.endswith(PARTIAL_SUFFIX)), None)
+        finger = next((depth for depth, part in enumerate(parts[:-1]) if depth and FINGERPRINT.fullmatch(part)), None)
         if partial is not None:
             leftovers["/".join(parts[: partial + 1])][name] = size
         elif finger is not None:

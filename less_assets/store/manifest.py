@@ -5,7 +5,6 @@ Belongs here: the manifest's fields, its bytes and their verification. Not here:
 
 import hashlib
 import json
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -17,7 +16,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: object) -> bytes:
     """The one JSON encoding of a value: sorted keys, no spaces, UTF-8. NaN and infinity raise ValueError."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()

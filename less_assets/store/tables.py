@@ -33,20 +33,20 @@ def write_parquet(
     """
     path = folder.path(name)
     with storage_trouble(path, "write"):
-        if not (here := local_path(path)):
+        if not (file := local_path(path)):
             buffer = io.BytesIO()
             frame.lazy().collect().write_parquet(buffer, compression="zstd", metadata=dict(metadata or {}))
             write_atomically(path, buffer.getvalue())
             return
-        here.parent.mkdir(parents=True, exist_ok=True)
-        temporary = here.with_name(partial_name(here.name))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(partial_name(file.name))
         try:
             with _disk_trouble():
                 if isinstance(frame, pl.LazyFrame):
                     frame.sink_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
                 else:
                     frame.write_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
-            finish_file(temporary, here)
+            finish_file(temporary, file)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -101,7 +101,8 @@ def write_json(folder: ArtifactFolder, name: str, document: JsonValue) -> None:
 def read_json(folder: ArtifactFolder, name: str) -> JsonValue:
     """Read a JSON document whose digest has been verified."""
     try:
-        return json.loads(folder.read_bytes(name))
+        document: JsonValue = json.loads(folder.read_bytes(name))
+        return document
     except ValueError as error:
         raise _unreadable(folder, name) from error
 

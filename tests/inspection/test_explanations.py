@@ -22,7 +22,7 @@ from less_assets.reading.certificates import judge_selection
 from less_assets.reading.files import EXACT, NEIGHBOURS, ROWS, SUBSET, TOKENS
 from less_assets.reading.rows import find_row
 from less_assets.reading.selection_cut import Cuts
-from less_assets.report import certificate
+from less_assets.report import contents
 from less_assets.report.contents import report_contents
 from less_assets.steps.explanations import find_neighbours, rows_to_explain
 from less_assets.steps.registry import open_lineage, open_store
@@ -119,7 +119,7 @@ def test_a_certificate_labels_the_selected_rows(lineage, subset, monkeypatch):
         pl.Series("certain", [True] * half + [False] * (subset.height - half)),
     )
     found = Judgement(judged, 0.8, half, [0.01, 0.02])
-    monkeypatch.setattr(certificate, "judge_selection", lambda *_: found)
+    monkeypatch.setattr(contents, "judge_selection", lambda *_: found)
     labelled = report_contents(lineage, "less", "sums", silent)
     assert labelled.columns["certain"] == [True] * half + [False] * half
     assert labelled.head["counts"]["certain"] == half
@@ -127,7 +127,7 @@ def test_a_certificate_labels_the_selected_rows(lineage, subset, monkeypatch):
     assert labelled.details[-1]["chance"] == pytest.approx(0.6)
     assert labelled.cut.band == pytest.approx((0.0, 0.02))
     assert any("borderline" in note["text"] for note in labelled.head["notes"])
-    monkeypatch.setattr(certificate, "judge_selection", lambda *_: None)
+    monkeypatch.setattr(contents, "judge_selection", lambda *_: None)
     plain = report_contents(lineage, "less", "sums", silent)
     assert set(plain.columns["certain"]) == {None}
     assert "certificate" in plain.head["notes"][0]["text"]

@@ -4,10 +4,11 @@ import json
 import logging
 from types import SimpleNamespace
 
+import dagster as dg
 import pytest
 
 from less_assets.compute import progress as progress_module
-from less_assets.compute.progress import Progress, figures
+from less_assets.compute.progress import Progress
 from less_assets.orchestration.console_log import FORMAT_VARIABLE, compact_console
 
 
@@ -42,29 +43,43 @@ def test_what_an_earlier_run_has_done_counts_as_done_and_not_for_the_rate(clock)
 
 
 @pytest.mark.parametrize(
-    ("what", "tokens", "done", "expected"),
+    ("what", "unit", "done", "tokens", "expected"),
     [
         (
             "train_gradients epoch-1|dolly-00000",
-            10_000,
+            "rows",
             2_500,
-            {"partition": "epoch-1|dolly-00000", "unit": "rows", "tokens_per_second": 1_000, "seconds_left": 25_980},
+            10_000,
+            {"partition": "epoch-1|dolly-00000", "per_second": 250, "tokens_per_second": 1_000, "seconds_left": 26_000},
         ),
-        ("influence_scores", 0, 2_500, {"unit": "rows for 2 tasks", "seconds_left": 25_980}),
-        ("influence_scores", 0, 0, {"unit": "rows"}),
+        ("influence_scores", "rows for 2 tasks", 1, 0, {"per_second": 0.1, "seconds_left": 65_024_990}),
+        ("influence_scores", "rows", 0, 0, {"per_second": 0}),
     ],
     ids=["with partition and tokens", "for several tasks", "before anything is done"],
 )
-def test_a_program_finds_the_figures_of_a_progress_line(clock, what, tokens, done, expected):
-    lines: list[str] = []
-    progress = Progress(what, 6_502_500, expected["unit"], lines.append)
-    clock.now += 10
-    progress(done, tokens)
-    found = figures(lines[0])
-    assert found.pop("asset") == what.partition(" ")[0]
-    assert (found.pop("done"), found.pop("total"), found.pop("per_second")) == (done, 6_502_500, done / 10)
-    assert found == expected
-    assert figures("the chat template refuses 3 rows: see below") == {}
+def test_a_program_gets_the_figures_of_a_progress_line_from_a_run(
+    clock, capsys, monkeypatch, what, unit, done, tokens, expected
+):
+    @dg.asset
+    def thing(context: dg.AssetExecutionContext) -> None:
+        progress = Progress(what, 6_502_500, unit, context.log.info)
+        clock.now += 10
+        progress(done, tokens)
+        context.log.info("the chat template refuses 3 rows: see below")
+
+    monkeypatch.setenv(FORMAT_VARIABLE, "json")
+    definitions = dg.Definitions([thing], loggers={"console": compact_console})
+    job = definitions.resolve_implicit_global_asset_job_def()
+    capsys.readouterr()
+    run = job.execute_in_process(run_config={"loggers": {"console": {"config": {}}}}).run_id
+    entries = [json.loads(text) for text in capsys.readouterr().err.splitlines() if text.startswith("{")]
+    of_progress, plain = (entry for entry in entries if entry["message"].startswith((what, "the chat template")))
+    for entry in (of_progress, plain):
+        assert (entry.pop("run"), entry.pop("asset"), entry.pop("level")) == (run, "thing", "info")
+        assert entry.pop("time")
+    assert of_progress.pop("message").endswith(" left")
+    assert of_progress == {"done": done, "total": 6_502_500, "unit": unit, **expected}
+    assert plain.keys() == {"message"}, "the figures belong to one line"
 
 
 def line(capsys, message: str = "half »way«") -> str:
@@ -85,5 +100,3 @@ def test_lines_are_json_for_programs(capsys, monkeypatch):
     found = json.loads(line(capsys))
     assert found.pop("time")
     assert found == {"level": "warning", "run": "run-1", "asset": "train_gradients", "message": "half »way«"}
-    found = json.loads(line(capsys, "train_gradients e|s: 100 of 400 rows (25 %), 10.0 rows/s, 30 s left"))
-    assert (found["run"], found["partition"], found["done"], found["seconds_left"]) == ("run-1", "e|s", 100, 30)
