@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from less_assets.errors import ProjectFileError
-from less_assets.method import SKETCH_VERSION
+from less_assets.method import DRAW_VERSION, SKETCH_VERSION
 from less_assets.project.keys import BrokenRule, Section, explain, nearest, setting, shown_path
 from less_assets.project.yaml_file import KeyPath, MarkedData, Problem, parse_yaml, problems_error, read_yaml
 
@@ -839,6 +839,8 @@ class Project(Section):
         settings = asdict(recipe)
         if recipe.match:
             settings["match"] = self.recipe_settings(recipe.match)
+        if recipe.seed is not None:
+            settings["draw_version"] = DRAW_VERSION
         return {name: settings[name] for name in settings if name not in ("key", "name", "model")}
 
     def tokenizer_settings(self) -> dict[str, Any]:
