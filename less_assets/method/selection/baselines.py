@@ -173,9 +173,7 @@ def draw_key(seed: int, stream: str) -> bytes:
     return f"{stream}:{seed}".encode() if stream else str(seed).encode()
 
 
-def with_gumbel_noise(
-    log_weights: np.ndarray, example_ids: Sequence[str], seed: int, stream: str = ""
-) -> np.ndarray:
+def with_gumbel_noise(log_weights: np.ndarray, example_ids: Sequence[str], seed: int, stream: str = "") -> np.ndarray:
     """Add Gumbel noise, so that the best k of the result are k draws without replacement by weight (DSIR, §2.3).
 
     The noise is a function of id, seed and stream: shards can be scored one by one and in any order.
