@@ -102,6 +102,6 @@ def _default(field: FieldInfo, shown: Any) -> str:
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parents[1] / "docs" / "project-file.md"
+    page = Path(__file__).parents[2] / "docs" / "project-file.md"
     page.write_text(describe_project_file(), encoding="utf-8")
     print(f"wrote {page}")
