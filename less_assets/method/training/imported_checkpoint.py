@@ -416,7 +416,8 @@ def _step(entry: Mapping[str, Any]) -> int | None:
 
 def _moment(entry: Mapping[str, Any] | None, name: str) -> Tensor:
     assert entry is not None
-    return entry[name].detach().to(torch.float32).contiguous()
+    moment: Tensor = entry[name]
+    return moment.detach().to(torch.float32).contiguous()
 
 
 def _fault(entry: Mapping[str, Any] | None, shape: tuple[int, ...], step: int | None) -> str | None:
