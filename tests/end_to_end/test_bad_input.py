@@ -10,7 +10,7 @@ from less_assets.compute.models import open_store
 from less_assets.errors import EvaluationError, LessAssetsError, PoolFormatError, TargetFormatError, TrainingError
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.evaluation import evaluation
-from less_assets.method.training.training import training
+from less_assets.method.training import training
 from less_assets.orchestration.materialization import StepInputs, StepResult
 from less_assets.project.data_check import check_data
 from less_assets.project.project import load_project
