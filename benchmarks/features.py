@@ -61,8 +61,9 @@ from less_assets.method.gradients.quantization import choose_storage, decode, en
 from less_assets.method.gradients.sketch import Sketch
 from less_assets.method.selection.fidelity import Queue, ScoredSample, judge, spearman
 from less_assets.method.selection.influence import score_block, target_directions
+from less_assets.method.training.epoch_folder import read_moments
 from less_assets.method.training.models import LoraSettings, find_base, load_adapter, load_base, resolve_dtype
-from less_assets.method.training.training import TrainingSettings, read_moments, train_adapter
+from less_assets.method.training.training import TrainingSettings, train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LESS_BENCHMARK_DATA", ROOT.parent / "shared" / "data"))

@@ -378,7 +378,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
                 charts.share_bars(dict(ids["subtask"].drop_nulls().value_counts().iter_rows()))
             elif recipe.strategy == "random":
                 budget = Budget(recipe.budget.unit, recipe.budget.amount)
-                ids = select_at_random(lambda: [pool], budget, recipe.seed).table
+                ids = select_at_random(lambda: [pool], budget, recipe.seed, stream=recipe.strategy).table
                 rows = rows.join(ids.select("example_id"), on="example_id", how="semi")
             if recipe.strategy != "none":
                 charts.share_comparison(dict(rows["source"].value_counts().iter_rows()), counts[0])

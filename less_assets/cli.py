@@ -57,14 +57,14 @@ UntilOption = Annotated[str, typer.Option("--until", help="Stop with this asset,
 @app.command()
 def check(project: ProjectOption = DEFAULT_PROJECT) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
-    from less_assets.project.data_check import check_data
+    from less_assets.project.data_check import check_data, skipped_files
     from less_assets.project.project import load_project
 
     with _told():
         loaded = load_project(project)
         problems = check_data(loaded)
-        for problem in problems:
-            print(problem)
+        for line in [*skipped_files(loaded), *problems]:
+            print(line)
         if problems:
             print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''} found; nothing was changed.")
             raise typer.Exit(1)

@@ -4,10 +4,12 @@ Belongs here: the ledger, its scan, its place in the store. Reading rows is `met
 `method/examples.py`; the artifact of a shard is `instruction_pool`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
@@ -17,6 +19,9 @@ from less_assets.project.project import Project
 from less_assets.project.sections import Source
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import read_bytes, write_atomically
+
+if TYPE_CHECKING:
+    from less_assets.method.data.row_files import SourceDialect
 
 LEDGER_FILE = "pool/ledger.json"
 _Scanned = dict[tuple[str, int, int], tuple[str, tuple[int, int] | None]]
@@ -104,10 +109,16 @@ class PoolFiles:
         Raises:
             PoolFormatError: The rows are not those of the scan any more.
         """
+        from less_assets.method.data.row_files import scan_ranges
+
+        dialect = project.source(self.shard(key).source).dialect
         stamps = {file.path: file.stamp for files in self._files.values() for file in files}
         for segment in self.shard(key).segments:
             file = data_path(project, segment.path)
-            if _stamp(file) != stamps.get(segment.path) and _scan(file, segment) != (segment.digest, segment.begins):
+            if _stamp(file, dialect) == stamps.get(segment.path):
+                continue
+            scanned = scan_ranges(file, [(segment.first_row, segment.rows)], dialect)[0]
+            if scanned != (segment.digest, segment.begins):
                 raise PoolFormatError(
                     "the file has changed since the pool was scanned",
                     where=f"{file}, rows {segment.first_row + 1} to {segment.first_row + segment.rows}",
@@ -115,7 +126,7 @@ class PoolFiles:
                 )
 
     @classmethod
-    def load(cls, store: ArtifactStore) -> "PoolFiles":
+    def load(cls, store: ArtifactStore) -> PoolFiles:
         """The ledger of the last scan; empty if there was none.
 
         Raises:
@@ -140,7 +151,7 @@ class PoolFiles:
         return cls(files, shards)
 
     @classmethod
-    def scan(cls, project: Project, store: ArtifactStore) -> "PoolFiles":
+    def scan(cls, project: Project, store: ArtifactStore) -> PoolFiles:
         """Look at the pool's files and write the ledger; unchanged files are not read again.
 
         Raises:
@@ -188,9 +199,9 @@ def _look(project: Project, source: Source, known_order: list[str], known: dict[
     files = []
     for path in order:
         file = data_path(project, path)
-        stamp = _stamp(file)
+        stamp = _stamp(file, source.dialect)
         rows = known.get((path, stamp))
-        files.append(_File(path, count_rows(file) if rows is None else rows, stamp))
+        files.append(_File(path, count_rows(file, source.dialect) if rows is None else rows, stamp))
     return files
 
 
@@ -198,18 +209,16 @@ def _segment(begins: list[int] | None = None, **stored: Any) -> Segment:
     return Segment(**stored, begins=None if begins is None else (begins[0], begins[1]))
 
 
-def _scan(file: str, segment: Segment) -> tuple[str, tuple[int, int]]:
-    from less_assets.method.data.row_files import scan_ranges
+def _stamp(path: str, dialect: SourceDialect) -> str:
+    """Size and time of change; the dialect too, since other records may begin elsewhere."""
+    from less_assets.method.data.row_files import dialect_of
 
-    return scan_ranges(file, [(segment.first_row, segment.rows)])[0]
-
-
-def _stamp(path: str) -> str:
     filesystem, stripped = fsspec.url_to_fs(path)
     info = filesystem.info(stripped)
     names = ("mtime", "ETag", "etag", "LastModified", "md5", "CRC")  # the last is an archive member's
     changed = next((info[name] for name in names if info.get(name)), None)
-    return f"{info.get('size')}-{changed}"
+    read_as = dialect_of(path, dialect)
+    return f"{info.get('size')}-{changed}" + (f"-{read_as}" if read_as else "")
 
 
 def _cut(project: Project, source: Source, files: list[_File], scanned: _Scanned) -> list[Shard]:
@@ -227,7 +236,7 @@ def _cut(project: Project, source: Source, files: list[_File], scanned: _Scanned
             take = min(room, file.rows - position, left)
             pieces[-1].append((file.path, position, take))
             position, room, left = position + take, room - take, left - take
-    _scan_missing(project, [piece for shard in pieces for piece in shard], scanned)
+    _scan_missing(project, source.dialect, [piece for shard in pieces for piece in shard], scanned)
     return [
         Shard(f"{source.name}-{index:05d}", source.name, tuple(Segment(*piece, *scanned[piece]) for piece in shard))
         for index, shard in enumerate(pieces)
@@ -235,7 +244,9 @@ def _cut(project: Project, source: Source, files: list[_File], scanned: _Scanned
     ]
 
 
-def _scan_missing(project: Project, pieces: list[tuple[str, int, int]], scanned: _Scanned) -> None:
+def _scan_missing(
+    project: Project, dialect: SourceDialect, pieces: list[tuple[str, int, int]], scanned: _Scanned
+) -> None:
     """Hash the row ranges that are not known and find where they begin, reading each file once."""
     from less_assets.method.data.row_files import scan_ranges
 
@@ -244,5 +255,6 @@ def _scan_missing(project: Project, pieces: list[tuple[str, int, int]], scanned:
         if (path, first_row, rows) not in scanned:
             missing.setdefault(path, []).append((first_row, rows))
     for path, ranges in missing.items():
-        for (first_row, rows), found in zip(ranges, scan_ranges(data_path(project, path), ranges), strict=True):
-            scanned[path, first_row, rows] = found
+        row_ranges = scan_ranges(data_path(project, path), ranges, dialect)
+        for (first_row, rows), row_range in zip(ranges, row_ranges, strict=True):
+            scanned[path, first_row, rows] = row_range

@@ -3,3 +3,7 @@
 SKETCH_VERSION = 1
 """Raised whenever the same seed would give another sketch (`sketch.py`). Part of the fingerprint of all features, which
 is made without loading torch; that is why it stands here."""
+
+DRAW_VERSION = 2
+"""Raised whenever the same seed would draw other rows (`random`, `dsir`, `length_matched`). Part of a recipe's
+settings; 2: each strategy draws from a stream of its own."""

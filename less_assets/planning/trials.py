@@ -25,8 +25,9 @@ from less_assets.method.gradients.per_example import lora_parameters
 from less_assets.method.gradients.quantization import encode
 from less_assets.method.gradients.sketch import Sketch
 from less_assets.method.selection.coded_directions import ROWS_AT_A_TIME, CodedDirections
+from less_assets.method.training.epoch_folder import MOMENTS, read_moments
 from less_assets.method.training.models import LoraSettings
-from less_assets.method.training.training import MOMENTS, TrainingSettings, TrainingStep, read_moments, train_adapter
+from less_assets.method.training.training import TrainingSettings, TrainingStep, train_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -17,6 +17,8 @@ from less_assets.project.yaml_file import Problem
 
 PEEK_ROWS = 256
 """Rows looked at in each file."""
+SHOWN_FILES = 8
+"""Skipped files that are named for each source."""
 PEEK_FILES = 32
 """Files looked into in each source."""
 
@@ -52,6 +54,27 @@ def check_data(project: Project) -> list[Problem]:
         if recipe.model:
             problems += _base_model(f"recipe {recipe.name}", recipe.model)
     return problems
+
+
+def skipped_files(project: Project) -> list[str]:
+    """Files that lie where pool sources look and are not read: metadata, and kinds that are not known.
+
+    Returns:
+        One line for each source that has some.
+    """
+    from less_assets.method.data.row_files import look_into
+
+    lines = []
+    for source in project.pool.sources:
+        try:
+            skipped = look_into(source.path).skipped
+        except _TROUBLE:  # `check_data` tells it
+            continue
+        names = [path.partition("::")[0].rsplit("/", 1)[-1] for path in skipped]
+        if names:
+            more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
+            lines.append(f"source {source.name}: not read: {', '.join(names[:SHOWN_FILES])}{more}")
+    return lines
 
 
 def not_built(project: Project) -> list[Problem]:
@@ -100,7 +123,7 @@ def _source(project: Project, source: Source) -> Iterator[Problem]:
     unreadable = False
     for file in files[:PEEK_FILES]:
         try:
-            tables = read_rows(file, source.name, source.format, max_rows=rows)
+            tables = read_rows(file, source.name, source.format, max_rows=rows, dialect=source.dialect)
             for table in tables:
                 statuses.update(table["status"].to_list())
         except _TROUBLE as error:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import JsonValue, PrivateAttr, ValidationError
 
 from less_assets.errors import ProjectFileError
-from less_assets.method import SKETCH_VERSION
+from less_assets.method import DRAW_VERSION, SKETCH_VERSION
 from less_assets.project.keys import Section, explain, nearest, setting, shown_path
 from less_assets.project.recipes import ResolvedRecipe, resolve
 from less_assets.project.rules import rules_between_sections
@@ -182,7 +182,11 @@ class Project(Section):
             "evaluation": None,
         }
         if evaluation is not None:
-            stated = evaluation.model_dump(exclude={"path", "held_out", "token_budget"})
+            stated = evaluation.model_dump(exclude={"path", "held_out", "token_budget", "grading"})
+            if evaluation.format == "bbh":
+                stated["grading"] = evaluation.grading
+            elif evaluation.held_out:
+                stated["grading"] = "exact_match without markdown"
             if isinstance(evaluation.harness, str):
                 stated["harness"] = self.as_written(evaluation.harness)
             settings["evaluation"] = stated | {"max_length": evaluation.max_length or self.model.max_length}
@@ -194,6 +198,8 @@ class Project(Section):
         settings = asdict(recipe)
         if recipe.match:
             settings["match"] = self.recipe_settings(recipe.match)
+        if recipe.seed is not None:
+            settings["draw_version"] = DRAW_VERSION
         return {name: settings[name] for name in settings if name not in ("key", "name", "model")}
 
     def tokenizer_settings(self) -> dict[str, JsonValue]:

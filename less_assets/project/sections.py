@@ -108,12 +108,17 @@ class Source(Section):
     name: Name = setting(..., "Name of the source; part of shard keys and of every selected row", type="name")
     path: Location = setting(
         ...,
-        "File, folder, pattern (`data/*.jsonl`) or fsspec URL (`hf://datasets/…`): JSON lines or CSV, also compressed "
-        "(`.gz`, `.bz2`, `.xz`, `.zst`), or Parquet",
+        "File, folder, pattern (`data/*.jsonl`) or fsspec URL (`hf://datasets/…`): JSON lines, CSV or TSV, also "
+        "compressed (`.gz`, `.bz2`, `.xz`, `.zst`), Parquet, or Arrow (also a folder of Hugging Face's `save_to_disk`)",
         type="path or URL",
     )
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = setting(
         "auto", "Format of the rows; `auto`: decided row by row from the field names"
+    )
+    dialect: Literal["auto", "comma", "semicolon", "backslash", "tab", "tab_quoted"] = setting(
+        "auto",
+        "How CSV and TSV files are written; `auto`: `.csv` as RFC 4180 says (`comma`), `.tsv` without quoting (`tab`); "
+        '`backslash`: `\\"` inside quoted fields',
     )
     limit: int | None = setting(None, "Use only the first rows of the source; null: all", unit="rows", ge=1)
 
@@ -346,6 +351,11 @@ class Evaluation(Section):
     few_shot: bool = setting(True, "Put the benchmark's worked examples into the prompts, as LESS does (`format` only)")
     num_fewshot: int | None = setting(None, "Worked examples in a prompt; null: the task's own (`harness` only)", ge=0)
     apply_chat_template: bool = setting(False, "Put prompts into the tokenizer's chat template (`harness` only)")
+    grading: Literal["strict", "less"] = setting(
+        "strict",
+        "How BBH's answers are compared: `strict` respects sign, decimal point and brackets; `less` drops all "
+        "punctuation, as LESS's script does, for which 3 is -3 and 1.5 is 15 (`format: bbh` only)",
+    )
 
     def _broken_rules(self) -> Iterator[BrokenRule]:
         kinds = [kind for kind in ("harness", "held_out", "format") if getattr(self, kind) is not None]
@@ -364,6 +374,8 @@ class Evaluation(Section):
             yield BrokenRule((key,), "applies to harness tasks only", "leave it out")
         if kinds != ["format"] and self.given("few_shot"):
             yield BrokenRule(("few_shot",), "applies to benchmark formats only", "leave it out")
+        if self.format != "bbh" and self.given("grading"):
+            yield BrokenRule(("grading",), "applies to `format: bbh` only", "leave it out")
 
 
 class Task(Section):

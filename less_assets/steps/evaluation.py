@@ -89,8 +89,9 @@ def evaluation_settings(project: Project, task: Task) -> Any:
 
     evaluated = task.evaluation
     assert evaluated is not None
+    as_less = evaluated.format == "bbh" and evaluated.grading == "less"
     return EvaluationSettings(
-        rule=evaluated.format or "exact_match",
+        rule="bbh_as_less" if as_less else evaluated.format or "exact_match",
         max_new_tokens=evaluated.max_new_tokens,
         chat_format=project.model.chat_format,
         max_length=evaluated.max_length or project.model.max_length,

@@ -47,6 +47,7 @@ def read_shard(work: StepInputs) -> StepResult:
             segment.first_row,
             segment.rows,
             begins=segment.begins,
+            dialect=source.dialect,
         )
     ]
     table = pl.concat([pool_table([]), *tables])

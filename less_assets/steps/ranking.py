@@ -106,9 +106,12 @@ def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -
     assert recipe.seed is not None
     if recipe.strategy == "random":
         rows = pool.shards(tokens=budget.kind == "tokens")
-        return select_at_random(rows, budget, recipe.seed, restraints=restraints)
+        return select_at_random(rows, budget, recipe.seed, stream=recipe.strategy, restraints=restraints)
     weights = _length_weights(work, pool, recipe, task)
-    return select_at_random(pool.shards(tokens=True), budget, recipe.seed, log_weights=weights, restraints=restraints)
+    rows = pool.shards(tokens=True)
+    return select_at_random(
+        rows, budget, recipe.seed, stream=recipe.strategy, log_weights=weights, restraints=restraints
+    )
 
 
 def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
@@ -212,7 +215,9 @@ def _final_scores(
         return lambda _, scores: perplexity_scores(scores[:, 0], keep, losses)[:, None]
     if recipe.strategy == "dsir":
         seed = int(recipe.seed or 0)
-        return lambda ids, scores: np.stack([with_gumbel_noise(column, ids, seed) for column in scores.T], axis=1)
+        return lambda ids, scores: np.stack(
+            [with_gumbel_noise(column, ids, seed, recipe.strategy) for column in scores.T], axis=1
+        )
     return lambda _, scores: scores
 
 

@@ -128,6 +128,7 @@ def train_checkpoint(work: StepInputs) -> StepResult:
 
 def adopt_checkpoint(work: StepInputs) -> StepResult:
     """Import the checkpoint that the project file names in this epoch's place; it is verified, never guessed."""
+    from less_assets.method.training.epoch_folder import read_state
     from less_assets.method.training.imported_checkpoint import import_checkpoint
 
     settings = work.project.warmup
@@ -143,13 +144,17 @@ def adopt_checkpoint(work: StepInputs) -> StepResult:
             epoch=place + 1,
             mean_learning_rate=rates[place] if rates else None,
         )
+        imported = read_state(checkpoint.folder)["imported"]
         copy_files(checkpoint.folder, work.folder)
+    for warning in imported.get("warnings", []):
+        work.log(f"warning: {work.name}: {warning}")
     return StepResult(
         {
             "imported_from": source.name,
             "step": checkpoint.step,
             "mean_learning_rate": checkpoint.mean_learning_rate,
             "mean_loss": fmean(checkpoint.losses) if checkpoint.losses else None,
+            **{name: imported[name] for name in ("weight_decay", "warnings") if name in imported},
         }
     )
 
@@ -181,7 +186,7 @@ def training_fingerprint(lineage: Lineage) -> str:
 
 def restore_epochs(lineage: Lineage, folder: Path, epochs: int) -> None:
     """Bring finished epochs from the store into an empty scratch folder (a new machine, a cleared cache)."""
-    from less_assets.method.training.models import whole_folder
+    from less_assets.method.training.files import whole_folder
 
     for checkpoint in lineage.project.checkpoints[:epochs]:
         plan = lineage.plan("warmup_checkpoints", checkpoint)
@@ -193,7 +198,7 @@ def restore_epochs(lineage: Lineage, folder: Path, epochs: int) -> None:
 
 
 def _finished(folder: Path, epoch: int) -> int:
-    from less_assets.method.training.training import finished_epochs
+    from less_assets.method.training.epoch_folder import finished_epochs
 
     return min(finished_epochs(folder), epoch)
 

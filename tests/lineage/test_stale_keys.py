@@ -66,6 +66,7 @@ STALE: dict[str, set[str]] = {
     "pool.shard_size": {"instruction_pool"},
     "pool.sources[].path": {"instruction_pool"},
     "pool.sources[].format": {"instruction_pool"},
+    "pool.sources[].dialect": NOTHING,  # the source is JSON lines
     "pool.sources[].limit": {"instruction_pool"},
     "warmup.fraction": {"warmup_sample"},
     "warmup.seed": {"warmup_sample"},
@@ -103,6 +104,7 @@ EXTRA: dict[str, dict[str, object]] = {
     "tasks[].evaluation.path": {"tasks[].evaluation": {"path": "t.jsonl", "format": "bbh"}},
     "tasks[].evaluation.format": {"tasks[].evaluation": {"path": "t.jsonl", "format": "bbh"}},
     "tasks[].evaluation.few_shot": {"tasks[].evaluation": {"path": "t.jsonl", "format": "bbh"}},
+    "tasks[].evaluation.grading": {"tasks[].evaluation": {"path": "t.jsonl", "format": "bbh"}},
     "tasks[].evaluation.num_fewshot": {"tasks[].evaluation": {"harness": "gsm8k"}},
     "tasks[].evaluation.apply_chat_template": {"tasks[].evaluation": {"harness": "gsm8k"}},
     "tasks[].evaluation.harness": {"tasks[].evaluation": {"harness": "gsm8k"}},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from less_assets.project.data_check import check_data
+from less_assets.project.data_check import check_data, skipped_files
 from less_assets.project.project import load_project
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -85,6 +85,22 @@ def test_a_pattern_is_good_if_one_of_its_files_has_a_good_row(folder: Path):
     write_rows(folder / "pool" / "a.jsonl", "not json\n")
     write_rows(folder / "pool" / "b.jsonl", GOOD)
     assert problems(folder, "good.jsonl", "pool/*.jsonl") == []
+
+
+def test_files_that_are_not_read_are_named(folder: Path):
+    (folder / "pool").mkdir()
+    write_rows(folder / "pool" / "a.jsonl", GOOD)
+    for name in ("README.md", "dataset_info.json", "notes.txt"):
+        (folder / "pool" / name).write_text("{}")
+    assert problems(folder, "good.jsonl", "pool") == []
+    loaded = load_project(folder / "project.yaml")
+    assert skipped_files(loaded) == ["source good: not read: README.md, dataset_info.json, notes.txt"]
+
+
+def test_the_dialect_of_the_project_file_is_the_one_that_is_read(folder: Path):
+    (folder / "rows.csv").write_text('prompt;completion\n"2, 2?";4\n')
+    assert "no usable example" in problems(folder, "path: good.jsonl", "path: rows.csv")[0]
+    assert problems(folder, "path: good.jsonl", "path: rows.csv, dialect: semicolon") == []
 
 
 def test_an_unreadable_file_is_told_although_another_one_is_good(folder: Path):

@@ -218,6 +218,12 @@ WRONG = {
         "`format` and `path` go together",
         "give both",
     ),
+    "grading of another format": (
+        with_line("recipes:", "    evaluation: {held_out: x, grading: less}\nrecipes:"),
+        10,
+        "grading: applies to `format: bbh` only",
+        "leave it out",
+    ),
     "harness option elsewhere": (
         with_line("recipes:", "    evaluation: {held_out: x, num_fewshot: 3}\nrecipes:"),
         10,

@@ -294,7 +294,7 @@ def moments_bytes() -> bytes:
     import torch
 
     from less_assets.method.gradients.directions import AdamMoments
-    from less_assets.method.training.training import write_moments
+    from less_assets.method.training.epoch_folder import write_moments
 
     file = scratch() / "good.safetensors"
     first, second = ({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 2)} for _ in range(2))
@@ -314,7 +314,7 @@ def check_optimizer(data: bytes) -> None:
 
 def check_moments(data: bytes) -> None:
     """Moments by name, or a refusal that names the file."""
-    from less_assets.method.training.training import read_moments
+    from less_assets.method.training.epoch_folder import read_moments
 
     file = scratch() / "adam_moments.safetensors"
     file.write_bytes(data)

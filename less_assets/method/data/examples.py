@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict
 import polars as pl
 
 from less_assets.method.data.raw_rows import RawRow
-from less_assets.method.data.row_files import read_raw
+from less_assets.method.data.row_files import SourceDialect, read_raw
 
 RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
@@ -195,6 +195,7 @@ def read_rows(
     max_rows: int | None = None,
     batch_rows: int = 1024,
     begins: tuple[int, int] | None = None,
+    dialect: SourceDialect = "auto",
 ) -> Iterator[pl.DataFrame]:
     """Read the rows of a file (or a range of them) as tables; every physical row gives one table row.
 
@@ -209,6 +210,7 @@ def read_rows(
         max_rows: At most so many rows; None: to the end.
         batch_rows: Rows per table at most; fewer where rows are large.
         begins: Where `first_row` begins, if that is known: a `raw_rows.Place`.
+        dialect: Of CSV and TSV files.
 
     Yields:
         Tables with `POOL_SCHEMA`.
@@ -218,7 +220,7 @@ def read_rows(
     """
     batch: list[PoolRow] = []
     size = 0
-    for raw in read_raw(path, first_row, max_rows, begins):
+    for raw in read_raw(path, first_row, max_rows, begins, dialect):
         row = _pool_row(raw, source, path, format)
         batch.append(row)
         size += sum(len(message["content"]) for message in row.messages or ())

@@ -1,13 +1,13 @@
-"""Rows of Parquet files, a batch at a time; a damaged page shifts none of them.
+"""Rows of Parquet and Arrow files, a batch at a time; a damaged page shifts none of them.
 
-Belongs here: a Parquet stream to raw rows. Opening files is `row_files.py`.
+Belongs here: a Parquet or Arrow stream to raw rows. Opening files is `row_files.py`.
 """
 
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 
 from less_assets.method.data import raw_rows
 from less_assets.method.data.raw_rows import RawRow, too_large
+from less_assets.method.data.text_rows import repeated
 
 _BATCH_ROWS = 64
+_ARROW_FILE = b"ARROW1"
 
 
 def read_parquet_rows(stream: io.BufferedIOBase, first_row: int) -> Iterator[RawRow]:
@@ -27,8 +29,12 @@ def read_parquet_rows(stream: io.BufferedIOBase, first_row: int) -> Iterator[Raw
     groups = [group for group, end in enumerate(ends) if end > first_row]
     if not groups:
         return
-    start = ends[groups[0]] - sizes[groups[0]]
-    for batch in _batches(file, groups):
+    yield from _rows(_batches(file, groups), ends[groups[0]] - sizes[groups[0]], first_row)
+
+
+def _rows(batches: Iterable[pa.RecordBatch], start: int, first_row: int) -> Iterator[RawRow]:
+    """The rows from `first_row` on of batches that begin with row `start`."""
+    for batch in batches:
         skipped = min(max(0, first_row - start), batch.num_rows)
         for number, (record, problem) in enumerate(_records(batch.slice(skipped)), start=start + skipped + 1):
             size = _text_size(record)
@@ -44,7 +50,51 @@ def read_parquet_rows(stream: io.BufferedIOBase, first_row: int) -> Iterator[Raw
 def parquet_digests(stream: io.BufferedIOBase) -> Iterator[bytes]:
     """blake2b-128 of each row's names and values."""
     file = open_parquet(stream)
-    for batch in _batches(file, range(file.num_row_groups)):
+    yield from _digests(_batches(file, range(file.num_row_groups)))
+
+
+def read_arrow_rows(stream: io.BufferedIOBase, first_row: int) -> Iterator[RawRow]:
+    """The rows from `first_row` on; those before it are read, but not turned into records."""
+    yield from _rows(arrow_batches(stream), 0, first_row)
+
+
+def arrow_digests(stream: io.BufferedIOBase) -> Iterator[bytes]:
+    """blake2b-128 of each row's names and values, the same as for Parquet."""
+    yield from _digests(arrow_batches(stream))
+
+
+def count_arrow_rows(stream: io.BufferedIOBase) -> int:
+    """Number of rows, by reading them."""
+    return sum(batch.num_rows for batch in arrow_batches(stream))
+
+
+def arrow_batches(stream: io.BufferedIOBase) -> Iterator[pa.RecordBatch]:
+    """The rows of an Arrow IPC stream, as Hugging Face's `save_to_disk` writes it, or of an Arrow IPC file.
+
+    Raises:
+        pyarrow.ArrowInvalid: It is damaged, or two columns have the same name.
+    """
+    is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+    stream.seek(0)
+    if is_file:
+        file = pa.ipc.open_file(stream)
+        schema, batches = file.schema, (file.get_batch(index) for index in range(file.num_record_batches))
+    else:
+        reader = pa.ipc.open_stream(stream)
+        schema, batches = reader.schema, iter(reader)
+    _refuse_equal_names(schema.names)
+    for batch in batches:
+        for first in range(0, batch.num_rows, _BATCH_ROWS):
+            yield batch.slice(first, _BATCH_ROWS)
+
+
+def _refuse_equal_names(names: Sequence[str]) -> None:
+    if equal := repeated(names):
+        raise pa.ArrowInvalid(f"two columns have the name {equal[0]!r}")
+
+
+def _digests(batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
+    for batch in batches:
         for record, _ in _records(batch):
             text = json.dumps(record, sort_keys=True, default=repr, ensure_ascii=True)
             yield hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -54,9 +104,10 @@ def open_parquet(stream: io.BufferedIOBase) -> pq.ParquetFile:
     """Read a file's footer.
 
     Raises:
-        pyarrow.ArrowInvalid: It is damaged, or disagrees with itself.
+        pyarrow.ArrowInvalid: It is damaged, disagrees with itself, or two columns have the same name.
     """
     file = pq.ParquetFile(stream)
+    _refuse_equal_names(file.schema_arrow.names)
     counted = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
     if file.metadata.num_rows != counted:
         raise pa.ArrowInvalid(f"its footer says {file.metadata.num_rows} rows, its row groups {counted}")

@@ -1,34 +1,47 @@
-"""Physical rows of data files (JSON lines, CSV, Parquet): counting, reading a range, digests.
+"""Physical rows of data files (JSON lines, CSV, Parquet, Arrow): counting, reading a range, digests.
 
 Belongs here: finding and opening files, ranges of their rows. A broken row is reported with a reason and keeps its
 position. How bytes become rows is `text_rows.py` and `parquet_rows.py`; what a record means (formats, roles, turns)
 is the matter of `examples.py`.
 """
 
+import fnmatch
 import glob
 import hashlib
 import io
 import itertools
+import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import fsspec
 import pyarrow as pa
 
 from less_assets.errors import PoolFormatError
-from less_assets.method.data.parquet_rows import open_parquet, parquet_digests, read_parquet_rows
+from less_assets.method.data.parquet_rows import (
+    arrow_digests,
+    count_arrow_rows,
+    open_parquet,
+    parquet_digests,
+    read_arrow_rows,
+    read_parquet_rows,
+)
 from less_assets.method.data.raw_rows import Place, RawRow
 from less_assets.method.data.text_rows import (
     BLOCK_BYTES,
     BYTE_ORDER_MARK,
+    CsvRecord,
     CsvRecords,
+    DialectName,
     Lines,
     count_lines,
     read_csv_records,
     read_json_lines,
+    repeated,
 )
 
 _KINDS = {
@@ -38,8 +51,42 @@ _KINDS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
+_BINARY = {"parquet", "arrow"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# Files that describe a dataset and hold no rows, by pattern of their names in small letters.
+_METADATA = ("dataset_info*.json", "dataset_dict.json", "state.json", "config.json", "readme*")
+# Words that name a split -> its name, as Hugging Face's `datasets` knows them.
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_SPLIT_WORD = re.compile(rf"(?:^|(?<=[-._ ]))({'|'.join(_SPLITS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
+_ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*(?:\{|\Z)")
+
+SourceDialect = Literal["auto"] | DialectName
+"""How CSV and TSV files are written; `auto`: `.csv` as RFC 4180 says, `.tsv` without quoting."""
+
+
+class FoundFiles(NamedTuple):
+    """What a path stands for.
+
+    Attributes:
+        files: Data files, sorted.
+        skipped: What else lies there and is not read, sorted: metadata, and files of kinds that are not known.
+    """
+
+    files: list[str]
+    skipped: list[str]
 
 
 class RowRange(NamedTuple):
@@ -55,7 +102,18 @@ class RowRange(NamedTuple):
 
 
 def list_files(path: str) -> list[str]:
-    """Return the data files that a path stands for, sorted.
+    """Return the data files that a path stands for, sorted; see `look_into`.
+
+    Raises:
+        PoolFormatError: As `look_into`.
+    """
+    return look_into(path).files
+
+
+def look_into(path: str) -> FoundFiles:
+    """Find the data files that a path stands for, and what is beside them.
+
+    A folder that Hugging Face's `save_to_disk` has written is read through the Arrow files that its `state.json` names.
 
     Args:
         path: A file, a folder (its data files, not those of subfolders) or a glob pattern; local or any fsspec URL such
@@ -63,24 +121,81 @@ def list_files(path: str) -> list[str]:
             if given so.
 
     Raises:
-        PoolFormatError: If there is no such file, or none that matches.
+        PoolFormatError: If there is no such file, none that matches, or if a folder holds several splits.
     """
     with _reading(path):
         filesystem, stripped = fsspec.url_to_fs(path)
         if filesystem.isfile(stripped):
-            return [path]
+            return FoundFiles([path], [])
         is_folder = filesystem.isdir(stripped)
         if "://" in path:
             pattern = f"{glob.escape(stripped.rstrip('/'))}/*" if is_folder else stripped
-            found = [_url(filesystem, each, path) for each in filesystem.glob(pattern)]
+            paths = [_url(filesystem, match, path) for match in filesystem.glob(pattern)]
         else:
-            found = glob.glob(f"{glob.escape(path.rstrip('/'))}/*" if is_folder else path, recursive=True)
-    found = [each for each in found if _suffix(each) in _KINDS]
-    if not found:
+            paths = glob.glob(f"{glob.escape(path.rstrip('/'))}/*" if is_folder else path, recursive=True)
+        shards = _saved_shards(filesystem, stripped) if is_folder else None
+        files = sorted(file for file in paths if _is_data(file) and (shards is None or _name(file) in shards))
+        if is_folder:
+            _refuse_several_splits(path, files, sorted(set(paths) - set(files)))
+        if not files:
+            raise PoolFormatError(
+                "No data file found.",
+                where=path,
+                fix="give a .jsonl, .csv, .tsv, .parquet or .arrow file, a folder or a pattern",
+            )
+        skipped = sorted(file for file in set(paths) - set(files) if not filesystem.isdir(fsspec.url_to_fs(file)[1]))
+    return FoundFiles(files, skipped)
+
+
+def _is_data(path: str) -> bool:
+    return _suffix(path) in _KINDS and not any(fnmatch.fnmatch(_name(path).lower(), name) for name in _METADATA)
+
+
+def _name(path: str) -> str:
+    return path.partition("::")[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def _saved_shards(filesystem: fsspec.AbstractFileSystem, folder: str) -> set[str] | None:
+    """Names of the files that make up a dataset saved with `save_to_disk`; None for any other folder.
+
+    Beside them lie caches of earlier computations (`cache-….arrow`), which are not the dataset.
+    """
+    state = f"{folder.rstrip('/')}/state.json"
+    if not filesystem.isfile(state):
+        return None
+    content = json.loads(filesystem.cat_file(state))
+    shards = content.get("_data_files") if isinstance(content, dict) else None
+    return {str(shard["filename"]) for shard in shards} if shards else None
+
+
+def _refuse_several_splits(path: str, files: list[str], others: list[str]) -> None:
+    """Refuse a folder whose files, or whose subfolders in place of files, are of several splits."""
+    names = files or [other for other in others if _split(other) and not _suffix(other)]
+    splits: dict[str, str] = {}
+    for name in names:
+        if split := _split(name):
+            splits.setdefault(_SPLITS[split[0]], split[1] + ("/*" if not files else ""))
+    if len(splits) > 1 or (splits and not files):
+        inner, chain, archive = path.partition("::")
+        folder = inner.rstrip("/")
+        patterns = ", ".join(f"`{folder}/{pattern}{chain}{archive}`" for _, pattern in sorted(splits.items()))
         raise PoolFormatError(
-            "No data file found.", where=path, fix="give a .jsonl, .csv, .tsv or .parquet file, a folder or a pattern"
+            f"The folder holds {'several splits' if len(splits) > 1 else 'a split in a folder of its own'}: "
+            f"{', '.join(sorted(splits))}; a pool is made of one of them.",
+            where=path,
+            fix=f"write which one is meant: {patterns}",
         )
-    return sorted(found)
+
+
+def _split(path: str) -> tuple[str, str] | None:
+    """Word for the split in a file's or folder's name, and a pattern that matches the split's files."""
+    name = _name(path)
+    match = _SPLIT_WORD.search(name)
+    if match is None:
+        return None
+    if not _suffix(path):
+        return match[1].lower(), name
+    return match[1].lower(), f"{name[: match.end(1)]}*"
 
 
 def files_below(path: str) -> list[str]:
@@ -97,58 +212,74 @@ def files_below(path: str) -> list[str]:
         return [_url(filesystem, each, path) for each in sorted(filesystem.find(stripped))]
 
 
-def count_rows(path: str) -> int:
+def dialect_of(path: str, dialect: SourceDialect = "auto") -> DialectName | None:
+    """The dialect in which a file is read; None where it is neither CSV nor TSV."""
+    kind = _KINDS.get(_suffix(path))
+    if kind not in ("csv", "tsv"):
+        return None
+    if dialect != "auto":
+        return dialect
+    return "comma" if kind == "csv" else "tab"
+
+
+def count_rows(path: str, dialect: SourceDialect = "auto") -> int:
     """Return the number of physical rows of a file, blank and broken ones included, as `read_raw` yields them.
 
     Args:
         path: Local path or fsspec URL.
+        dialect: Of CSV and TSV files.
 
     Raises:
         PoolFormatError: If the file as a whole cannot be read.
     """
     kind = _kind(path)
-    with _reading(path):
+    with _reading(path), _open(path, None if kind in _BINARY else "infer") as stream:
         if kind == "parquet":
-            with _open(path, compression=None) as stream:
-                return int(open_parquet(stream).metadata.num_rows)
-        with _open(path) as stream:
-            if kind == "jsonl":
-                _refuse_json_array(path, stream)
-                return count_lines(stream)
-            return sum(1 for _ in itertools.islice(CsvRecords(stream, kind), 1, None))
+            return int(open_parquet(stream).metadata.num_rows)
+        if kind == "arrow":
+            return count_arrow_rows(stream)
+        if kind == "jsonl":
+            _refuse_json_array(path, stream)
+            return count_lines(stream)
+        return sum(1 for _ in _csv(path, stream, dialect)[0])
 
 
 def read_raw(
-    path: str, first_row: int = 0, max_rows: int | None = None, begins: tuple[int, int] | None = None
+    path: str,
+    first_row: int = 0,
+    max_rows: int | None = None,
+    begins: tuple[int, int] | None = None,
+    dialect: SourceDialect = "auto",
 ) -> Iterator[RawRow]:
     r"""Yield the rows `first_row`, … of a file, in order, holding a few rows in memory at a time.
 
-    Lines end at `\n` only: U+2028 and its kin inside strings are data. In CSV files the first record is the header, and
-    a quoted field may span lines.
+    Lines of JSON end at `\n` only: U+2028 and its kin inside strings are data. In CSV files the first record is the
+    header, a quoted field may span lines, and a `\r` outside quotes ends a record, too.
 
     Args:
         path: Local path or fsspec URL; `.jsonl`, `.ndjson`, `.json` (one object a line), `.csv`, `.tsv`, `.parquet`,
-            the text formats also compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
+            `.arrow` (IPC stream or file), the text formats also compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
         first_row: Rows to leave out at the start (0-based index of the first row to yield).
         max_rows: At most so many rows; None: all.
         begins: Where `first_row` begins, a `Place` of `scan_ranges`; None: the rows before it are read and left out.
+        dialect: Of CSV and TSV files.
 
     Raises:
         PoolFormatError: If the file as a whole cannot be read.
     """
     kind = _kind(path)
-    with _reading(path):
+    with _reading(path), _open(path, None if kind in _BINARY else "infer") as stream:
         if kind == "parquet":
-            with _open(path, compression=None) as stream:
-                yield from itertools.islice(read_parquet_rows(stream, first_row), max_rows)
+            rows = read_parquet_rows(stream, first_row)
+        elif kind == "arrow":
+            rows = read_arrow_rows(stream, first_row)
+        elif kind == "jsonl":
+            _refuse_json_array(path, stream)
+            rows = read_json_lines(stream, first_row, begins)
         else:
-            with _open(path) as stream:
-                if kind == "jsonl":
-                    _refuse_json_array(path, stream)
-                    rows = read_json_lines(stream, first_row, begins)
-                else:
-                    rows = read_csv_records(stream, kind, first_row, begins)
-                yield from itertools.islice(rows, max_rows)
+            records, header = _csv(path, stream, dialect)
+            rows = read_csv_records(records, header.fields or [] if header else [], first_row, begins)
+        yield from itertools.islice(rows, max_rows)
 
 
 def file_digest(path: str) -> str:
@@ -167,16 +298,17 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def scan_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[RowRange]:
+def scan_ranges(path: str, ranges: Sequence[tuple[int, int]], dialect: SourceDialect = "auto") -> list[RowRange]:
     r"""Return a digest of the content of each range of rows, and where it begins, in one pass over the file.
 
     Equal content gives equal digests wherever the rows stand, so the first range whose digest changed holds the first
-    edited row. JSON lines are hashed as bytes without their `\n`, CSV records as bytes together with the header,
-    Parquet rows by name and value.
+    edited row. JSON lines are hashed as bytes without their `\n`, CSV records as bytes together with the header
+    and the dialect, Parquet and Arrow rows by name and value.
 
     Args:
         path: Local path or fsspec URL.
         ranges: (first row, number of rows) of each range: ascending, not overlapping, 0-based.
+        dialect: Of CSV and TSV files.
 
     Returns:
         One entry per range; a range beyond the end of the file hashes the rows that exist.
@@ -188,7 +320,7 @@ def scan_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[RowRange]:
     found, position = [], 0
     if any(after[0] < before[0] + before[1] for before, after in itertools.pairwise(ranges)):
         raise ValueError(f"ranges must ascend without overlap: {list(ranges)}")
-    with _reading(path), _row_digests(path) as (rows, next_place):
+    with _reading(path), _row_digests(path, dialect) as (rows, next_place):
         for first_row, count in ranges:
             for _ in itertools.islice(rows, first_row - position):
                 pass
@@ -201,19 +333,19 @@ def scan_ranges(path: str, ranges: Sequence[tuple[int, int]]) -> list[RowRange]:
 
 
 @contextmanager
-def _row_digests(path: str) -> Iterator[tuple[Iterator[bytes], Callable[[], Place]]]:
+def _row_digests(path: str, dialect: SourceDialect) -> Iterator[tuple[Iterator[bytes], Callable[[], Place]]]:
     """The digest of each row, and a function that tells where the next one begins."""
     kind = _kind(path)
-    with _open(path, compression=None if kind == "parquet" else "infer") as stream:
-        if kind == "parquet":
-            yield parquet_digests(stream), Place
+    with _open(path, compression=None if kind in _BINARY else "infer") as stream:
+        if kind in _BINARY:
+            yield (parquet_digests if kind == "parquet" else arrow_digests)(stream), Place
         elif kind == "jsonl":
             lines = Lines(stream)
             yield (line.digest for line in lines), lambda: lines.place
         else:
-            records = CsvRecords(stream, kind)
-            header = next(records, None)
-            before = header.digest if header else b""  # the header is part of what each of them says
+            records, header = _csv(path, stream, dialect)
+            # Header and dialect are part of what each of them says.
+            before = str(dialect_of(path, dialect)).encode() + (header.digest if header else b"")
             yield (before + row.digest for row in records), lambda: records.place
 
 
@@ -234,7 +366,7 @@ def _suffix(path: str) -> str:
 
 def _kind(path: str) -> str:
     kind = _KINDS.get(_suffix(path))
-    if kind is None or (kind == "parquet" and path.partition("::")[0].lower().endswith(_COMPRESSIONS)):
+    if kind is None or (kind in _BINARY and path.partition("::")[0].lower().endswith(_COMPRESSIONS)):
         raise PoolFormatError(
             "The kind of this file is not known by its name.", where=path, fix=f"name it {', '.join(_KINDS)}"
         )
@@ -242,10 +374,10 @@ def _kind(path: str) -> str:
 
 
 @contextmanager
-def _open(path: str, compression: str | None = "infer") -> Iterator[io.BufferedIOBase]:
+def _open(path: str, compression: str | None = "infer") -> Iterator[io.BufferedReader]:
     # The file system must outlive the stream: an archive is closed with its file system.
     with fsspec.open(path, "rb", compression=compression) as stream:
-        yield stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
+        yield stream if hasattr(stream, "peek") else io.BufferedReader(stream)
 
 
 @contextmanager
@@ -256,20 +388,34 @@ def _reading(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise PoolFormatError("The file does not exist.", where=path, fix="correct the path of the source") from error
     except pa.ArrowInvalid as error:
-        raise PoolFormatError(f"This is not a readable Parquet file: {error}", where=path) from error
+        raise PoolFormatError(f"This is not a readable Parquet or Arrow file: {error}", where=path) from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise PoolFormatError(f"The file cannot be read: {error}", where=path) from error
     except (ImportError, ValueError) as error:
         raise PoolFormatError(f"This kind of path cannot be opened: {error}", where=path) from error
 
 
-def _refuse_json_array(path: str, stream: io.BufferedIOBase) -> None:
-    if _suffix(path) == ".json":
-        start = stream.read(64).removeprefix(BYTE_ORDER_MARK).lstrip()
-        stream.seek(0)
-        if start.startswith(b"["):
-            raise PoolFormatError(
-                "This file is one JSON array; rows cannot be streamed from it.",
-                where=path,
-                fix="""write one object a line, e.g. with `jq -c '.[]' file.json > file.jsonl`""",
-            )
+def _csv(path: str, stream: io.BufferedIOBase, dialect: SourceDialect) -> tuple[CsvRecords, CsvRecord | None]:
+    """The records after the header, and the header; None if the file is empty."""
+    name = dialect_of(path, dialect)
+    assert name is not None
+    records = CsvRecords(stream, name)
+    header = next(records, None)
+    if header and (equal := repeated(header.fields or [])):
+        raise PoolFormatError(
+            f"Two columns have the same name {equal[0]!r}; which one is meant is not known.",
+            where=f"{path}, line {header.line}",
+            fix="rename or remove one of them",
+        )
+    return records, header
+
+
+def _refuse_json_array(path: str, stream: io.BufferedReader) -> None:
+    """Refuse a file that is one array of objects, by its beginning, whatever its name says."""
+    start = stream.peek(4096).removeprefix(BYTE_ORDER_MARK)
+    if _ARRAY_OF_OBJECTS.match(start) or (_suffix(path) == ".json" and start.lstrip().startswith(b"[")):
+        raise PoolFormatError(
+            "This file is one JSON array; rows cannot be streamed from it.",
+            where=path,
+            fix="""write one object a line, e.g. with `jq -c '.[]' file.json > file.jsonl`""",
+        )

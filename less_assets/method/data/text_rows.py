@@ -10,8 +10,11 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 from less_assets.method.data import raw_rows
 from less_assets.method.data.raw_rows import Place, RawRow, too_large
@@ -19,6 +22,32 @@ from less_assets.method.data.raw_rows import Place, RawRow, too_large
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_BYTES = 1 << 20
 """What is read at once where rows do not matter."""
+
+DialectName = Literal["comma", "semicolon", "backslash", "tab", "tab_quoted"]
+
+
+class Dialect(NamedTuple):
+    """How records and fields are told apart in a CSV or TSV file.
+
+    Attributes:
+        delimiter: Between fields.
+        quoted: Whether quotation marks around a field protect delimiters and line ends inside it; else they are text.
+        escape: What stands before a quotation mark inside a quoted field; None: the mark is doubled.
+    """
+
+    delimiter: str
+    quoted: bool = True
+    escape: str | None = None
+
+
+DIALECTS: dict[DialectName, Dialect] = {
+    "comma": Dialect(","),  # RFC 4180
+    "semicolon": Dialect(";"),
+    "backslash": Dialect(",", escape="\\"),
+    "tab": Dialect("\t", quoted=False),  # IANA text/tab-separated-values
+    "tab_quoted": Dialect("\t"),
+}
+_ENDED_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 @dataclass(frozen=True)
@@ -32,10 +61,19 @@ class Line:
 
 
 class Lines:
-    r"""Lines of a stream that end at `\n` only; of an oversized line only the start is kept."""
+    r"""Lines of a stream; of an oversized line only the start is kept.
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
+    Args:
+        stream: Bytes after decompression.
+        carriage_returns: Whether a `\r` without `\n` ends a line too; else lines end at `\n` only.
+        escape: What makes a quotation mark after it count for nothing.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase, carriage_returns: bool = False, escape: str | None = None) -> None:
         self._stream, self._offset, self._line = stream, 0, 0
+        self._ends = (b"\n", b"\r") if carriage_returns else (b"\n",)
+        self._escaped_quote = f'{escape}"'.encode() if escape else None
+        self._read_ahead: deque[bytes] = deque()
 
     @property
     def place(self) -> Place:
@@ -46,29 +84,50 @@ class Lines:
         """Go on with the line that begins there; streams that cannot seek are read up to it."""
         offset, self._line = place
         if self._stream.seekable():
+            self._read_ahead.clear()
             self._stream.seek(offset)
         else:
             left = offset - self._offset
-            while left and (block := self._stream.read(min(left, BLOCK_BYTES))):
-                left -= len(block)
+            while left and (block := self._next_block(min(left, BLOCK_BYTES))):
+                if len(block) > left:
+                    self._read_ahead.appendleft(block[left:])
+                left -= min(left, len(block))
         self._offset = offset
+
+    def _next_block(self, size: int) -> bytes:
+        return self._read_ahead.popleft() if self._read_ahead else self._stream.read(size)
+
+    def _piece(self) -> bytes:
+        """The next line, or as much of it as one reading gives; empty at the end."""
+        if not self._read_ahead:
+            # Two bytes more than the limit: room for `\r\n`.
+            block = self._stream.readline(raw_rows.MAX_ROW_BYTES + 2)
+            if len(self._ends) == 1:
+                return block
+            if block.endswith(b"\r"):  # cut off between `\r` and `\n`, perhaps
+                block += self._stream.read(1)
+            self._read_ahead.extend(_ENDED_LINES.findall(block))
+        return self._read_ahead.popleft() if self._read_ahead else b""
 
     def __iter__(self) -> Iterator[Line]:
         return self
 
     def __next__(self) -> Line:
-        # Two bytes more than the limit: room for `\r\n`.
-        piece = kept = self._stream.readline(raw_rows.MAX_ROW_BYTES + 2)
+        piece, kept = self._piece(), b""
         if not piece:
             raise StopIteration
         digest, size, quotes = hashlib.blake2b(digest_size=16), 0, 0
         is_first = not self._offset
         while piece:
+            if size <= raw_rows.MAX_ROW_BYTES:
+                kept += piece
             self._offset += len(piece)
             digest.update(piece.removesuffix(b"\n"))
             size += len(piece.removesuffix(b"\n").removesuffix(b"\r"))
             quotes += piece.count(b'"')
-            piece = b"" if piece.endswith(b"\n") else self._stream.readline(raw_rows.MAX_ROW_BYTES + 2)
+            if self._escaped_quote:
+                quotes -= piece.count(self._escaped_quote)
+            piece = b"" if piece.endswith(self._ends) else self._piece()
         self._line += 1
         if is_first:
             kept = kept.removeprefix(BYTE_ORDER_MARK)
@@ -108,7 +167,7 @@ def _skip(rows: Lines | CsvRecords, count: int, place: tuple[int, int] | None) -
 
 def _parse_json_line(number: int, line: bytes) -> RawRow:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_equal_names)
     except UnicodeDecodeError as error:
         return RawRow(number, None, "invalid_utf8", f"byte {line[error.start]:#04x} at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
@@ -118,6 +177,19 @@ def _parse_json_line(number: int, line: bytes) -> RawRow:
     if not isinstance(record, dict):
         return RawRow(number, None, "wrong_type", f"a JSON object is expected, not {type(record).__name__}")
     return RawRow(number, record)
+
+
+def _without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's fields; of two equal names Python would keep the last without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"the field {next(iter(repeated(name for name, _ in pairs)))!r} stands twice in an object")
+    return fields
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Names that stand more than once, in order of first sight."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 @dataclass(frozen=True)
@@ -132,13 +204,24 @@ class CsvRecord:
 
 
 class CsvRecords:
-    """Records of a CSV stream with what they are made of; an oversized record costs no memory and shifts nothing."""
+    """Records of a CSV stream with what they are made of; an oversized record costs no memory and shifts nothing.
 
-    def __init__(self, stream: io.BufferedIOBase, kind: str) -> None:
+    What the dialect does not allow makes an unreadable record, never another text.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase, dialect: DialectName) -> None:
         # An unterminated quote ends as an error after so many characters instead of swallowing the rest of the file.
         csv.field_size_limit(raw_rows.MAX_ROW_BYTES)
-        self._lines = Lines(stream)
-        self._reader = csv.reader(self._feed(), delimiter="\t" if kind == "tsv" else ",")
+        self._dialect = DIALECTS[dialect]
+        self._lines = Lines(stream, carriage_returns=True, escape=self._dialect.escape)
+        self._reader = csv.reader(
+            self._feed(),
+            delimiter=self._dialect.delimiter,
+            quoting=csv.QUOTE_MINIMAL if self._dialect.quoted else csv.QUOTE_NONE,
+            escapechar=self._dialect.escape,
+            doublequote=self._dialect.escape is None,
+            strict=True,
+        )
         self._begin_record()
 
     def _begin_record(self) -> None:
@@ -160,7 +243,7 @@ class CsvRecords:
             self._digest.update(line.digest)
             if line.size > raw_rows.MAX_ROW_BYTES:
                 # All that the reader needs to know of it is whether a quoted field goes on in the next line.
-                yield '"\n' if line.quotes % 2 else "\n"
+                yield '"\n' if line.quotes % 2 and self._dialect.quoted else "\n"
             else:
                 yield line.content.decode("utf-8", errors="surrogateescape")
 
@@ -179,14 +262,9 @@ class CsvRecords:
 
 
 def read_csv_records(
-    stream: io.BufferedIOBase, kind: str, first_row: int, begins: tuple[int, int] | None
+    records: CsvRecords, names: list[str], first_row: int, begins: tuple[int, int] | None
 ) -> Iterator[RawRow]:
-    """The records from `first_row` on, after the header; `begins` says where that is, if it is known."""
-    records = CsvRecords(stream, kind)
-    header = next(records, None)
-    if header is None:
-        return
-    names = header.fields or []
+    """The records from `first_row` on, after the header `names`; `begins` says where that is, if it is known."""
     _skip(records, first_row, begins)
     for number, record in enumerate(records, start=first_row + 1):
         yield _csv_row(number, names, record)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
-RuleName = Literal["exact_match", "bbh", "gsm8k", "tydiqa", "mmlu"]
+RuleName = Literal["exact_match", "bbh", "bbh_as_less", "gsm8k", "tydiqa", "mmlu"]
 
 # A sign counts only where nothing stands before it ("16-3" holds 16 and 3); commas count only as thousands separators.
 _NUMBER = re.compile(
@@ -22,6 +22,11 @@ _NUMBER = re.compile(
 )
 # Up to a period that ends a sentence, not one inside a number or a name.
 _STATED = re.compile(r"\b[Tt]he answer is:?[ \t]*(.*?)(?:\.(?=\s|$)|\n|$)")
+# Around an answer: bold, italics, code, strikethrough. Not quotes (>) and headings (#): Dyck words hold `>`.
+_MARKDOWN = "*_`~"
+# What an answer may do without: quotes, separators, marks that end a sentence; not signs, points of numbers, brackets.
+_IDLE_PUNCTUATION = re.compile(r"""["'“”‘’`,;:!?]|\.(?!\d)""")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -68,18 +73,47 @@ def short_answer(text: str) -> str:
     return re.split(r"\n\s*\n", text.strip(), maxsplit=1)[0].strip()
 
 
-def normalize_plain(text: str) -> str:
-    """Fold case and white space and drop one trailing period, for the generic exact match.
+def without_markdown(text: str) -> str:
+    """Return an answer without the markdown around it (`**6**`, `_yes_`), unless it is made of nothing else.
 
     Args:
         text: Answer or reference.
     """
-    folded = " ".join(text.casefold().split())
-    return folded[:-1].rstrip() if folded.endswith(".") and not folded.endswith("..") else folded
+    return text.strip(_MARKDOWN + string.whitespace) or text.strip()
+
+
+def normalize_plain(text: str) -> str:
+    """Fold case and white space, drop markdown around the text and one trailing period, for the generic exact match.
+
+    Args:
+        text: Answer or reference.
+    """
+    folded = without_markdown(" ".join(text.casefold().split()))
+    if folded.endswith(".") and not folded.endswith(".."):
+        folded = without_markdown(folded[:-1])
+    return folded
 
 
 def normalize_stated(text: str) -> str:
-    """Fold case, punctuation and white space, for BBH; text that is punctuation only (Dyck words) keeps it.
+    """Fold case, white space, markdown and idle punctuation (quotes, commas, final periods), for BBH.
+
+    Signs, decimal points and brackets stay: they are part of what an answer says ("-3", "1.5", Dyck words).
+
+    Args:
+        text: Answer or reference.
+    """
+    bare = without_markdown(" ".join(text.casefold().replace("−", "-").split()))
+    bare = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), bare)
+    # A comma between digits that separates no thousands separates numbers: "1,5" is not "15".
+    bare = re.sub(r"(?<=\d),(?=\d)", " ", bare)
+    bare = " ".join(_IDLE_PUNCTUATION.sub("", bare).split())
+    return without_markdown(bare) or "".join(text.split())
+
+
+def normalize_as_less(text: str) -> str:
+    """Fold case, all ASCII punctuation and white space, as the evaluation code that LESS uses does for BBH.
+
+    "3" and "-3", "1.5" and "15" are then the same. Text that is punctuation only (Dyck words) keeps it.
 
     Args:
         text: Answer or reference.
@@ -158,6 +192,7 @@ RULES: dict[RuleName, AnswerRule] = {
     "exact_match": AnswerRule(short_answer, {"exact_match": _exact(normalize_plain)}, (), None, "samples"),
     # Tasks count the same in BBH's and TyDiQA's averages; questions count the same in MMLU's and GSM8K's.
     "bbh": AnswerRule(stated_answer, {"exact_match": _exact(normalize_stated)}, ("\n\n",), 512, "subtasks"),
+    "bbh_as_less": AnswerRule(stated_answer, {"exact_match": _exact(normalize_as_less)}, ("\n\n",), 512, "subtasks"),
     "gsm8k": AnswerRule(
         lambda text: last_number(text) or "", {"exact_match": _same_number}, ("\n\n", "Question:"), 512, "samples"
     ),

@@ -168,20 +168,26 @@ def _ngram_buckets(text: str, buckets: int) -> np.ndarray:
     return np.array([zlib.crc32(ngram.encode("utf-8", "surrogatepass")) % buckets for ngram in ngrams], dtype=np.int64)
 
 
-def with_gumbel_noise(log_weights: np.ndarray, example_ids: Sequence[str], seed: int) -> np.ndarray:
+def draw_key(seed: int, stream: str) -> bytes:
+    """Key of the hash that ranks ids in a draw: another one for every seed and stream."""
+    return f"{stream}:{seed}".encode() if stream else str(seed).encode()
+
+
+def with_gumbel_noise(log_weights: np.ndarray, example_ids: Sequence[str], seed: int, stream: str = "") -> np.ndarray:
     """Add Gumbel noise, so that the best k of the result are k draws without replacement by weight (DSIR, §2.3).
 
-    The noise is a function of id and seed: shards can be scored one by one and in any order.
+    The noise is a function of id, seed and stream: shards can be scored one by one and in any order.
 
     Args:
         log_weights: float (n,); not normalised.
         example_ids: Ids of the n rows.
         seed: Seed of the draw.
+        stream: What the draw is for: streams are independent, also at equal seeds.
 
     Returns:
         float32 (n,).
     """
-    key = str(seed).encode()
+    key = draw_key(seed, stream)
     digests = [hashlib.blake2b(each.encode(), digest_size=8, key=key).digest() for each in example_ids]
     uniform = (np.frombuffer(b"".join(digests), dtype="<u8").astype(np.float64) + 0.5) / 2.0**64
     # 1 − 2⁻⁵³ at most: the very largest digests would round to 1 and their noise to infinity.

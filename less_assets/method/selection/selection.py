@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from less_assets.errors import PoolFormatError, ProjectFileError
-from less_assets.method.selection.baselines import with_gumbel_noise
+from less_assets.method.selection.baselines import draw_key, with_gumbel_noise
 
 AGGREGATES = ("max", "mean", "round_robin")
 
@@ -222,6 +222,7 @@ def select_at_random(
     budget: Budget,
     seed: int,
     *,
+    stream: str = "",
     log_weights: Callable[[pl.DataFrame], np.ndarray] | None = None,
     restraints: Restraints | None = None,
 ) -> Selection:
@@ -231,10 +232,13 @@ def select_at_random(
         shards: As in `Candidates`, without scores.
         budget: How much.
         seed: Any integer.
+        stream: What the draw is for: draws of different streams are independent, also at equal seeds. The warm-up
+            draws from the stream without a name.
         log_weights: Log of each row's weight, float (n,), where rows shall not be equally likely.
         restraints: What to pass over.
     """
     usable, removed = _count(shards)
+    key = draw_key(seed, stream)
 
     def ranked(reach: _Limit) -> list[list[_Queue]]:
         queue = _Queue(reach)
@@ -242,9 +246,9 @@ def select_at_random(
             frame = _usable(frame)
             ids = frame["example_id"].to_list()
             if log_weights is None:
-                keys = np.asarray([_random_key(example_id, seed) for example_id in ids], dtype=np.uint64)
+                keys = np.asarray([_random_key(example_id, key) for example_id in ids], dtype=np.uint64)
             else:
-                keys = with_gumbel_noise(log_weights(frame), ids, seed).astype(np.float64)
+                keys = with_gumbel_noise(log_weights(frame), ids, seed, stream).astype(np.float64)
             queue.offer(frame, keys, None, None)
         return [[queue]]
 
@@ -259,8 +263,8 @@ def select_all(shards: Shards) -> Selection:
     return _selection(pl.concat(frames), usable, removed, pl.DataFrame(schema=PASSED_OVER_SCHEMA))
 
 
-def _random_key(example_id: str, seed: int) -> int:
-    digest = hashlib.blake2b(example_id.encode(), digest_size=8, key=str(seed).encode()).digest()
+def _random_key(example_id: str, key: bytes) -> int:
+    digest = hashlib.blake2b(example_id.encode(), digest_size=8, key=key).digest()
     return int.from_bytes(digest, "big")
 
 

@@ -31,8 +31,10 @@ from transformers import Trainer
 from less_assets.errors import CheckpointImportError, CorruptArtifactError, ModelLoadError
 from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.per_example import lora_parameters
-from less_assets.method.training.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, tensor_metadata
-from less_assets.method.training.training import MOMENTS, read_moments, trainable_parameters, write_epoch
+from less_assets.method.training.epoch_folder import MOMENTS, read_moments, write_epoch
+from less_assets.method.training.files import tensor_metadata
+from less_assets.method.training.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from less_assets.method.training.training import trainable_parameters
 from less_assets.method.training.warmup import Checkpoint, load_checkpoint
 
 TRAINER_STATE = "trainer_state.json"
@@ -55,11 +57,16 @@ _SHARDED = {
     "optimizer_rank*.bin": ("FSDP (LOCAL_STATE_DICT)", "Save with `fsdp_state_dict_type: FULL_STATE_DICT`, "),
     "rank*-of-*-optimizer.pt": ("XLA FSDP", "Train the warm-up on one device, "),
 }
+BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"
+"""Where younger versions of bitsandbytes put a parameter's moments in a `state_dict`."""
+FEW_STEPS = 10
+"""Logged steps below which the mean learning rate of a longer epoch may be far from what was used."""
+
 # Key of a parameter's state -> which optimizer has it. Γ needs Adam's own two moments in full.
 _FOREIGN_STATES = {
-    "state1": "an 8-bit optimizer of bitsandbytes",
     "qmap1": "an 8-bit optimizer of bitsandbytes",
     "absmax1": "an 8-bit optimizer of bitsandbytes",
+    "unorm_vec": "LAMB or LARS",
     "exp_avg_sq_row": "Adafactor",
     "max_exp_avg_sq": "AMSGrad",
     "momentum_buffer": "SGD with momentum",
@@ -79,6 +86,7 @@ class OptimizerState:
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
         eps: Adam's ε.
+        weight_decay: Decoupled weight decay of each group that has parameters; empty if the file does not say.
     """
 
     entries: list[Mapping[str, Any]]
@@ -87,6 +95,7 @@ class OptimizerState:
     beta1: float
     beta2: float
     eps: float
+    weight_decay: tuple[float, ...] = ()
 
 
 def import_checkpoint(
@@ -104,7 +113,9 @@ def import_checkpoint(
         mean_learning_rate: Mean over the epoch that ends here; None reads it from `trainer_state.json`.
 
     Returns:
-        The imported checkpoint.
+        The imported checkpoint. What it was imported from stands in its `state.json` under `imported`: `source`,
+        `optimizer` and `paired_by`; `weight_decay` of the groups, where the file states it; `warnings`, where a person
+        should look.
 
     Raises:
         CheckpointImportError: Anything that could only be guessed; with a table of the parameters that do not match.
@@ -116,6 +127,8 @@ def import_checkpoint(
         raise CheckpointImportError("There is no such folder.", where=str(source), fix="Correct `warmup.import`.")
     _refuse_sharded(source)
     trainer_state = _read_trainer_state(source)
+    rates, losses = _epoch_log(trainer_state)
+    rate = _mean_learning_rate(rates, mean_learning_rate, source)
     adapted = _load_foreign_adapter(model, source)
     lora_parameters(adapted)  # refuses by name what has no exact per-example gradients
     file = _optimizer_file(source)
@@ -134,19 +147,17 @@ def import_checkpoint(
         state = read_optimizer_state(file)
         paired_by = "name" if state.names is not None else "order, shape and step"
     moments = pair_moments(state, adapted, expected_step=expected_step, where=str(file))
-    rates, losses = _epoch_log(trainer_state)
-    if mean_learning_rate is None and not rates:
-        raise CheckpointImportError(
-            f"The mean learning rate of the epoch is not known: no {TRAINER_STATE} with learning rates in its log.",
-            where=str(source),
-            fix="Give it in the project file: `warmup.mean_learning_rates`, one number per imported checkpoint.",
-        )
+    imported: dict[str, Any] = {"source": source.name, "optimizer": file.name, "paired_by": paired_by}
+    if state.weight_decay:
+        imported["weight_decay"] = sorted(set(state.weight_decay))
+    if mean_learning_rate is None and (warning := _few_logged_steps(rates, trainer_state)):
+        imported["warnings"] = [warning]
     record = {
         "epoch": epoch,
         "step": moments.step,
-        "mean_learning_rate": fmean(rates) if mean_learning_rate is None else mean_learning_rate,
+        "mean_learning_rate": rate,
         "losses": losses,
-        "imported": {"source": source.name, "optimizer": file.name, "paired_by": paired_by},
+        "imported": imported,
     }
     write_epoch(folder, adapted, moments, record)
     return load_checkpoint(folder)
@@ -154,6 +165,9 @@ def import_checkpoint(
 
 def read_optimizer_state(file: Path) -> OptimizerState:
     """Read an optimizer's `state_dict` of tensors and plain containers.
+
+    Of bitsandbytes' optimizers, those are read that keep Adam's moments in 32 bits (`state1` is torch's `exp_avg`,
+    `state2` its `exp_avg_sq`; `AdamW32bit`, paged or not).
 
     Args:
         file: `optimizer.pt` or `optimizer.bin`: `state` by index or by name, and `param_groups`.
@@ -182,7 +196,7 @@ def read_optimizer_state(file: Path) -> OptimizerState:
             where=where,
             fix="Save the checkpoint after a step in which every trainable parameter had a gradient.",
         )
-    entries = [states[key] for key in keys]
+    entries = [_with_names_of_torch(states[key]) for key in keys]
     _refuse_other_optimizers(entries, used, where)
     names = keys if all(isinstance(key, str) for key in keys) else _names_of_groups(used)
     constants = {_constants(group, where) for group in used}
@@ -190,7 +204,9 @@ def read_optimizer_state(file: Path) -> OptimizerState:
         raise CheckpointImportError(f"Parameter groups differ in Adam's constants: {sorted(constants)}.", where=where)
     beta1, beta2, eps = constants.pop()
     sizes = [len(group["params"]) for group in groups]
-    return OptimizerState(entries, names, sizes, beta1, beta2, eps)
+    decays = [group.get("weight_decay") for group in used]
+    stated = tuple(float(decay) for decay in decays if isinstance(decay, int | float) and math.isfinite(decay))
+    return OptimizerState(entries, names, sizes, beta1, beta2, eps, stated if len(stated) == len(used) else ())
 
 
 def pair_moments(
@@ -299,6 +315,17 @@ def _load_tensors_only(file: Path) -> Any:
         ) from error
 
 
+def _with_names_of_torch(entry: Any) -> Any:
+    """A parameter's state in which moments that bitsandbytes keeps in floating point have torch's names."""
+    if not isinstance(entry, dict):
+        return entry
+    inner = entry.get(BITSANDBYTES_STATE)
+    if isinstance(inner, dict):
+        entry = {**{key: value for key, value in entry.items() if key != BITSANDBYTES_STATE}, **inner}
+    names = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+    return {names.get(key, key): value for key, value in entry.items()} if names.keys() <= entry.keys() else entry
+
+
 def _refuse_other_optimizers(entries: Sequence[Any], groups: Sequence[Mapping[str, Any]], where: str) -> None:
     fix = "Train the warm-up with AdamW in 32 bits, " + _RETRAIN
     if not all(isinstance(entry, dict) for entry in entries):
@@ -389,7 +416,8 @@ def _step(entry: Mapping[str, Any]) -> int | None:
 
 def _moment(entry: Mapping[str, Any] | None, name: str) -> Tensor:
     assert entry is not None
-    return entry[name].detach().to(torch.float32).contiguous()
+    moment: Tensor = entry[name]
+    return moment.detach().to(torch.float32).contiguous()
 
 
 def _fault(entry: Mapping[str, Any] | None, shape: tuple[int, ...], step: int | None) -> str | None:
@@ -456,6 +484,38 @@ def _expected_step(source: Path, trainer_state: Mapping[str, Any]) -> int | None
     return int(match.group(1)) if match else None
 
 
+def _mean_learning_rate(rates: Sequence[float], stated: float | None, source: Path) -> float:
+    """The mean rate η̄ of the epoch: as stated, else of the logged steps.
+
+    Raises:
+        CheckpointImportError: It is not known, or not a positive number: every influence would be 0.
+    """
+    fix = "Give it in the project file: `warmup.mean_learning_rates`, one number per imported checkpoint."
+    if stated is None and not rates:
+        what = f"The mean learning rate of the epoch is not known: no {TRAINER_STATE} with learning rates in its log."
+        raise CheckpointImportError(what, where=str(source), fix=fix)
+    rate = fmean(rates) if stated is None else stated
+    if not 0 < rate < math.inf:
+        logged = f", the mean of {len(rates)} logged steps in {TRAINER_STATE}" if stated is None else ""
+        what = f"The mean learning rate of the epoch is {rate:g}{logged}; the checkpoint would have no weight."
+        raise CheckpointImportError(what, where=str(source), fix=fix)
+    return rate
+
+
+def _few_logged_steps(rates: Sequence[float], trainer_state: Mapping[str, Any]) -> str | None:
+    """What to tell a person if so few of the epoch's steps were logged that their mean rate may be far off."""
+    step, epoch = trainer_state.get("global_step"), trainer_state.get("epoch")
+    if not isinstance(step, int) or not isinstance(epoch, int | float) or not 0 < epoch < math.inf:
+        return None
+    steps = round(step / epoch) if epoch > 1 else step
+    if len(rates) >= min(steps, FEW_STEPS):
+        return None
+    return (
+        f"the mean learning rate is that of {len(rates)} logged steps of about {steps}; "
+        "give it in warmup.mean_learning_rates if the rate changed in between"
+    )
+
+
 def _epoch_log(trainer_state: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Learning rates and losses that Trainer has logged in the epoch that ends here (or that holds this step)."""
     epoch, history = trainer_state.get("epoch"), trainer_state.get("log_history")
@@ -471,7 +531,11 @@ def _epoch_log(trainer_state: Mapping[str, Any]) -> tuple[list[float], list[floa
         and first + 1e-3 < entry["epoch"] <= epoch
     ]
     rates, losses = (
-        [float(entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
+        [
+            float(entry[key])
+            for entry in entries
+            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
+        ]
         for key in ("learning_rate", "loss")
     )
     return rates, losses

@@ -1,7 +1,7 @@
 """Base models, tokenizers and LoRA adapters: from a name in the project file to something that can be trained.
 
-Belongs here: finding, checking and loading weights, and writing a folder whole or not at all. Not here: training
-(`training`), what is inside a checkpoint (`warmup`, `checkpoints`), text (`chat`).
+Belongs here: finding, checking and loading weights. Not here: training (`training`), files as such (`files`), what is
+inside a checkpoint (`epoch_folder`, `warmup`), text (`chat`).
 
 Weights come as safetensors only: nothing that is loaded here can run code, unless the project file says
 `trust_remote_code` for the model.
@@ -14,11 +14,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
-import shutil
-import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -32,19 +29,25 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from less_assets.errors import CorruptArtifactError, ModelLoadError, StorageError
+from less_assets.errors import ModelLoadError
+from less_assets.method.training.files import (
+    MODEL_FILES,
+    file_digest,
+    folder_digest,
+    tensor_shapes,
+    whole_folder,
+    write_tensors,
+)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
 Quantization = Literal["4bit", "8bit"]
 
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -110,16 +113,18 @@ def find_base(base: str, cache_dir: Path, *, trust_remote_code: bool = False) ->
         GGUF file, of name and commit for a Hugging Face repository.
 
     Raises:
-        ModelLoadError: There is no such model, it is gated, or it can't be fetched.
+        ModelLoadError: There is no such model, it is gated, it can't be fetched, or its folder holds an adapter.
     """
     if base.startswith("gguf:"):
         return _find_gguf(base, cache_dir)
     if Path(base).expanduser().is_dir():
         folder = Path(base).expanduser().absolute()
+        _refuse_adapter_files(folder)
         return BaseModel(base, folder)
     if base.startswith(("/", ".", "~")):
         raise ModelLoadError("The folder of the base model does not exist.", where=base, fix="Correct `model.base`.")
     folder = _fetch(base, trust_remote_code)
+    _refuse_adapter_files(folder)
     return BaseModel(base, folder, revision=folder.name)
 
 
@@ -148,8 +153,8 @@ def load_base(
         The model and its tokenizer, which has a pad token.
 
     Raises:
-        ModelLoadError: The model can't be found or loaded, lacks weights, or its tokenizer has more tokens than the
-            model has embeddings.
+        ModelLoadError: The model can't be found or loaded, lacks weights, holds an adapter, or its tokenizer has more
+            tokens than the model has embeddings.
     """
     found = find_base(base, cache_dir, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(base, cache_dir=cache_dir, trust_remote_code=trust_remote_code, folder=found.folder)
@@ -172,6 +177,7 @@ def load_base(
             where=str(found.folder),
             fix="Fetch the model again.",
         )
+    _refuse_adapter_layers(model, str(found.folder))
     if device_map is None:
         model.to(target)
     check_vocabulary(model, tokenizer)
@@ -215,10 +221,13 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
+        added = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= embeddings)
+        named = f" (the first without one is {added[0][1]!r}, id {added[0][0]})" if added else ""
         raise ModelLoadError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model only {embeddings} embeddings.",
+            f"The tokenizer has {len(tokenizer)} tokens, but the model only {embeddings} embeddings{named}.",
             where=model.name_or_path,
-            fix="Use the tokenizer that belongs to the model, or resize the model's embeddings and save it.",
+            fix="Use the tokenizer as the model's authors saved it, without tokens added later (a pad token is not "
+            f"needed), or call `model.resize_token_embeddings({len(tokenizer)})`, then save both.",
         )
 
 
@@ -392,112 +401,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write safetensors: equal contents give equal bytes.
-
-    The library writes the metadata's entries in random order; they are sorted here, which keeps the header's length.
-    """
-    save_file(dict(tensors), path, dict(metadata))
-    with path.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        stream.seek(8)
-        stream.write(ordered.ljust(size))
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file, without reading them.
-
-    Raises:
-        CorruptArtifactError: The file is damaged.
-    """
-    with reading(path), safe_open(path, "pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def tensor_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file.
-
-    Raises:
-        CorruptArtifactError: The file is damaged.
-    """
-    with reading(path), safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the trouble of reading a safetensors or JSON file into a CorruptArtifactError that names it."""
-    try:
-        yield
-    except (SafetensorError, ValueError, KeyError, TypeError, FileNotFoundError) as error:
-        raise CorruptArtifactError(
-            f"The file is missing or damaged: {error}",
-            where=str(path),
-            fix="Remove its folder and materialize it again.",
-        ) from error
-    except OSError as error:
-        raise StorageError(f"Cannot read: {error}", where=str(path), fix="Check permissions and the disk.") from error
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder whole or not at all.
-
-    Yields:
-        A temporary folder beside `folder`, `*.partial`. It gets the name once the block has ended without an error and
-        everything is on the disk. If another process was faster, its folder stays. A killed process leaves the
-        temporary folder behind, which nothing reads.
-
-    Raises:
-        StorageError: The disk is full, or permission is denied.
-    """
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        _flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"Cannot write: {error}",
-            where=str(folder),
-            fix="Check free space and permissions, then run the same command again: what is finished is kept.",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 in hex over names and contents of a model folder's weights, configuration and tokenizer."""
-    files = {file for pattern in _MODEL_FILES[:-1] for file in folder.glob(pattern)}
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.name}\0{_file_digest(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _without_adapter(model: transformers.PreTrainedModel | PeftModel) -> transformers.PreTrainedModel:
     """The base model as it was before PEFT changed it in place, whichever of the two objects the caller has kept."""
     base = cast(transformers.PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -511,9 +414,39 @@ def _without_adapter(model: transformers.PreTrainedModel | PeftModel) -> transfo
     return base
 
 
+def _refuse_adapter_files(folder: Path) -> None:
+    """Refuse a folder with an adapter: transformers would load it on top of the weights without a word.
+
+    It would come off again with the first checkpoint's adapter, and other numbers would be the base's from then on.
+    """
+    adapter = next(
+        (name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin") if (folder / name).exists()), None
+    )
+    if adapter is not None:
+        raise ModelLoadError(
+            f"The base model's folder also holds an adapter ({adapter}), so it does not say which model is the base.",
+            where=str(folder),
+            fix="Name the model without the adapter in `model.base`; or merge the adapter into the weights "
+            "(`PeftModel.merge_and_unload()`), save the result to a folder of its own and name that.",
+        )
+
+
+def _refuse_adapter_layers(model: nn.Module, where: str) -> None:
+    """Refuse a base model some of whose layers are an adapter's, wherever they came from (a model's own code)."""
+    adapted = [
+        name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    if adapted:
+        raise ModelLoadError(
+            f"The base model has {len(adapted)} adapter layers once it is loaded, the first is {adapted[0]}.",
+            where=where,
+            fix="Merge the adapter into the weights (`PeftModel.merge_and_unload()`), save the result and name that.",
+        )
+
+
 def _fetch(base: str, trust_remote_code: bool) -> Path:
     name, _, revision = base.partition("@")
-    patterns = [*_MODEL_FILES, "*.py"] if trust_remote_code else list(_MODEL_FILES)
+    patterns = [*MODEL_FILES, "*.py"] if trust_remote_code else list(MODEL_FILES)
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except hub_errors.GatedRepoError as error:
@@ -547,7 +480,7 @@ def _find_gguf(base: str, cache_dir: Path) -> BaseModel:
     file = Path(spec.submodule_search_locations[0]) / relative
     if not file.is_file():
         raise ModelLoadError(f"The package {package} has no file {name}.", where=base, fix=f"Look into {file.parent}.")
-    digest = _file_digest(file)
+    digest = file_digest(file)
     folder = cache_dir / "gguf" / digest[:32]
     if not folder.is_dir():
         with _loading(base), _without_progress_bars(), whole_folder(folder) as partial:

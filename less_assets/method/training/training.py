@@ -1,7 +1,7 @@
 """LoRA training on transformers' Trainer that can be killed at any moment and ends with the same bytes.
 
-Belongs here: the training loop, what an epoch leaves on the disk, and going on from it. Warm-up and fine-tuning share
-it. Not here: models (`models`), what LESS reads from a checkpoint (`warmup`), text (`chat`).
+Belongs here: the training loop, and going on from an epoch. Warm-up and fine-tuning share it. Not here: what an epoch
+leaves on the disk (`epoch_folder`), models (`models`), what LESS reads from a checkpoint (`warmup`), text (`chat`).
 
 Every epoch is one run of Trainer, whose starting point is exactly what the folder of the epoch before holds: adapter,
 Adam's moments by parameter name, step. All else is a function of (seed, epoch): the order of the examples, the dropout.
@@ -19,7 +19,6 @@ import hashlib
 import inspect
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ import numpy as np
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
@@ -42,19 +40,15 @@ from less_assets.errors import StaleArtifactError, TrainingError
 from less_assets.method.data.batching import collate, plan_batches
 from less_assets.method.data.chat import IGNORED, EncodedExample
 from less_assets.method.gradients.directions import AdamMoments
-from less_assets.method.training.models import (
-    LoraSettings,
-    attach_adapter,
-    load_adapter,
-    reading,
-    save_adapter,
-    tensor_metadata,
-    whole_folder,
-    write_tensors,
+from less_assets.method.training.epoch_folder import (
+    MOMENTS,
+    epoch_folder,
+    finished_epochs,
+    read_moments,
+    verified_state,
+    write_epoch,
 )
-
-MOMENTS = "adam_moments.safetensors"
-STATE = "state.json"
+from less_assets.method.training.models import LoraSettings, attach_adapter, load_adapter
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -219,17 +213,6 @@ def train_adapter(
     return TrainingResult(adapted.eval(), epoch_folder(output_dir, until), curve, done)
 
 
-def finished_epochs(output_dir: Path) -> int:
-    """The last epoch that a training in `output_dir` has finished; 0 if none."""
-    names = [path.name for path in output_dir.glob("epoch-*")]
-    return max((int(name.removeprefix("epoch-")) for name in names if re.fullmatch(r"epoch-\d+", name)), default=0)
-
-
-def epoch_folder(output_dir: Path, epoch: int) -> Path:
-    """Where epoch `epoch` (from 1) of a training leaves its files."""
-    return output_dir / f"epoch-{epoch}"
-
-
 def steps_per_epoch(rows: int, batch_size: int) -> int:
     """Optimizer steps of an epoch over `rows` examples; an incomplete last batch is a step of its own."""
     return math.ceil(rows / batch_size)
@@ -301,100 +284,6 @@ def restore_moments(optimizer: torch.optim.Optimizer, model: PeftModel, moments:
             "exp_avg": moments.exp_avg[name].to(parameter.device, copy=True),
             "exp_avg_sq": moments.exp_avg_sq[name].to(parameter.device, copy=True),
         }
-
-
-def write_epoch(folder: Path, model: PeftModel, moments: AdamMoments, state: Mapping[str, Any]) -> None:
-    """Write an epoch's folder, whole or not at all.
-
-    Args:
-        folder: The folder to appear.
-        model: Its adapter is written.
-        moments: Adam's state by parameter name.
-        state: What `state.json` holds; at least `epoch`, `step`, `mean_learning_rate`, `losses`.
-    """
-    with whole_folder(folder) as partial:
-        save_adapter(model, partial)
-        write_moments(partial / MOMENTS, moments)
-        sealed = {**state, "files": {file.name: _file_digest(file) for file in sorted(partial.iterdir())}}
-        sealed["state_digest"] = _state_digest(sealed)
-        (partial / STATE).write_text(json.dumps(sealed, indent=1, sort_keys=True) + "\n")
-
-
-def write_moments(path: Path, moments: AdamMoments) -> None:
-    """Write Adam's state: tensors `exp_avg.<name>` and `exp_avg_sq.<name>`, constants as metadata."""
-    tensors = {f"exp_avg.{name}": tensor.contiguous() for name, tensor in moments.exp_avg.items()}
-    tensors |= {f"exp_avg_sq.{name}": tensor.contiguous() for name, tensor in moments.exp_avg_sq.items()}
-    constants = {name: repr(getattr(moments, name)) for name in ("step", "beta1", "beta2", "eps")}
-    write_tensors(path, tensors, {"format": "pt", **constants})
-
-
-def read_moments(path: Path) -> AdamMoments:
-    """Read what `write_moments` has written, in float32 on the CPU.
-
-    Raises:
-        CorruptArtifactError: The file is missing, damaged, or lacks step, beta1, beta2 or eps.
-    """
-    with reading(path):
-        metadata = tensor_metadata(path)
-        tensors = load_file(path)
-        pick = {
-            prefix: {key.removeprefix(f"{prefix}."): tensors[key] for key in tensors if key.startswith(f"{prefix}.")}
-            for prefix in ("exp_avg", "exp_avg_sq")
-        }
-        if pick["exp_avg"].keys() != pick["exp_avg_sq"].keys():
-            raise ValueError("first and second moments are not of the same parameters")
-        return AdamMoments(
-            exp_avg=pick["exp_avg"],
-            exp_avg_sq=pick["exp_avg_sq"],
-            step=int(metadata["step"]),
-            beta1=float(metadata["beta1"]),
-            beta2=float(metadata["beta2"]),
-            eps=float(metadata["eps"]),
-        )
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Content of an epoch folder's `state.json`.
-
-    Raises:
-        CorruptArtifactError: The file is missing or damaged.
-    """
-    path = folder / STATE
-    with reading(path):
-        state = json.loads(path.read_text())
-        if not isinstance(state, dict):
-            raise ValueError("not a JSON object")
-        return state
-
-
-def verified_state(folder: Path) -> dict[str, Any]:
-    """Content of an epoch folder's `state.json`, once every file of the folder has been compared with its digest.
-
-    Weights and moments have no checksums of their own: a flipped bit in them would be trained on.
-
-    Raises:
-        CorruptArtifactError: A file is missing or has other bytes than were written.
-    """
-    state = read_state(folder)
-    digests = state.get("files")
-    with reading(folder / STATE):
-        if state.get("state_digest") != _state_digest(state) or not isinstance(digests, dict):
-            raise ValueError("other bytes than were written")
-    for name, digest in digests.items():
-        with reading(folder / name):
-            if _file_digest(folder / name) != digest:
-                raise ValueError("other bytes than were written")
-    return state
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _state_digest(state: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in state.items() if key != "state_digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class _EpochTrainer(Trainer):

@@ -18,18 +18,10 @@ from typing import Any
 
 from less_assets.method.data.chat import EncodedExample
 from less_assets.method.gradients.directions import AdamMoments
-from less_assets.method.training.models import LoraSettings, reading
-from less_assets.method.training.training import (
-    MOMENTS,
-    STATE,
-    TrainingSettings,
-    TrainingStep,
-    epoch_folder,
-    learning_rates,
-    read_moments,
-    read_state,
-    train_adapter,
-)
+from less_assets.method.training.epoch_folder import MOMENTS, STATE, epoch_folder, read_moments, read_state
+from less_assets.method.training.files import reading
+from less_assets.method.training.models import LoraSettings
+from less_assets.method.training.training import TrainingSettings, TrainingStep, learning_rates, train_adapter
 
 
 @dataclass(frozen=True)

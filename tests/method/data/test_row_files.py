@@ -5,14 +5,18 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import fsspec
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from less_assets.errors import PoolFormatError
@@ -22,9 +26,12 @@ from less_assets.method.data.row_files import (
     file_digest,
     files_below,
     list_files,
+    look_into,
     read_raw,
     scan_ranges,
 )
+
+CASES = Path(__file__).parents[2] / "data" / "cases"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,7 @@ json_line = st.one_of(
 
 @given(lines=st.lists(json_line, max_size=8), ending=st.sampled_from([b"", b"\n"]))
 def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, ending):
+    assume(not re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\Z)", b"\n".join(lines)))  # one array of objects: refused
     path = write(folder / "any.jsonl", b"\n".join(lines) + ending)
     rows = assert_every_range_agrees(path)
     content = b"\n".join(lines) + ending
@@ -140,9 +148,13 @@ def test_memory_does_not_grow_with_the_file(folder):
 
 def test_a_json_array_is_refused_with_advice(folder):
     path = write(folder / "array.json", b' [{"a": 1}]')
-    for read in (count_rows, lambda each: list(read_raw(each))):
-        with pytest.raises(PoolFormatError, match="one JSON array"):
-            read(path)
+    pretty = write(folder / "pretty.jsonl.gz", gzip.compress(b'\xef\xbb\xbf[\n  {\n "a": 1}\n]'))
+    case = CASES / "array-in-jsonl" / "pool.jsonl"
+    for array in (path, pretty, str(case)):
+        for read in (count_rows, lambda name: list(read_raw(name))):
+            with pytest.raises(PoolFormatError, match="one JSON array"):
+                read(array)
+    assert [row.status for row in read_raw(write(folder / "a.jsonl", b'[1]\n{"a": 2}\n'))] == ["wrong_type", "ok"]
     assert len(list(read_raw(write(folder / "lines.json", b'{"a": 1}\n{"a": 2}\n')))) == 2
 
 
@@ -209,6 +221,70 @@ def test_tab_separated_files_are_read(folder):
     assert next(read_raw(write(folder / "t.tsv", b"a\tb\n1,2\t3\n"))).record == {"a": "1,2", "b": "3"}
 
 
+@pytest.mark.parametrize(
+    ("name", "dialect", "rows"),
+    [
+        ("backslash.csv", "auto", [None]),
+        ("backslash.csv", "backslash", [('say "hi"', "a")]),
+        ("quotes.tsv", "auto", [('"Hello" she said', "a"), ('"open', "c"), ("q4", "d")]),
+        ("quotes.tsv", "tab_quoted", [None, None]),
+    ],
+)
+def test_text_is_what_the_dialect_says_or_refused(name, dialect, rows):
+    read = list(read_raw(str(CASES / "csv-tsv-quotes" / name), dialect=dialect))
+    records = [row.record and (row.record["instruction"], row.record["output"]) for row in read]
+    assert records == rows
+    assert {row.status for row in read if row.record is None} <= {"invalid_csv"}
+    assert count_rows(str(CASES / "csv-tsv-quotes" / name), dialect) == len(rows)
+
+
+def test_equal_names_are_refused_in_every_kind_of_file(folder):
+    table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["a", "a"])
+    pq.write_table(table, folder / "equal.parquet")
+    with pa.OSFile(str(folder / "equal.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    write(folder / "equal.tsv", b"a\ta\n1\t2\n")
+    names = [
+        CASES / "csv-tsv-quotes" / "twice.csv",
+        *(folder / f"equal.{kind}" for kind in ("parquet", "arrow", "tsv")),
+    ]
+    for path in map(str, names):
+        for read in (count_rows, lambda name: list(read_raw(name)), lambda name: range_digests(name, [(0, 1)])):
+            with pytest.raises(PoolFormatError, match=r"the (same )?name '(output|a)'"):
+                read(path)
+    (row,) = read_raw(write(folder / "equal.jsonl", b'{"b": {"a": 1, "a": 2}}'))
+    assert (row.status, row.detail) == ("invalid_json", "the field 'a' stands twice in an object")
+
+
+@given(
+    table=st.lists(st.lists(st.text("ab \"',;\\", max_size=4), min_size=2, max_size=2), max_size=5),
+    newline=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    limit=st.integers(30, 60),
+)
+def test_every_line_end_ends_a_record(folder, table, newline, limit):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        lines = [b"q\ta", *("\t".join(fields).encode() for fields in table)]
+        rows = assert_every_range_agrees(write(folder / "ends.tsv", newline.join(lines) + newline))
+    assert [row.record for row in rows] == [{"q": question, "a": answer} for question, answer in table]
+
+
+def test_a_bare_carriage_return_inside_quotes_is_text(folder):
+    rows = assert_every_range_agrees(write(folder / "quoted.csv", b'q,a\r"two\rlines",1\rx,2\r\ny,3'))
+    assert [row.record for row in rows] == [
+        {"q": "two\rlines", "a": "1"},
+        {"q": "x", "a": "2"},
+        {"q": "y", "a": "3"},
+    ]
+
+
+def test_another_dialect_gives_other_digests(folder):
+    path = write(folder / "same.csv", b"a,b\n1,2\n")
+    first, second = (scan_ranges(path, [(0, 1)], dialect)[0] for dialect in ("comma", "backslash"))
+    assert first.begins == second.begins
+    assert first.digest != second.digest
+
+
 # ---- Parquet ----
 
 
@@ -247,9 +323,6 @@ def test_large_parquet_rows_are_quarantined(folder, monkeypatch):
 
 
 def test_parquet_strings_that_are_not_utf8_are_quarantined(folder):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     offsets, data = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")
     column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, data])
     pq.write_table(pa.table({"a": column}), folder / "bytes.parquet")
@@ -258,7 +331,83 @@ def test_parquet_strings_that_are_not_utf8_are_quarantined(folder):
     assert bad.status == "invalid_utf8"
 
 
+# ---- Arrow ----
+
+
+def save_as_datasets_does(folder, rows: int, shards: int = 2):
+    """A folder as Hugging Face's `save_to_disk` writes it: IPC streams, `state.json`, `dataset_info.json`, a cache."""
+    folder.mkdir()
+    names = [f"data-{shard:05d}-of-{shards:05d}.arrow" for shard in range(shards)]
+    for shard, name in enumerate([*names, "cache-0a1b.arrow"]):
+        table = pa.table({"n": range(shard * rows, (shard + 1) * rows), "turns": [[{"role": "user"}]] * rows})
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
+
+
+def test_a_folder_saved_to_disk_is_read_through_its_arrow_files(tmp_path):
+    folder = save_as_datasets_does(tmp_path / "saved", 150)
+    look = look_into(str(folder))
+    assert [path.rsplit("/", 1)[-1] for path in look.files] == [
+        "data-00000-of-00002.arrow",
+        "data-00001-of-00002.arrow",
+    ]
+    assert [path.rsplit("/", 1)[-1] for path in look.skipped] == ["cache-0a1b.arrow", "dataset_info.json", "state.json"]
+    rows = list(read_raw(look.files[1]))
+    assert count_rows(look.files[1]) == len(rows) == 150
+    assert rows[0].record == {"n": 150, "turns": [{"role": "user"}]}
+    for first_row in (0, 1, 63, 64, 69, 70, 149, 150, 500):
+        assert list(read_raw(look.files[1], first_row, 70)) == rows[first_row : first_row + 70]
+
+
+def test_arrow_files_of_both_kinds_give_the_rows_and_digests_of_parquet(tmp_path):
+    table = pa.table({"a": [f"row {number}" for number in range(100)]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    for name, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=30)
+        path = str(tmp_path / f"{name}.arrow")
+        assert list(read_raw(path)) == list(read_raw(str(tmp_path / "t.parquet")))
+        assert range_digests(path, [(3, 40)]) == range_digests(str(tmp_path / "t.parquet"), [(3, 40)])
+
+
 # ---- whole files ----
+
+
+@pytest.mark.parametrize(
+    ("names", "patterns"),
+    [
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-0.parquet"], ["test*", "train*"]),
+        (["chat.train.jsonl", "chat.dev.jsonl"], ["chat.dev*", "chat.train*"]),
+        (["train/a.arrow", "validation/a.arrow", "dataset_dict.json"], ["train/*", "validation/*"]),
+        (["train/a.arrow"], ["train/*"]),
+    ],
+)
+def test_a_folder_of_several_splits_needs_a_pattern(tmp_path, names, patterns):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(PoolFormatError, match="split") as refused:
+        list_files(str(tmp_path))
+    for pattern in patterns:
+        written = f"{tmp_path}/{pattern}"
+        assert f"`{written}`" in refused.value.fix
+        assert list_files(written)
+
+
+def test_a_folder_of_one_split_or_none_is_read_whole_and_names_what_it_skips(tmp_path):
+    data = ["constraint.jsonl", "latest.jsonl", "train-1.jsonl", "train-2.jsonl"]
+    other = ["README.md", "dataset_info.json", "dataset_infos.json", "notes.txt", "state.json"]
+    for name in [*data, *other]:
+        (tmp_path / name).write_bytes(b"{}")
+    (tmp_path / "more").mkdir()
+    look = look_into(str(tmp_path))
+    assert [path.rsplit("/", 1)[-1] for path in look.files] == data
+    assert sorted(path.rsplit("/", 1)[-1] for path in look.skipped) == sorted(other)
+    assert look_into(str(tmp_path / "*.json*")).files == look.files
+    assert look_into(str(tmp_path / "state.json")) == ([str(tmp_path / "state.json")], [])
 
 
 @pytest.mark.parametrize(

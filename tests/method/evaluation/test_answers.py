@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from less_assets.method.evaluation.answers import (
     RULES,
     last_number,
+    normalize_as_less,
+    normalize_plain,
     normalize_stated,
     short_answer,
     squad_f1,
@@ -87,6 +89,32 @@ def test_stated_answer_of_awkward_texts(text, answer):
         ("bbh", "So the answer is barn damp delmarva.", "barn damp delmarva", 1.0),
         ("bbh", "So the answer is ] ) ].", "] ) ]", 1.0),
         ("bbh", "So the answer is ] ] ].", "] ) ]", 0.0),
+        ("bbh", "So the answer is 3.", "-3", 0.0),
+        ("bbh", "So the answer is -3.", "-3", 1.0),
+        ("bbh", "So the answer is −3.", "-3", 1.0),
+        ("bbh", "So the answer is 15.", "1.5", 0.0),
+        ("bbh", "So the answer is 1.5.", "1.5", 1.0),
+        ("bbh", "So the answer is 1,5.", "15", 0.0),
+        ("bbh", "So the answer is 1,500.", "1500", 1.0),
+        ("bbh", "So the answer is [ ] )", "[ ] ]", 0.0),
+        ("bbh", "So the answer is > ) }.", "> ) }", 1.0),
+        ("bbh", "So the answer is ) }.", "> ) }", 0.0),
+        ("bbh", "So the answer is [1].", "1", 0.0),
+        ("bbh", "So the answer is **(B)**.", "(B)", 1.0),
+        ("bbh", "**So the answer is (B).**", "(B)", 1.0),
+        ("bbh", "So the answer is: **6.**", "6", 1.0),
+        ("bbh", "**The answer is:** `True`", "True", 1.0),
+        ("bbh", 'So the answer is "barn, damp, delmarva".', "barn damp delmarva", 1.0),
+        ("bbh_as_less", "So the answer is 3.", "-3", 1.0),
+        ("bbh_as_less", "So the answer is 15.", "1.5", 1.0),
+        ("bbh_as_less", "So the answer is (A).", "(B)", 0.0),
+        ("bbh_as_less", "So the answer is ] ] ].", "] ) ]", 0.0),
+        ("exact_match", "**Paris.**", "Paris", 1.0),
+        ("exact_match", "_Paris_.", "Paris", 1.0),
+        ("exact_match", "`__init__`", "__init__", 1.0),
+        ("exact_match", "**", "Paris", 0.0),
+        ("exact_match", "**", "*", 0.0),
+        ("exact_match", "-3", "3", 0.0),
         ("bbh", "", "No", 0.0),
         ("bbh", "No", "No", 1.0),
         ("gsm8k", "He has 1,000 - 20 = $980 left.", "#### 980", 1.0),
@@ -125,8 +153,24 @@ def test_squad_f1_of_known_pairs():
 
 
 def test_punctuation_only_answers_are_compared_as_they_are():
-    assert normalize_stated("] ) ]") == "])]"
-    assert normalize_stated("(A)") == "a"
+    assert normalize_stated("] ) ]") == "] ) ]"
+    assert normalize_as_less("] ) ]") == "])]"
+    assert normalize_as_less("(A)") == "a"
+
+
+@given(st.text(alphabet="aB3 .,-−*_`()[]<>~\n"))
+def test_normalizing_again_changes_nothing(text):
+    for normalize in (normalize_plain, normalize_stated):
+        assert normalize(normalize(text)) == normalize(text)
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(-(10**6), 10**6), st.sampled_from(["**{}**", "`{}`", "_{}_.", "{}"]))
+def test_numbers_are_the_same_answer_only_if_they_are_equal(answer, reference, dressed):
+    decimal = f"{answer / 10:.1f}"
+    for rule in ("bbh", "exact_match"):
+        grade = RULES[rule].grade(RULES[rule].extract(dressed.format(answer)), [str(reference)])
+        assert grade == {"exact_match": float(answer == reference)}
+        assert RULES[rule].grade(RULES[rule].extract(dressed.format(decimal)), [str(answer)])["exact_match"] == 0.0
 
 
 def test_short_answer_ends_at_a_blank_line():

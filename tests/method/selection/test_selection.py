@@ -1,5 +1,6 @@
 """Selection: exactly the rows that sorting everything would give, however the pool is cut and ordered."""
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -305,6 +306,27 @@ def test_random_selection_is_uniform_seeded_and_stable_when_the_pool_grows():
     smaller = select_at_random(lambda: [pool.head(1900)], Budget("rows", 1900), 0).table["row"].to_list()
     larger = select_at_random(lambda: [pool], Budget("rows", 2000), 0).table["row"].to_list()
     assert [row for row in larger if row < 1900] == smaller
+
+
+def test_draws_of_different_streams_are_independent_at_equal_seeds():
+    pool = make_pool(np.zeros((4000, 1), np.float32))
+    budget = Budget("rows", 1000)
+    drawn = {
+        stream: set(select_at_random(lambda: [pool], budget, 0, stream=stream).table["row"])
+        for stream in ("", "random", "dsir")
+    }
+    weighted = select_at_random(
+        lambda: [pool], budget, 0, stream="length_matched", log_weights=lambda rows: np.zeros(len(rows))
+    )
+    drawn["length_matched"] = set(weighted.table["row"])
+    for first, second in itertools.combinations(drawn, 2):
+        # Independent draws of a quarter share a sixteenth of the pool: 250 ± 14.
+        assert abs(len(drawn[first] & drawn[second]) - 250) < 70, (first, second)
+
+
+def test_the_warmup_draw_of_earlier_versions_stays():
+    pool = make_pool(np.zeros((50, 1), np.float32))
+    assert select_at_random(lambda: [pool], Budget("rows", 5), 0).table["row"].to_list() == [19, 17, 9, 47, 11]
 
 
 def test_everything_is_selected_once_in_the_pools_order():

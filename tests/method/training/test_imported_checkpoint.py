@@ -21,11 +21,13 @@ from less_assets.errors import (
     ModelLoadError,
     UnsupportedModelError,
 )
+from less_assets.method.training.epoch_folder import read_state, write_moments
 from less_assets.method.training.imported_checkpoint import import_checkpoint, pair_moments, read_optimizer_state
 from less_assets.method.training.models import LoraSettings, attach_adapter, load_adapter, save_adapter
-from less_assets.method.training.training import adam_moments, trainable_parameters, write_moments
+from less_assets.method.training.training import adam_moments, trainable_parameters
 from less_assets.method.training.warmup import load_checkpoint, load_moments
 
+CASES = Path(__file__).parents[2] / "data" / "cases"
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
 
@@ -253,6 +255,12 @@ def test_sharded_states_are_refused_by_name(checkpoint, file, kind):
     ("state", "kind"),
     [
         ({"state1": torch.zeros(3, dtype=torch.uint8), "state2": torch.zeros(3), "qmap1": torch.zeros(3)}, "8-bit"),
+        (
+            {"state1": torch.zeros(3, dtype=torch.uint8), "state2": torch.zeros(3, dtype=torch.uint8), "step": 1},
+            "8-bit",
+        ),
+        ({"state1": torch.zeros(3), "step": 1}, "exp_avg is missing"),
+        ({"state1": torch.zeros(3), "state2": torch.zeros(3), "step": 1, "unorm_vec": torch.zeros(1)}, "LAMB"),
         ({"exp_avg_sq_row": torch.zeros(3), "exp_avg_sq_col": torch.zeros(3)}, "Adafactor"),
         ({"momentum_buffer": torch.zeros(3)}, "SGD"),
         ({"exp_avg": torch.zeros(3), "step": 1}, "exp_avg_sq is missing"),
@@ -292,6 +300,73 @@ def test_unknown_learning_rate_is_asked_for(checkpoint, tmp_path):
     imported = import_checkpoint(checkpoint, tiny_llama(), tmp_path / "given", epoch=1, mean_learning_rate=2e-5)
     assert imported == load_checkpoint(tmp_path / "given")
     assert (imported.mean_learning_rate, imported.losses) == (2e-5, ())
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ((CASES / "import-lr-zero" / "trainer_state.json").read_text(), "is 0, the mean of 1 logged"),
+        ("{}", "not known"),
+    ],
+)
+def test_a_checkpoint_without_weight_is_refused_before_its_states_are_read(checkpoint, tmp_path, log, said):
+    (checkpoint / "trainer_state.json").write_text(log)
+    optimizer = (checkpoint / "optimizer.pt").read_bytes()
+    (checkpoint / "optimizer.pt").write_bytes(b"damaged")
+    told = refusal(checkpoint)
+    assert said in told
+    assert "warmup.mean_learning_rates" in told
+    (checkpoint / "trainer_state.json").unlink()
+    (checkpoint / "optimizer.pt").write_bytes(optimizer)
+    imported = import_checkpoint(checkpoint, tiny_llama(), tmp_path / "given", epoch=1, mean_learning_rate=1e-5)
+    assert imported.mean_learning_rate == 1e-5
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-5, float("nan"), float("inf")])
+def test_a_stated_rate_that_gives_no_weight_is_refused(checkpoint, rate):
+    assert "warmup.mean_learning_rates" in refusal(checkpoint, mean_learning_rate=rate)
+
+
+@pytest.mark.parametrize(("logged", "warned"), [(100, False), (10, False), (9, True), (1, True)])
+def test_few_logged_steps_are_told(checkpoint, tmp_path, logged, warned):
+    steps = [{"step": 6, "epoch": 2 - 0.9 * index / 100, "learning_rate": 1e-5} for index in range(logged)]
+    log = {"global_step": 200, "epoch": 2.0, "log_history": steps}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(log))
+    state = optimizer_state(checkpoint)
+    for entry in state["state"].values():
+        entry["step"] = torch.tensor(200.0)
+    torch.save(state, checkpoint / "optimizer.pt")
+    import_checkpoint(checkpoint, tiny_llama(), tmp_path / "epoch-2", epoch=2)
+    warnings = read_state(tmp_path / "epoch-2")["imported"].get("warnings", [])
+    assert bool(warnings) == warned
+    assert not warned or f"{logged} logged steps of about 100" in warnings[0]
+
+
+def test_nothing_is_told_of_a_run_that_logged_every_step(trainer_run, tmp_path):
+    import_checkpoint(trainer_run[0] / "checkpoint-3", tiny_llama(), tmp_path / "epoch-1", epoch=1)
+    imported = read_state(tmp_path / "epoch-1")["imported"]
+    assert "warnings" not in imported
+    assert imported["weight_decay"] == [0.0]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_states_of_a_paged_32_bit_optimizer_are_adams(trainer_run, checkpoint, tmp_path, wrapped):
+    import_checkpoint(checkpoint, tiny_llama(), tmp_path / "torch", epoch=1)
+    state = optimizer_state(checkpoint)
+    for index, entry in state["state"].items():
+        moments = {"state1": entry["exp_avg"], "state2": entry["exp_avg_sq"]}
+        moments = {"__bnb_optimizer_quant_state__": moments} if wrapped else moments
+        state["state"][index] = {"step": int(entry["step"]), **moments}
+    for group in state["param_groups"]:
+        group["weight_decay"] = 0.1
+    torch.save(state, checkpoint / "optimizer.pt")
+    import_checkpoint(checkpoint, tiny_llama(), tmp_path / "paged", epoch=1)
+    assert read_state(tmp_path / "paged")["imported"]["weight_decay"] == [0.1]
+    expected, got = (load_moments(tmp_path / name) for name in ("torch", "paged"))
+    assert got.step == expected.step
+    for name in expected.exp_avg:
+        assert torch.equal(got.exp_avg[name], expected.exp_avg[name])
+        assert torch.equal(got.exp_avg_sq[name], expected.exp_avg_sq[name])
 
 
 def test_learning_rates_of_epochs_with_an_incomplete_batch(checkpoint, tmp_path):

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from less_assets.errors import CorruptArtifactError, ModelLoadError
+from less_assets.method.training.files import tensor_metadata, whole_folder, write_tensors
 from less_assets.method.training.models import (
     LoraSettings,
     attach_adapter,
@@ -30,12 +32,10 @@ from less_assets.method.training.models import (
     find_base,
     load_adapter,
     load_base,
+    load_tokenizer,
     resolve_device,
     resolve_dtype,
     save_adapter,
-    tensor_metadata,
-    whole_folder,
-    write_tensors,
 )
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
@@ -111,6 +111,36 @@ def test_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
     folder = save_base(tmp_path / "base", tokens=33)
     with pytest.raises(ModelLoadError, match="33 tokens, but the model only 32"):
         load_base(str(folder), cache_dir=tmp_path)
+
+
+def test_a_pad_token_added_after_training_is_named_with_both_sizes(base, tmp_path):
+    tokenizer = load_tokenizer(str(base), cache_dir=tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<added pad>"})
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ModelLoadError, match=r"33 tokens, but the model only 32 .*'<added pad>', id 32") as refused:
+        load_base(str(base), cache_dir=tmp_path)
+    assert "resize_token_embeddings(33)" in refused.value.fix
+    grown = tiny_llama()
+    grown.resize_token_embeddings(33)
+    grown.save_pretrained(base)
+    assert load_base(str(base), cache_dir=tmp_path)[1].pad_token_id == 32
+
+
+def test_a_base_with_an_adapter_beside_its_weights_is_refused(base, tmp_path):
+    adapted = randomise_b(attach_adapter(tiny_llama(), LORA, 0))
+    save_adapter(adapted, base)
+    for load in (find_base, lambda name, folder: load_base(name, cache_dir=folder)):
+        with pytest.raises(ModelLoadError, match=r"adapter_config\.json") as refused:
+            load(str(base), tmp_path)
+        assert "merge_and_unload" in refused.value.fix
+
+
+def test_a_base_whose_layers_are_an_adapters_once_loaded_is_refused(base, tmp_path, monkeypatch):
+    adapted = attach_adapter(tiny_llama(), LORA, 0).get_base_model()
+    loaded = (adapted, {"missing_keys": set()})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: loaded)
+    with pytest.raises(ModelLoadError, match=r"adapter layers .* model\.layers\.0"):
+        load_base(str(base), cache_dir=tmp_path)
 
 
 def test_missing_weights_are_an_error_not_random_numbers(base, tmp_path):

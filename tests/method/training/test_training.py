@@ -20,15 +20,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from less_assets.errors import CorruptArtifactError, StaleArtifactError, StorageError, TrainingError
 from less_assets.method.data.batching import collate
 from less_assets.method.data.chat import EncodedExample
+from less_assets.method.training.epoch_folder import finished_epochs, read_moments
 from less_assets.method.training.models import LoraSettings, attach_adapter
 from less_assets.method.training.training import (
     TrainingSettings,
     adam_moments,
     epoch_order,
-    finished_epochs,
     learning_rate_factor,
     learning_rates,
-    read_moments,
     restore_moments,
     token_loss_sum,
     train_adapter,
