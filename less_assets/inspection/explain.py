@@ -14,6 +14,8 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.errors import LessAssetsError, MissingArtifactError, PoolFormatError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.data.conversations import Conversation, carries_loss, full_text, stated, with_all_fields
+from less_assets.method.data.conversations import example_id as conversation_id
 from less_assets.reading.rows import (
     checkpoint_weights,
     find_row,
@@ -51,9 +53,9 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
     lineage.project.task(task)
     row = find_row(lineage, example_id).head(1).with_row_index("place")
     facts = row.row(0, named=True)
-    stored = read_parquet(
-        lineage.folder("instruction_pool", facts["shard"]), EXAMPLES, ["source_file", "source_row", "messages"]
-    ).row(facts["row"], named=True)
+    stored = with_all_fields(read_parquet(lineage.folder("instruction_pool", facts["shard"]), EXAMPLES)).row(
+        facts["row"], named=True
+    )
     weights = checkpoint_weights(lineage)
     labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
     pairs = _scored_pairs(lineage)
@@ -76,7 +78,8 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
         "copies": facts["copies"],
         "status": table["status"][0],
         "loss_tokens": table["loss_tokens"][0],
-        "messages": stored["messages"],
+        "messages": [stated(turn) for turn in stored["messages"]],
+        "tools": stored["tools"],
         "checkpoint_weights": weights,
         "influence": influence,
         "recipes": [_stored_place(lineage, task, key, row) for key in lineage.project.recipe_keys],
@@ -104,16 +107,15 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
         LessAssetsError: There is no such task, the text is no row, or something needed is missing or stale.
     """
     from less_assets.method.data.chat import encode_messages
-    from less_assets.method.data.examples import example_id
     from less_assets.method.gradients.features import RowStatus, extract_features
     from less_assets.method.gradients.quantization import decode, encode
     from less_assets.method.selection.influence import score_block, target_directions
     from less_assets.method.selection.neighbours import target_cosines
 
     lineage.project.task(task)
-    messages = parse_row(text)
+    messages, tools = parse_row(text)
     model, settings = lineage.project.model, lineage.project.gradients
-    row_id = example_id(messages)
+    row_id = conversation_id(messages, tools)
     tokenizer = models.tokenizer()
     encoded = encode_messages(row_id, messages, tokenizer, chat_format=model.chat_format, max_length=model.max_length)
     if not encoded.loss_tokens:
@@ -163,6 +165,7 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
         "loss_tokens": encoded.loss_tokens,
         "loss": loss,
         "messages": messages,
+        "tools": tools,
         "checkpoint_weights": weights,
         "influence": influence,
         "recipes": [_live_place(lineage, task, key, totals) for key in _scoring_recipes(lineage)],
@@ -170,8 +173,8 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
     }
 
 
-def parse_row(text: str) -> list[Any]:
-    """The messages of a row given on the command line.
+def parse_row(text: str) -> Conversation:
+    """The conversation of a row given on the command line.
 
     Args:
         text: A JSON object in one of the pool's formats, a JSON list of messages, or plain text: a question, a blank
@@ -180,18 +183,20 @@ def parse_row(text: str) -> list[Any]:
     Raises:
         PoolFormatError: It is none of these, or no usable conversation.
     """
-    from less_assets.method.data.examples import UnusableRowError, normalize
+    from less_assets.method.data.row_formats import UnusableRowError, normalize
 
     stripped = text.strip()
     try:
         if stripped[:1] in ("{", "["):
             value = json.loads(stripped)
-            return list(normalize({"messages": value} if isinstance(value, list) else value))
+            return normalize({"messages": value} if isinstance(value, list) else value)
         question, _, answer = stripped.partition("\n\n")
-        return list(normalize({"prompt": question, "completion": answer.strip()}))
+        return normalize({"prompt": question, "completion": answer.strip()})
     except UnusableRowError as problem:
         how = "a question, a blank line and an answer, or JSON as in a pool file"
-        raise PoolFormatError(f"The text is no usable row: {problem}.", where="--text", fix=f"give {how}") from problem
+        raise PoolFormatError(
+            f"The text is no usable row: {problem.status}: {problem}.", where="--text", fix=f"give {how}"
+        ) from problem
     except ValueError as problem:
         raise PoolFormatError(f"The text begins like JSON and is none: {problem}.", where="--text") from problem
 
@@ -271,7 +276,7 @@ def _nearest(lineage: Lineage, task: str, form: str, cosines: np.ndarray) -> lis
                 "influence": float(cosines[place]),
                 "form": form,
                 "subtask": target["subtask"],
-                "messages": target["messages"],
+                "messages": [stated(turn) for turn in target["messages"]],
                 "completion": target["assistant_prefix"] + target["completion"],
             }
         )
@@ -318,7 +323,7 @@ def in_words(found: Mapping[str, Any]) -> str:
         lines = [f"target examples that it helps most (form {found['nearest_targets'][0]['form']})"]
         width = max(len(each["subtask"]) for each in found["nearest_targets"])
         for each in found["nearest_targets"]:
-            asked = _one_line(each["messages"][-1]["content"], TEXT_CHARACTERS // 2)
+            asked = _one_line(full_text(each["messages"][-1]), TEXT_CHARACTERS // 2)
             answer = _one_line(each["completion"], TEXT_CHARACTERS // 2)
             lines.append(f"  {each['influence']:+.4f}  {each['subtask']:<{width}}  {asked}  →  {answer}")
         parts.append("\n".join(lines))
@@ -339,7 +344,11 @@ def _row_words(found: Mapping[str, Any]) -> str:
             lines.append(f"  it has no score: {found['status']}")
     else:
         lines.append("  the pool has it as well" if found["in_pool"] else "  not in the pool; scored now")
-    lines += [f"  {each['role']:<10} {_one_line(each['content'], TEXT_CHARACTERS)}" for each in found["messages"]]
+    for turn in found["messages"]:
+        masked = "(no loss) " if turn["role"] == "assistant" and not carries_loss(turn) else ""
+        lines.append(f"  {turn['role']:<10} {masked}{_one_line(full_text(turn), TEXT_CHARACTERS)}")
+    if found["tools"]:
+        lines.append(f"  {'tools':<10} {_one_line(found['tools'], TEXT_CHARACTERS)}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ Belongs here: reading, counting, and the sentences that say what is worth a look
 the files beside it), or computing anything about a row (`assets/explanations.py`).
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,13 +18,13 @@ from less_assets.method.data.composition import (
     LENGTHS,
     TURNS,
     assistant_turns,
-    language,
     length_class,
     turn_class,
 )
+from less_assets.method.data.conversations import Conversation, Message, carries_loss, full_text, stated
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.project.project import ResolvedRecipe
-from less_assets.reading.rows import checkpoint_weights, messages_of, score_column, scores_of, subtask_label
+from less_assets.reading.rows import checkpoint_weights, conversations_by_id, score_column, scores_of, subtask_label
 from less_assets.reading.selection_cut import Cuts, score_matrix
 from less_assets.report.certificate import Certificate, certificate_of, percent
 from less_assets.steps.pool import EXAMPLES, INDEX
@@ -171,7 +172,6 @@ def report_contents(
         "length": facts["length"].to_list(),
         "turns": facts["turns"].to_list(),
         "turn_class": facts["turn_class"].to_list(),
-        "language": facts["language"].to_list(),
         "certain": facts["certain"].to_list(),
         "duplicate": [_short(cosine) for cosine in facts["duplicate"].to_list()],
         "heat": [detail.get("heat") is not None for detail in details],
@@ -194,7 +194,7 @@ class _Pool:
     """What one pass over the pool's messages found.
 
     Attributes:
-        facts: Of the rows asked for: shard, row, tokens, length, turns, language, copies, source_file, source_row.
+        facts: Of the rows asked for: shard, row, tokens, length, turns, copies, source_file, source_row.
         counts: Property -> class -> distinct rows of the pool.
         median_tokens: Over the pool.
     """
@@ -214,7 +214,7 @@ def _look_through(
     index = read_parquet(lineage.folder("pool_index"), INDEX)
     done = progress(index.height, "rows")
     facts = []
-    tallies: dict[str, dict[str, int]] = {name: {} for name in ("source", "length", "turns", "language", "subtask")}
+    tallies: dict[str, dict[str, int]] = {name: {} for name in ("source", "length", "turns", "subtask")}
     lengths: dict[int, int] = {}
     for shard in lineage.shards():
         usable = index.filter(pl.col("shard") == shard)
@@ -228,20 +228,21 @@ def _look_through(
             table = table.with_columns(_estimated_tokens().alias("tokens"), pl.lit(None, pl.String).alias("best"))
         turns = assistant_turns(pl.col("messages"))
         table = table.with_columns(
-            turns.alias("turns"), turn_class(turns).alias("turn_class"), language(pl.col("messages")).alias("language")
-        ).with_columns(length_class(pl.col("tokens")).alias("length"))
+            turns.alias("turns"),
+            turn_class(turns).alias("turn_class"),
+            length_class(pl.col("tokens")).alias("length"),
+        )
         distinct = table.filter("canonical")
         for name, column in (
             ("length", "length"),
             ("turns", "turn_class"),
-            ("language", "language"),
             ("subtask", "best"),
         ):
             _add(tallies[name], distinct[column])
         _add(tallies["source"], distinct["source"])
         for tokens, count in distinct["tokens"].drop_nulls().value_counts().iter_rows():
             lengths[tokens] = lengths.get(tokens, 0) + count
-        kept = ["shard", "row", "tokens", "length", "turns", "turn_class", "language", "copies"]
+        kept = ["shard", "row", "tokens", "length", "turns", "turn_class", "copies"]
         wanted = rows.filter(pl.col("shard") == shard)["row"].to_list()
         facts.append(table.filter(pl.col("row").is_in(wanted)).select(*kept, "source_file", "source_row"))
         done(usable.height)
@@ -314,7 +315,7 @@ class _Explained:
     by_checkpoint: np.ndarray
     neighbours: pl.DataFrame
     tokens: dict[str, dict[str, Any]]
-    near_messages: dict[str, list[Any]]
+    near_messages: dict[str, Conversation]
 
     @classmethod
     def of(
@@ -344,7 +345,7 @@ class _Explained:
             np.stack(by_checkpoint, axis=1),
             neighbours,
             tokens,
-            messages_of(lineage, elsewhere.sort("shard", "row")),
+            conversations_by_id(lineage, elsewhere.sort("shard", "row")),
         )
 
     def nearest_cosine(self) -> list[float | None]:
@@ -379,14 +380,15 @@ class _Explained:
 
     def _near_text(self, near: Mapping[str, Any], *, nearest: bool, many: bool) -> list[list[str]] | None:
         """The beginnings of a neighbour's question and answer, if the page does not hold it and has the room."""
-        messages = self.near_messages.get(near["example_id"])
+        conversation = self.near_messages.get(near["example_id"])
         twin = near["cosine"] >= NEAR_DUPLICATE
-        if messages is None or (many and not nearest and not twin):
+        if conversation is None or (many and not nearest and not twin):
             return None
+        messages = conversation.messages
         asked = next((each for each in messages if each["role"] == "user"), messages[0])
         if many and not twin:
             return [[asked["role"], _cut_text(asked["content"], MANY_CHARACTERS)]]
-        return [[each["role"], _cut_text(each["content"], NEIGHBOUR_CHARACTERS)] for each in (asked, messages[-1])]
+        return [[each["role"], _cut_text(full_text(each), NEIGHBOUR_CHARACTERS)] for each in (asked, messages[-1])]
 
 
 def _turns(tokens: Mapping[str, Any]) -> list[list[Any]]:
@@ -406,12 +408,12 @@ def _turns(tokens: Mapping[str, Any]) -> list[list[Any]]:
 def _details(
     lineage: Lineage, rows: pl.DataFrame, explained: _Explained | None, others: Mapping[str, set[str]]
 ) -> list[dict[str, Any]]:
-    messages = messages_of(lineage, rows)
+    conversations = conversations_by_id(lineage, rows)
     places = {example_id: place for place, example_id in enumerate(rows["example_id"])}
     details = []
     for place, row in enumerate(rows.iter_rows(named=True)):
         detail = {
-            "messages": [[message["role"], message["content"]] for message in messages[row["example_id"]]],
+            **_page_conversation(*conversations[row["example_id"]]),
             "file": row["source_file"],
             "line": row["source_row"],
             "shard": row["shard"],
@@ -424,6 +426,22 @@ def _details(
     return details
 
 
+def _page_conversation(messages: list[Message], tools: str | None) -> dict[str, Any]:
+    """`messages`: [role, text] of each turn, and what else it has: [role, text, {…}]; `tools` if there are any."""
+    turns: list[list[Any]] = []
+    for message in map(stated, messages):
+        more: dict[str, Any] = {}
+        for name in ("name", "reasoning"):
+            if text := message.get(name):
+                more[name] = text
+        if calls := message.get("tool_calls"):
+            more["calls"] = [call["function"] for call in json.loads(calls)]
+        if message["role"] == "assistant" and not carries_loss(message):
+            more["masked"] = True
+        turns.append([message["role"], message["content"], *([more] if more else [])])
+    return {"messages": turns, **({"tools": tools} if tools else {})}
+
+
 def _cut_text(text: str, characters: int) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
@@ -431,7 +449,7 @@ def _cut_text(text: str, characters: int) -> str:
 def _target(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "subtask": row["subtask"],
-        "messages": [[message["role"], message["content"]] for message in row["messages"]],
+        **_page_conversation(row["messages"], row.get("tools")),
         "prefix": row["assistant_prefix"],
         "completion": row["completion"],
     }
@@ -495,7 +513,6 @@ def _composition(selected: pl.DataFrame, pool: _Pool, scored: bool) -> list[dict
         ("subtask", "Subtask helped most", "label", ()),
         ("length", length, "length", LENGTHS),
         ("turns", "Assistant turns", "turn_class", TURNS),
-        ("language", "Language (a guess)", "language", ()),
     ]
     found = []
     for name, title, column, order in parts:
