@@ -413,7 +413,7 @@ def _details(
     details = []
     for place, row in enumerate(rows.iter_rows(named=True)):
         detail = {
-            **_page_conversation(*conversations[row["example_id"]]),
+            **page_conversation(*conversations[row["example_id"]]),
             "file": row["source_file"],
             "line": row["source_row"],
             "shard": row["shard"],
@@ -426,8 +426,17 @@ def _details(
     return details
 
 
-def _page_conversation(messages: list[Message], tools: str | None) -> dict[str, Any]:
-    """`messages`: [role, text] of each turn, and what else it has: [role, text, {…}]; `tools` if there are any."""
+def page_conversation(messages: list[Message], tools: str | None) -> dict[str, Any]:
+    """Return what the page holds of a conversation.
+
+    Args:
+        messages: The turns; masks count at the assistant's.
+        tools: JSON text of the tools.
+
+    Returns:
+        `messages`: [role, text] of each turn, or [role, text, {`name`, `reasoning`, `calls`, `masked`}] with what else
+        it has; `tools` if there are any.
+    """
     turns: list[list[Any]] = []
     for message in map(stated, messages):
         more: dict[str, Any] = {}
@@ -449,7 +458,7 @@ def _cut_text(text: str, characters: int) -> str:
 def _target(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "subtask": row["subtask"],
-        **_page_conversation(row["messages"], row.get("tools")),
+        **page_conversation(row["messages"], row.get("tools")),
         "prefix": row["assistant_prefix"],
         "completion": row["completion"],
     }
