@@ -71,10 +71,10 @@ function keep(place, part) {
   part.forEach((detail, index) => {
     const row = place * perPackage + index;
     details[row] = detail;
-    const spoken = detail.messages.map(said).join("\n");
+    const spoken = detail.messages.map(fullText).join("\n");
     words[row] = `${spoken}\n${columns.id[row]}\n${detail.file}`.toLowerCase();
     const asked = detail.messages.find(([role]) => role === "user") ?? detail.messages[0];
-    previews[row] = [beginning(said(asked)), beginning(said(detail.messages.at(-1)))];
+    previews[row] = [beginning(fullText(asked)), beginning(fullText(detail.messages.at(-1)))];
   });
 }
 
@@ -82,7 +82,7 @@ function keep(place, part) {
 const callText = ({ name, arguments: given }) => `${name}(${typeof given === "string" ? given : JSON.stringify(given ?? {})})`;
 
 /** All that a turn says: its thoughts, its text, its calls. */
-const said = ([, text, more]) => [more?.reasoning, text, ...(more?.calls ?? []).map(callText)].filter(Boolean).join("\n");
+const fullText = ([, text, more]) => [more?.reasoning, text, ...(more?.calls ?? []).map(callText)].filter(Boolean).join("\n");
 
 /** Some text on one line, as much of it as a line can show. */
 const beginning = (text, from = 0) =>
@@ -202,7 +202,7 @@ function foundElsewhere(row, visible) {
   const hidden = sought().find((word) => !visible.toLowerCase().includes(word));
   if (hidden === undefined) return null;
   for (const turn of details[row].messages) {
-    const text = said(turn);
+    const text = fullText(turn);
     const place = text.toLowerCase().indexOf(hidden);
     if (place >= 0) return `…${beginning(text, Math.max(0, place - 24))}`;
   }
@@ -614,7 +614,7 @@ function nearRows(detail) {
       `cosine ${near.cosine.toFixed(3)}`, near.cosine >= head.near_duplicate ? make("span", { class: "tag warn" }, "near-duplicate") : null,
       make("span", { class: "tag" }, near.place === null ? "not on this page" : GROUPS[columns.group[near.place]][0].toLowerCase())));
     const text = make("div", { class: "text", dir: "auto" });
-    const show = (messages) => { text.textContent = messages.map((turn) => `${turn[0]}: ${said(turn)}`).join("\n"); };
+    const show = (messages) => { text.textContent = messages.map((turn) => `${turn[0]}: ${fullText(turn)}`).join("\n"); };
     if (near.messages) show(near.messages);
     else if (near.place !== null) {
       detailOf(near.place).then(({ messages }) => show(messages));
