@@ -1,6 +1,6 @@
 """The base model and the instruction pool: read, normalised, indexed.
 
-Belongs here: wiring only. Formats are `method/examples.py`, files and shards `ledger.py`.
+Belongs here: wiring only. Formats are `method/data/row_formats.py`, files and shards `lineage/pool_files.py`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -157,3 +157,16 @@ def test_unknown_keys_are_counted_in_usable_rows_only(folder):
     counts: Counter[str] = Counter()
     table(folder / "keys.jsonl", unknown=counts)
     assert counts == {"mood": 2, "messages[].colour": 1}
+
+
+def test_a_call_in_parquet_has_no_arguments_of_other_calls(folder):
+    def called(name: str, given: dict) -> dict:
+        calls = [{"type": "function", "function": {"name": name, "arguments": given}}]
+        return {"messages": [*ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]}
+
+    rows = [called("add", {"a": 1}), called("look", {"city": "Rome"})]
+    pl.DataFrame(rows).write_parquet(folder / "calls.parquet")
+    (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored = table(folder / "calls.parquet")
+    assert stored["status"].to_list() == ["ok", "ok"]
+    assert stored["example_id"].to_list() == table(folder / "calls.jsonl")["example_id"].to_list()

@@ -1,6 +1,7 @@
 """Raw rows to conversations: what changes a row's meaning is carried, or the row is refused by the field's name."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -356,29 +357,39 @@ def test_unknown_keys_are_named_and_harmless_ones_are_not():
     assert unknown_keys({"messages": ASKED, "\ud800": 1})[0].encode()
 
 
-CASES = {
-    "masked by weight": (
-        {"messages": [ASKED[0], {**ASKED[1], "weight": 0}, LONGER[2], {**LONGER[3], "weight": 1}]},
-        ["Yes."],
-    ),
-    "masked by train": ({"messages": [ASKED[0], {**ASKED[1], "train": False}, *LONGER[2:]]}, ["Yes."]),
-    "masked by the row": (
-        {
-            "conversations": [
-                {"from": "human", "value": "q"},
-                {"from": "gpt", "value": "no"},
-                {"from": "human", "value": "r"},
-                {"from": "gpt", "value": "yes"},
-            ],
-            "loss_mask": [0, 0, 0, 1],
-        },
-        ["yes"],
-    ),
-}
+FOLDER = Path(__file__).parents[2] / "data/cases"
+IGNORED_BEFORE = (FOLDER / "ignored-fields/rows.jsonl").read_text().splitlines()
+EXPECTED: list[tuple[str, list[str]] | str] = [
+    ("user assistant user assistant", ["right"]),
+    ("user assistant user assistant", ["yes"]),
+    ("user assistant user assistant", ["yes"]),
+    "label",
+    "label",
+    ("system user assistant", ["bonjour"]),
+    ("system user assistant user assistant", ["first step", "second step"]),
+    ("user assistant", ["Let me look."]),
+    ("user assistant", ["42"]),
+    "rejected_response",
+]
+"""Roles and learned answers, or the field that quarantines the row."""
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_multi_turn_rows_learn_every_unmasked_answer_and_no_other(name):
-    row, expected = CASES[name]
-    assert learned(row) == expected
+@pytest.mark.parametrize(("line", "expected"), zip(IGNORED_BEFORE, EXPECTED, strict=True))
+def test_no_field_of_the_cases_is_ignored(line, expected):
+    row = json.loads(line)
+    if isinstance(expected, str):
+        assert refusal(row).status == f"unsupported_field: {expected}"
+        return
+    roles, answers = expected
+    assert " ".join(turn["role"] for turn in normalize(row).messages) == roles
+    assert learned(row) == answers
+    assert unknown_keys(row) == []
+
+
+@pytest.mark.parametrize("line", (FOLDER / "empty-system/pool.jsonl").read_text().splitlines())
+def test_an_empty_system_turn_of_the_cases_is_dropped(line):
+    assert [turn["role"] for turn in normalize(json.loads(line)).messages] == ["user", "assistant"]
+
+
+def test_every_answer_of_several_turns_is_learned():
     assert learned({"messages": LONGER}) == ["4", "Yes."]
