@@ -20,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from less_assets.method.data.examples import example_id, read_rows
+from less_assets.method.data.conversations import example_id
+from less_assets.method.data.examples import read_rows
 from less_assets.report.contents import ID_CHARACTERS, MANY_CHARACTERS, Cut, ReportContents
 from less_assets.report.page import render_page
 
@@ -102,7 +103,6 @@ def contents(pattern: str | None) -> ReportContents:
         "length": [rng.choice(["1–16", "17–32", "33–64"]) for _ in range(count)],
         "turns": [len(turns) // 2 for _, turns in rows],
         "turn_class": [rng.choice(["1", "2"]) for _ in range(count)],
-        "language": [rng.choice(["English", "German"]) for _ in range(count)],
         "certain": [rng.random() < 0.8 for _ in range(count)],
         "duplicate": [rng.random() for _ in range(count)],
         "heat": [place < TOKEN_ROWS for place in range(count)],

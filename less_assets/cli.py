@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -57,13 +58,14 @@ UntilOption = Annotated[str, typer.Option("--until", help="Stop with this asset,
 @app.command()
 def check(project: ProjectOption = DEFAULT_PROJECT) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
-    from less_assets.project.data_check import check_data, skipped_files
+    from less_assets.project.data_check import check_data, skipped_files, unknown_keys_in_words
     from less_assets.project.project import load_project
 
     with _told():
         loaded = load_project(project)
-        problems = check_data(loaded)
-        for line in [*skipped_files(loaded), *problems]:
+        unknown: dict[str, Counter[str]] = {}
+        problems = check_data(loaded, unknown)
+        for line in (*skipped_files(loaded), *problems, *unknown_keys_in_words(unknown)):
             print(line)
         if problems:
             print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''} found; nothing was changed.")

@@ -14,6 +14,7 @@ import typer
 import zarr
 
 from less_assets.cli import app
+from less_assets.method.data.conversations import MESSAGES_TYPE
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.data_check import check_data
 from less_assets.project.project import load_project
@@ -26,7 +27,7 @@ page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 FENCE = re.compile(r"^```(\w*)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:\.venv/bin/)?(less-assets|make|python)\b(.*)")
-MESSAGES = "List(Struct({'role': String, 'content': String}))"
+MESSAGES = str(MESSAGES_TYPE)
 
 
 def fences(path: Path) -> list[tuple[str, str, str]]:

@@ -15,6 +15,15 @@ from less_assets.compute.models import ModelLoader
 from less_assets.errors import LessAssetsError, MissingArtifactError, PoolFormatError, StaleArtifactError
 from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.data.conversations import (
+    Conversation,
+    Message,
+    carries_loss,
+    full_text,
+    stated,
+    with_all_fields,
+)
+from less_assets.method.data.conversations import example_id as conversation_id
 from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS
 from less_assets.reading.rows import (
     checkpoint_weights,
@@ -50,9 +59,9 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
     lineage.project.task(task)
     row = find_row(lineage, example_id).head(1).with_row_index("place")
     facts = row.row(0, named=True)
-    stored = read_parquet(
-        lineage.folder("instruction_pool", facts["shard"]), EXAMPLES, ["source_file", "source_row", "messages"]
-    ).row(facts["row"], named=True)
+    stored = with_all_fields(read_parquet(lineage.folder("instruction_pool", facts["shard"]), EXAMPLES)).row(
+        facts["row"], named=True
+    )
     weights = checkpoint_weights(lineage)
     labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
     pairs = _scored_pairs(lineage)
@@ -75,7 +84,8 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
         "copies": facts["copies"],
         "status": table["status"][0],
         "loss_tokens": table["loss_tokens"][0],
-        "messages": stored["messages"],
+        "messages": [stated(turn) for turn in stored["messages"]],
+        "tools": stored["tools"],
         "checkpoint_weights": weights,
         "influence": influence,
         "recipes": [_stored_standing(lineage, task, key, row) for key in lineage.project.recipe_keys],
@@ -103,16 +113,15 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
         LessAssetsError: There is no such task, the text is no row, or something needed is missing or stale.
     """
     from less_assets.method.data.chat import encode_messages
-    from less_assets.method.data.examples import example_id
     from less_assets.method.gradients.features import RowStatus, extract_features
     from less_assets.method.gradients.quantization import decode, encode
     from less_assets.method.selection.influence import score_block, target_directions
     from less_assets.method.selection.neighbours import target_cosines
 
     lineage.project.task(task)
-    messages = parse_row(text)
+    messages, tools = parse_row(text)
     model, settings = lineage.project.model, lineage.project.gradients
-    row_id = example_id(messages)
+    row_id = conversation_id(messages, tools)
     tokenizer = models.tokenizer()
     encoded = encode_messages(row_id, messages, tokenizer, chat_format=model.chat_format, max_length=model.max_length)
     if not encoded.loss_tokens:
@@ -162,6 +171,7 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
         "loss_tokens": encoded.loss_tokens,
         "loss": loss,
         "messages": messages,
+        "tools": tools,
         "checkpoint_weights": weights,
         "influence": influence,
         "recipes": [_live_standing(lineage, task, key, totals) for key in _scoring_recipes(lineage)],
@@ -169,8 +179,8 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
     }
 
 
-def parse_row(text: str) -> list[Any]:
-    """The messages of a row given on the command line.
+def parse_row(text: str) -> Conversation:
+    """The conversation of a row given on the command line.
 
     Args:
         text: A JSON object in one of the pool's formats, a JSON list of messages, or plain text: a question, a blank
@@ -179,18 +189,20 @@ def parse_row(text: str) -> list[Any]:
     Raises:
         PoolFormatError: It is none of these, or no usable conversation.
     """
-    from less_assets.method.data.examples import UnusableRowError, normalize
+    from less_assets.method.data.row_formats import UnusableRowError, normalize
 
     stripped = text.strip()
     try:
         if stripped[:1] in ("{", "["):
             value = json.loads(stripped)
-            return list(normalize({"messages": value} if isinstance(value, list) else value))
+            return normalize({"messages": value} if isinstance(value, list) else value)
         question, _, answer = stripped.partition("\n\n")
-        return list(normalize({"prompt": question, "completion": answer.strip()}))
+        return normalize({"prompt": question, "completion": answer.strip()})
     except UnusableRowError as problem:
         how = "a question, a blank line and an answer, or JSON as in a pool file"
-        raise PoolFormatError(f"The text is no usable row: {problem}.", where="--text", fix=f"give {how}") from problem
+        raise PoolFormatError(
+            f"The text is no usable row: {problem.status}: {problem}.", where="--text", fix=f"give {how}"
+        ) from problem
     except ValueError as problem:
         raise PoolFormatError(f"The text begins like JSON and is none: {problem}.", where="--text") from problem
 
@@ -271,7 +283,7 @@ def _nearest(lineage: Lineage, task: str, form: str, cosines: np.ndarray) -> lis
             "influence": float(cosine),
             "form": form,
             "subtask": target["subtask"],
-            "messages": target["messages"],
+            "messages": [stated(turn) for turn in target["messages"]],
             "completion": target["assistant_prefix"] + target["completion"],
         }
         for cosine, target in zip(cosines[order], targets[order].iter_rows(named=True), strict=True)
@@ -321,7 +333,7 @@ def in_words(explanation: Mapping[str, Any]) -> str:
             (
                 _signed(target["influence"]),
                 target["subtask"],
-                _one_line(target["messages"][-1]["content"], TEXT_CHARACTERS // 2),
+                _one_line(full_text(target["messages"][-1]), TEXT_CHARACTERS // 2),
                 "→",
                 _one_line(target["completion"], TEXT_CHARACTERS // 2),
             )
@@ -346,10 +358,15 @@ def _row_words(explanation: Mapping[str, Any]) -> str:
             lines.append(f"  it has no score: {explanation['status']}")
     else:
         lines.append("  the pool has it as well" if explanation["in_pool"] else "  not in the pool; scored now")
-    messages = [
-        (message["role"], _one_line(message["content"], TEXT_CHARACTERS)) for message in explanation["messages"]
-    ]
-    return "\n".join([*lines, text_table(messages, indent=2)])
+    turns = [(turn["role"], _turn_words(turn)) for turn in explanation["messages"]]
+    if explanation["tools"]:
+        turns.append(("tools", _one_line(explanation["tools"], TEXT_CHARACTERS)))
+    return "\n".join([*lines, text_table(turns, indent=2)])
+
+
+def _turn_words(turn: Message) -> str:
+    masked = "(no loss) " if turn["role"] == "assistant" and not carries_loss(turn) else ""
+    return masked + _one_line(full_text(turn), TEXT_CHARACTERS)
 
 
 def _influence_words(influence: Mapping[str, Any], weights: Mapping[str, float], task: str) -> str:

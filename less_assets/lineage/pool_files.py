@@ -1,7 +1,7 @@
 """Which files the pool has, in order of first sight, and how their rows are cut into shards.
 
 Belongs here: the ledger, its scan, its place in the store. Reading rows is `method/row_files.py` and
-`method/examples.py`; the artifact of a shard is `instruction_pool`.
+`method/data/examples.py`; the artifact of a shard is `instruction_pool`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import dagster as dg
 import polars as pl
 
 from less_assets.compute.timings import seconds_of
+from less_assets.method.data.conversations import Message, full_text
 from less_assets.project.sections import SubtaskRule
 from less_assets.report.charts import markdown_image
 from less_assets.steps.asset import Asset
@@ -66,6 +67,7 @@ COLUMN_MEANINGS = {
     "task": "name of the task",
     "text": "each loss token's text",
     "tokens": "training tokens seen, mean over seeds",
+    "tools": "the tools that the assistant may call, as JSON",
     "turn": "each loss token's turn, from 0",
     "value": "value of the metric",
     "vs_base": "paired difference from the base model",
@@ -216,11 +218,11 @@ def _previewed(frame: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
-def _preview(messages: list[dict[str, str]], *, first: bool) -> str:
+def _preview(messages: list[Message], *, first: bool) -> str:
     if first:
         turns = [message["content"] for message in messages if message["role"] == "user"]
     else:
-        turns = [messages[-1]["content"]]
+        turns = [full_text(messages[-1])]
     text = " ".join(turns[0].split()) if turns else ""
     return text if len(text) <= PREVIEW_CHARACTERS else text[: PREVIEW_CHARACTERS - 1] + "…"
 

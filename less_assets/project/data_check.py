@@ -6,7 +6,7 @@ file are `project.py`'s matter.
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,13 +26,19 @@ PEEK_FILES = 32
 _TROUBLE = (LessAssetsError, OSError, ImportError, ValueError)
 
 
-def check_data(project: Project) -> list[Problem]:
+SHOWN_KEYS = 10
+"""Unknown keys named for each source, the most frequent ones."""
+
+
+def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None) -> list[Problem]:
     """Look at everything a project names: models, pool sources, imported checkpoints, target and held-out examples.
 
     Hugging Face ids and harness task names are not looked up: that would need the network.
 
     Args:
         project: The project file, loaded.
+        unknown: If it is given, it gets what `unknown_keys_in_words` reads: by source, in how many usable rows of those
+            looked at each key stands that means nothing here (`row_formats.unknown_keys`).
 
     Returns:
         All problems, in the order of the project file; empty if the first run can begin.
@@ -42,7 +48,10 @@ def check_data(project: Project) -> list[Problem]:
         fix = "pip install bitsandbytes on a machine with CUDA, or leave `quantization` out"
         problems.append(Problem("model.quantization", "the Python package 'bitsandbytes' is not installed", fix))
     for source in project.pool.sources:
-        problems += _source(project, source)
+        counts: Counter[str] = Counter()
+        problems += _source(project, source, counts)
+        if unknown is not None:
+            unknown[source.name] = counts
     for path in project.warmup.imported or []:
         problems += _imported_checkpoint(project, path)
     for task in project.tasks:
@@ -107,7 +116,22 @@ def _base_model(where: str, base: str) -> Iterator[Problem]:
             yield Problem(where, f"{base} has no {' and no '.join(missing)}", "save model and tokenizer there")
 
 
-def _source(project: Project, source: Source) -> Iterator[Problem]:
+def unknown_keys_in_words(unknown: Mapping[str, Counter[str]]) -> list[str]:
+    """One line for each source that has keys which are left out, so that nobody takes them for used.
+
+    Args:
+        unknown: From `check_data`.
+    """
+    lines = []
+    for source, counts in unknown.items():
+        named = ", ".join(f"{key} ({count})" for key, count in counts.most_common(SHOWN_KEYS))
+        more = f" and {len(counts) - SHOWN_KEYS} more" if len(counts) > SHOWN_KEYS else ""
+        if counts:
+            lines.append(f"source {source}: not used, and not known as harmless, in the rows looked at: {named}{more}")
+    return lines
+
+
+def _source(project: Project, source: Source, unknown: Counter[str]) -> Iterator[Problem]:
     """Every file must be readable, and at least one row good."""
     from less_assets.method.data.examples import read_rows
     from less_assets.method.data.row_files import list_files
@@ -123,7 +147,7 @@ def _source(project: Project, source: Source) -> Iterator[Problem]:
     unreadable = False
     for file in files[:PEEK_FILES]:
         try:
-            tables = read_rows(file, source.name, source.format, max_rows=rows, dialect=source.dialect)
+            tables = read_rows(file, source.name, source.format, max_rows=rows, unknown=unknown, dialect=source.dialect)
             for table in tables:
                 statuses.update(table["status"].to_list())
         except _TROUBLE as error:

@@ -6,13 +6,13 @@ Belongs here: looking rows up by id or address, for whoever explains them. Not h
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.data.conversations import Conversation, stated, with_all_fields
 from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, TARGET_FEATURES, score_file
 from less_assets.store.features import FeatureReader, open_features
 from less_assets.store.tables import read_parquet
@@ -87,18 +87,34 @@ def _id_at(lineage: Lineage, file: str, number: int) -> str:
     return example_id
 
 
-def messages_of(lineage: Lineage, rows: pl.DataFrame) -> dict[str, list[Any]]:
-    """Messages of rows of the pool, by id.
+def conversations_of(lineage: Lineage, shard: str) -> pl.DataFrame:
+    """What a shard's rows say: columns `example_id`, `messages`, `tools`, null where a row is quarantined.
+
+    A pool that an earlier version wrote has fewer fields; they are null then.
+
+    Args:
+        lineage: Reads the pool.
+        shard: Key of the shard.
+    """
+    table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES)
+    return with_all_fields(table).select("example_id", "messages", "tools")
+
+
+def conversations_by_id(lineage: Lineage, rows: pl.DataFrame) -> dict[str, Conversation]:
+    """What rows of the pool say, by id.
 
     Args:
         lineage: Reads the pool.
         rows: Columns `shard` and `row`.
     """
-    found: dict[str, list[Any]] = {}
+    conversations: dict[str, Conversation] = {}
     for shard in rows["shard"].unique(maintain_order=True):
-        table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
-        found |= dict(table[rows.filter(pl.col("shard") == shard)["row"].to_list()].iter_rows())
-    return found
+        wanted = conversations_of(lineage, shard)[rows.filter(pl.col("shard") == shard)["row"].to_list()]
+        conversations |= {
+            name: Conversation([stated(turn) for turn in messages], tools)
+            for name, messages, tools in wanted.iter_rows()
+        }
+    return conversations
 
 
 def scores_of(lineage: Lineage, task: str, rows: pl.DataFrame, columns: list[str]) -> pl.DataFrame:

@@ -17,7 +17,6 @@ from less_assets.method.data.composition import (
     LENGTHS,
     TURNS,
     assistant_turns,
-    language,
     length_class,
     turn_class,
 )
@@ -28,7 +27,7 @@ from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
 from less_assets.reading.rows import checkpoint_weights, subtask_label
 from less_assets.reading.selection_cut import Cuts
 from less_assets.reading.subsets import other_subsets
-from less_assets.report.row_details import Explanations, JsonObject, rounded, row_details
+from less_assets.report.row_details import Explanations, JsonObject, page_conversation, rounded, row_details
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ def _checkpoints(lineage: Lineage) -> list[JsonObject]:
 
 def _columns(rows: pl.DataFrame, details: Sequence[JsonObject]) -> dict[str, list[Any]]:
     """The table of rows by the names that `page.js` knows."""
-    as_stored = ("source", "tokens", "length", "turns", "turn_class", "language", "certain")
+    as_stored = ("source", "tokens", "length", "turns", "turn_class", "certain")
     return {
         "id": rows["example_id"].to_list(),
         "group": rows["group"].to_list(),
@@ -223,7 +222,7 @@ class _Pool:
     """What one pass over the pool's messages found.
 
     Attributes:
-        facts: Of the rows asked for: shard, row, tokens, length, turns, language, copies, source_file, source_row.
+        facts: Of the rows asked for: shard, row, tokens, length, turns, copies, source_file, source_row.
         counts: Property -> class -> distinct rows of the pool.
         median_tokens: Over the pool.
     """
@@ -243,7 +242,7 @@ def _look_through(
     index = read_parquet(lineage.folder("pool_index"), INDEX)
     done = progress(index.height, "rows")
     facts = []
-    tallies: dict[str, dict[str, int]] = {name: {} for name in ("source", "length", "turns", "language", "subtask")}
+    tallies: dict[str, dict[str, int]] = {name: {} for name in ("source", "length", "turns", "subtask")}
     lengths: dict[int, int] = {}
     for shard in lineage.shards():
         usable = index.filter(pl.col("shard") == shard)
@@ -257,20 +256,21 @@ def _look_through(
             table = table.with_columns(_estimated_tokens().alias("tokens"), pl.lit(None, pl.String).alias("best"))
         turns = assistant_turns(pl.col("messages"))
         table = table.with_columns(
-            turns.alias("turns"), turn_class(turns).alias("turn_class"), language(pl.col("messages")).alias("language")
-        ).with_columns(length_class(pl.col("tokens")).alias("length"))
+            turns.alias("turns"),
+            turn_class(turns).alias("turn_class"),
+            length_class(pl.col("tokens")).alias("length"),
+        )
         distinct = table.filter("canonical")
         for name, column in (
             ("length", "length"),
             ("turns", "turn_class"),
-            ("language", "language"),
             ("subtask", "best"),
         ):
             _add(tallies[name], distinct[column])
         _add(tallies["source"], distinct["source"])
         for tokens, count in distinct["tokens"].drop_nulls().value_counts().iter_rows():
             lengths[tokens] = lengths.get(tokens, 0) + count
-        kept = ["shard", "row", "tokens", "length", "turns", "turn_class", "language", "copies"]
+        kept = ["shard", "row", "tokens", "length", "turns", "turn_class", "copies"]
         wanted = rows.filter(pl.col("shard") == shard)["row"].to_list()
         facts.append(table.filter(pl.col("row").is_in(wanted)).select(*kept, "source_file", "source_row"))
         done(usable.height)
@@ -337,7 +337,7 @@ def _targets(lineage: Lineage, task: str) -> list[JsonObject]:
     return [
         {
             "subtask": target["subtask"],
-            "messages": [[message["role"], message["content"]] for message in target["messages"]],
+            **page_conversation(target["messages"], target.get("tools")),
             "prefix": target["assistant_prefix"],
             "completion": target["completion"],
         }
@@ -404,7 +404,6 @@ def _composition(selected: pl.DataFrame, pool: _Pool, scored: bool) -> list[Json
         ("subtask", "Subtask helped most", "label", ()),
         ("length", length, "length", LENGTHS),
         ("turns", "Assistant turns", "turn_class", TURNS),
-        ("language", "Language (a guess)", "language", ()),
     ]
     composition = []
     for name, title, column, order in parts:

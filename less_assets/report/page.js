@@ -39,7 +39,6 @@ const FILTERS = [
   ["source", "Source"],
   ["length", "Length"],
   ["turn_class", "Turns"],
-  ["language", "Language"],
   ["certain", "Certainty"],
   ["duplicate", "Near-duplicate"],
 ];
@@ -72,12 +71,18 @@ function keep(place, part) {
   part.forEach((detail, index) => {
     const row = place * perPackage + index;
     details[row] = detail;
-    const spoken = detail.messages.map((message) => message[1]).join("\n");
+    const spoken = detail.messages.map(fullText).join("\n");
     words[row] = `${spoken}\n${columns.id[row]}\n${detail.file}`.toLowerCase();
     const asked = detail.messages.find(([role]) => role === "user") ?? detail.messages[0];
-    previews[row] = [beginning(asked[1]), beginning(detail.messages.at(-1)[1])];
+    previews[row] = [beginning(fullText(asked)), beginning(fullText(detail.messages.at(-1)))];
   });
 }
+
+/** A call as a person reads it; arguments are text or an object. */
+const callText = ({ name, arguments: given }) => `${name}(${typeof given === "string" ? given : JSON.stringify(given ?? {})})`;
+
+/** All that a turn says: its thoughts, its text, its calls. */
+const fullText = ([, text, more]) => [more?.reasoning, text, ...(more?.calls ?? []).map(callText)].filter(Boolean).join("\n");
 
 /** Some text on one line, as much of it as a line can show. */
 const beginning = (text, from = 0) =>
@@ -153,7 +158,6 @@ function headings() {
     ["subtask", "Subtask", "extra muted"],
     ["source", "Source", "extra muted"],
     ["tokens", "Tokens", "number extra muted"],
-    ["language", "Language", "extra muted"],
     ["duplicate", "Nearest", "number extra muted"],
   ];
   return head.scored ? scored : scored.filter(([name]) => !["score", "subtask", "duplicate"].includes(name));
@@ -197,7 +201,8 @@ function said(row) {
 function foundElsewhere(row, visible) {
   const hidden = sought().find((word) => !visible.toLowerCase().includes(word));
   if (hidden === undefined) return null;
-  for (const [, text] of details[row].messages) {
+  for (const turn of details[row].messages) {
+    const text = fullText(turn);
     const place = text.toLowerCase().indexOf(hidden);
     if (place >= 0) return `…${beginning(text, Math.max(0, place - 24))}`;
   }
@@ -472,6 +477,19 @@ function message(role, ...text) {
     make("div", { class: "role" }, role), make("div", { class: "text", dir: "auto" }, ...text));
 }
 
+/** A turn: its role and name, whether it is masked, its thoughts, its text, its calls. */
+function turnOf([role, text, more]) {
+  const shown = message(more?.name ? `${role} ${more.name}` : role, text);
+  if (more?.masked) shown.firstChild.append(" ", make("span", { class: "tag" }, "no loss"));
+  if (more?.reasoning) shown.lastChild.before(make("div", { class: "text thought", dir: "auto" }, more.reasoning));
+  shown.append(...(more?.calls ?? []).map((call) => make("div", { class: "text call", dir: "auto" }, callText(call))));
+  return shown;
+}
+
+/** The tools that a conversation names, folded. */
+const toolsOf = ({ tools }) =>
+  tools ? make("details", { class: "message" }, make("summary", {}, "Tools"), make("div", { class: "text call" }, tools)) : "";
+
 function conversation(detail) {
   const section = make("section", {}, make("div", { class: "head" }, make("h3", {}, "This row")));
   const { heat } = detail;
@@ -479,8 +497,8 @@ function conversation(detail) {
   const strongest = Math.max(1e-12, ...[...turns.values()].flatMap(({ shares }) => shares.map(Math.abs)));
   const body = make("div");
   const draw = (warm) => {
-    body.replaceChildren(...detail.messages.map(([role, text], turn) =>
-      message(role, ...(warm && turns.has(turn) ? warmed(turns.get(turn), strongest, heat.influence) : [text]))));
+    body.replaceChildren(...detail.messages.map((spoken, turn) => warm && turns.has(turn)
+      ? message(spoken[0], ...warmed(turns.get(turn), strongest, heat.influence)) : turnOf(spoken)));
   };
   if (heat) {
     const toggle = make("input", { type: "checkbox", id: "heat", checked: "" });
@@ -488,7 +506,7 @@ function conversation(detail) {
     section.firstChild.append(make("label", {}, toggle, " Token heat"));
   }
   draw(Boolean(heat));
-  section.append(body);
+  section.append(toolsOf(detail), body);
   if (heat) section.append(legend(heat, strongest), strongestTokens(turns));
   return section;
 }
@@ -543,7 +561,7 @@ function nearestTargets(detail) {
     const target = head.targets[number];
     [...tabs.children].forEach((tab, place) => tab.setAttribute("aria-pressed", place === chosen));
     body.replaceChildren(make("p", { class: "hint" }, `${target.subtask}, influence on this example ${signed(influence)}`),
-      ...target.messages.map(([role, text]) => message(role, text)), message("assistant", target.prefix + target.completion));
+      toolsOf(target), ...target.messages.map(turnOf), message("assistant", target.prefix + target.completion));
   };
   detail.targets.forEach(([, influence], place) =>
     tabs.append(make("button", { type: "button", on: { click: () => choose(place) } }, signed(influence))));
@@ -596,7 +614,7 @@ function nearRows(detail) {
       `cosine ${near.cosine.toFixed(3)}`, near.cosine >= head.near_duplicate ? make("span", { class: "tag warn" }, "near-duplicate") : null,
       make("span", { class: "tag" }, near.place === null ? "not on this page" : GROUPS[columns.group[near.place]][0].toLowerCase())));
     const text = make("div", { class: "text", dir: "auto" });
-    const show = (messages) => { text.textContent = messages.map(([role, said]) => `${role}: ${said}`).join("\n"); };
+    const show = (messages) => { text.textContent = messages.map((turn) => `${turn[0]}: ${fullText(turn)}`).join("\n"); };
     if (near.messages) show(near.messages);
     else if (near.place !== null) {
       detailOf(near.place).then(({ messages }) => show(messages));
@@ -615,7 +633,7 @@ function origin(row, detail) {
     ["shard, row", `${detail.shard}, ${detail.row}`],
     ["copies in the pool", whole.format(detail.copies)],
     ["loss tokens", columns.tokens[row] === null ? "–" : whole.format(columns.tokens[row])],
-    ["turns, language", `${columns.turns[row]}, ${columns.language[row]}`],
+    ["assistant turns", whole.format(columns.turns[row])],
     ["selected by others", detail.also.map((place) => head.overlap[place].recipe).join(", ") || "none"],
     ["on the command line", `less-assets explain ${head.task} ${columns.id[row]}`],
     ["its whole lineage", `less-assets trace ${columns.id[row]}`],

@@ -4,6 +4,7 @@ Belongs here: messages, scores, neighbours and token shares of rows, from stored
 of all rows (`contents.py`), or computing anything about a row (`steps/explanations.py`).
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
@@ -12,9 +13,10 @@ import numpy as np
 import polars as pl
 
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.data.conversations import Conversation, Message, carries_loss, full_text, stated
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.rows import messages_of, score_column, scores_of
+from less_assets.reading.rows import conversations_by_id, score_column, scores_of
 from less_assets.reading.selection_cut import score_matrix
 from less_assets.store.tables import read_parquet
 
@@ -44,7 +46,7 @@ class Explanations:
     by_checkpoint: np.ndarray
     neighbours: pl.DataFrame
     tokens: dict[str, dict[str, Any]]
-    near_messages: dict[str, list[Any]]
+    near_messages: dict[str, Conversation]
 
     @classmethod
     def of(
@@ -81,7 +83,7 @@ class Explanations:
             np.stack(by_checkpoint, axis=1),
             neighbours,
             tokens,
-            messages_of(lineage, elsewhere.sort("shard", "row")),
+            conversations_by_id(lineage, elsewhere.sort("shard", "row")),
         )
 
     def nearest_cosine(self) -> list[float | None]:
@@ -116,15 +118,16 @@ class Explanations:
 
     def _near_text(self, near: Mapping[str, Any], *, nearest: bool, many: bool) -> list[list[str]] | None:
         """The beginnings of a neighbour's question and answer, if the page does not hold it and has the room."""
-        messages = self.near_messages.get(near["example_id"])
+        conversation = self.near_messages.get(near["example_id"])
         twin = near["cosine"] >= NEAR_DUPLICATE
-        if messages is None or (many and not nearest and not twin):
+        if conversation is None or (many and not nearest and not twin):
             return None
+        messages = conversation.messages
         question = next((message for message in messages if message["role"] == "user"), messages[0])
         if many and not twin:
             return [[question["role"], _cut_text(question["content"], MANY_CHARACTERS)]]
         return [
-            [message["role"], _cut_text(message["content"], NEIGHBOUR_CHARACTERS)]
+            [message["role"], _cut_text(full_text(message), NEIGHBOUR_CHARACTERS)]
             for message in (question, messages[-1])
         ]
 
@@ -154,12 +157,12 @@ def row_details(
         explained: Of rows that have scores.
         others: Ids that each other recipe selected.
     """
-    messages = messages_of(lineage, rows)
+    conversations = conversations_by_id(lineage, rows)
     places = {example_id: place for place, example_id in enumerate(rows["example_id"])}
     details = []
     for place, row in enumerate(rows.iter_rows(named=True)):
         detail = {
-            "messages": [[message["role"], message["content"]] for message in messages[row["example_id"]]],
+            **page_conversation(*conversations[row["example_id"]]),
             "file": row["source_file"],
             "line": row["source_row"],
             "shard": row["shard"],
@@ -170,6 +173,28 @@ def row_details(
         }
         details.append(detail | (explained.detail(place, row["example_id"], places) if explained else {}))
     return details
+
+
+def page_conversation(messages: list[Message], tools: str | None) -> JsonObject:
+    """Return what the page holds of a conversation.
+
+    Args:
+        messages: The turns; masks count at the assistant's.
+        tools: JSON text of the tools.
+
+    Returns:
+        `messages`: [role, text] of each turn, or [role, text, {`name`, `reasoning`, `calls`, `masked`}] with what else
+        it has; `tools` if there are any.
+    """
+    turns: list[list[Any]] = []
+    for message in map(stated, messages):
+        more: JsonObject = {name: text for name in ("name", "reasoning") if (text := message.get(name))}
+        if calls := message.get("tool_calls"):
+            more["calls"] = [call["function"] for call in json.loads(calls)]
+        if message["role"] == "assistant" and not carries_loss(message):
+            more["masked"] = True
+        turns.append([message["role"], message["content"], *([more] if more else [])])
+    return {"messages": turns, **({"tools": tools} if tools else {})}
 
 
 def _cut_text(text: str, characters: int) -> str:

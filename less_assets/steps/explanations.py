@@ -24,9 +24,9 @@ from less_assets.reading.files import EXACT, INDEX, NEIGHBOURS, REPORT, ROWS, SU
 from less_assets.reading.rows import (
     ROWS_AT_ONCE,
     checkpoint_weights,
+    conversations_by_id,
     feature_reader,
     features_of,
-    messages_of,
     subtask_label,
     target_influence,
 )
@@ -91,9 +91,9 @@ def attribute(work: StepInputs, recipe: ResolvedRecipe, task: str, rows: pl.Data
 
     lineage, model, tokenizer = work.lineage, work.project.model, work.models.tokenizer()
     style: dict[str, Any] = {"chat_format": model.chat_format, "max_length": model.max_length}
-    messages = messages_of(lineage, rows)
-    examples = [encode_messages(name, messages[name], tokenizer, **style) for name in rows["example_id"]]
-    words = [loss_token_texts(messages[name], tokenizer, **style) for name in rows["example_id"]]
+    said = {name: conversation.messages for name, conversation in conversations_by_id(lineage, rows).items()}
+    examples = [encode_messages(name, said[name], tokenizer, **style) for name in rows["example_id"]]
+    words = [loss_token_texts(said[name], tokenizer, **style) for name in rows["example_id"]]
     table = rows.select(
         "example_id",
         subtask_label(lineage, task).alias("subtask"),

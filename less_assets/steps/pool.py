@@ -1,6 +1,6 @@
 """The base model and the instruction pool: read, normalised, indexed.
 
-Belongs here: wiring only. Formats are `method/data/examples.py`, files and shards `lineage/pool_files.py`.
+Belongs here: wiring only. Formats are `method/data/row_formats.py`, files and shards `lineage/pool_files.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,8 @@ def record_base_model(work: StepInputs) -> StepResult:
 
 def read_shard(work: StepInputs) -> StepResult:
     """Read the rows of a shard, normalise them and quarantine the bad ones."""
-    from less_assets.method.data.examples import is_very_short, pool_table, read_rows
+    from less_assets.method.data.conversations import is_very_short
+    from less_assets.method.data.examples import pool_table, read_rows
 
     shard = work.lineage.pool_files.shard(work.partition)
     source = work.project.source(shard.source)

@@ -31,6 +31,7 @@ from less_assets.reading.files import (
     TARGET_FEATURES,
     score_file,
 )
+from less_assets.reading.rows import conversations_of
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import (
     influence_is_real,
@@ -122,7 +123,7 @@ def resolve_recipe(work: StepInputs) -> StepResult:
 
 def select_subset(work: StepInputs) -> StepResult:
     """Rank the pool by the recipe, cut at the budget, and add the messages."""
-    from less_assets.method.data.examples import is_very_short
+    from less_assets.method.data.conversations import for_trainers, is_very_short
 
     recipe_key, task = split(work.partition)
     recipe = work.project.recipe(recipe_key)
@@ -146,8 +147,13 @@ def select_subset(work: StepInputs) -> StepResult:
             write_parquet(work.folder, PASSED_OVER, selection.passed_over)
     write_parquet(work.folder, SUBSET, table)
     lines = [
-        json.dumps(row, ensure_ascii=False)
-        for row in table.select("example_id", "source", "rank", "score", "messages").iter_rows(named=True)
+        json.dumps(row | for_trainers(messages, tools), ensure_ascii=False)
+        for row, messages, tools in zip(
+            table.select("example_id", "source", "rank", "score").iter_rows(named=True),
+            table["messages"],
+            table["tools"],
+            strict=True,
+        )
     ]
     work.folder.write_bytes(SUBSET_JSONL, "".join(f"{text}\n" for text in lines).encode())
     pool_sources = work.lineage.summary("pool_index")["sources"] if selection else {}
@@ -187,14 +193,14 @@ def _subset_schema() -> pl.Schema:
     from less_assets.method.data.examples import POOL_SCHEMA
     from less_assets.method.selection.selection import SELECTION_SCHEMA
 
-    return pl.Schema({**SELECTION_SCHEMA, "messages": POOL_SCHEMA["messages"]})
+    return pl.Schema({**SELECTION_SCHEMA, "messages": POOL_SCHEMA["messages"], "tools": POOL_SCHEMA["tools"]})
 
 
 def _with_messages(lineage: Lineage, ranked: pl.DataFrame) -> pl.DataFrame:
-    """Add each selected row's messages, by id."""
+    """Add each selected row's messages and tools, by id."""
     parts = []
     for shard in ranked["shard"].unique(maintain_order=True):
-        table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+        table = conversations_of(lineage, shard)
         wanted = ranked.filter(pl.col("shard") == shard)
         parts.append(wanted.join(table.unique("example_id"), on="example_id", how="left"))
     return pl.concat(parts).sort("rank") if parts else pl.DataFrame(schema=_subset_schema())

@@ -39,7 +39,7 @@ def read_task(work: StepInputs) -> StepResult:
     if table.is_empty():
         raise TargetFormatError("The task has no target examples.", where=work.partition)
     write_parquet(work.folder, TARGETS, table)
-    examples_digest = digest([list(map(str, row)) for row in table.rows()])
+    examples_digest = digest([_digest_fields(row) for row in table.iter_rows(named=True)])
     settings = work.project.task_settings(work.partition)
     files = dict(work.lineage.plan("target_examples", work.partition).inputs)
     evaluation_digest = digest([_evaluation_files(member) for member in members] + [settings])
@@ -51,6 +51,15 @@ def read_task(work: StepInputs) -> StepResult:
         "evaluation_digest": evaluation_digest,
     }
     return StepResult(summary, data_version=digest([examples_digest, evaluation_digest, files, settings]))
+
+
+def _digest_fields(row: dict[str, Any]) -> list[str]:
+    """A row without what it leaves open, so that a column more does not make other examples of plain ones."""
+    from less_assets.method.data.conversations import stated
+
+    tools = row.pop("tools")
+    row["messages"] = [stated(message) for message in row["messages"]]
+    return [*map(str, row.values()), *([tools] if tools else [])]
 
 
 def _evaluation_files(member: Task) -> list[str]:

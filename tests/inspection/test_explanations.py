@@ -15,6 +15,7 @@ from less_assets.errors import LessAssetsError, PoolFormatError
 from less_assets.inspection.explain import explain_row, explain_text, in_words, parse_row
 from less_assets.inspection.trace import trace_row
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.data.conversations import stated
 from less_assets.method.selection.fidelity import Judgement
 from less_assets.method.selection.influence import normalised_weights
 from less_assets.project.project import load_project
@@ -227,9 +228,9 @@ def test_a_row_given_as_text_scores_as_it_does_in_the_pool(lineage, subset):
 
 def test_a_row_is_parsed_from_text_or_json():
     expected = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because.\n\nSo."}]
-    assert parse_row("Why?\n\nBecause.\n\nSo.\n") == expected
-    assert parse_row(json.dumps(expected)) == expected
-    assert parse_row('{"instruction": "Why?", "output": "Because.\\n\\nSo."}') == expected
+    assert parse_row("Why?\n\nBecause.\n\nSo.\n").messages == expected
+    assert parse_row(json.dumps(expected)).messages == expected
+    assert parse_row('{"instruction": "Why?", "output": "Because.\\n\\nSo."}').messages == expected
     for wrong in ("no answer", "[1]", '{"a": 1}', "{", ""):
         with pytest.raises(PoolFormatError, match=r"row|JSON"):
             parse_row(wrong)
@@ -252,7 +253,7 @@ def test_trace_leads_to_the_line_of_the_file_and_to_who_selected_it(lineage, sub
     assert [place["counts"] for place in found["places"]] == [True, False], "the last line of the file is a copy"
     for place in found["places"]:
         text = (explained_project.parent / place["file"]).read_bytes().splitlines()[place["line"] - 1]
-        assert json.loads(text)["messages"] == first["messages"]
+        assert json.loads(text)["messages"] == [stated(turn) for turn in first["messages"]]
     selected = {each["recipe"]: each.get("selected") for each in found["selections"]}
     assert selected["less"] == (first["example_id"] in subset["example_id"])
     for each in found["gradients"]:

@@ -1,11 +1,14 @@
 """What `less-assets check` finds in the data that a project names."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from less_assets.project.data_check import check_data, skipped_files
+from less_assets.cli import app
+from less_assets.project.data_check import check_data, skipped_files, unknown_keys_in_words
 from less_assets.project.project import load_project
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -169,3 +172,21 @@ def test_the_real_data_in_lesss_own_formats_are_usable(tmp_path: Path):
     lines += ["recipes:", "  - {name: less, strategy: less, fraction: 0.05}"]
     (tmp_path / "real.yaml").write_text("\n".join(lines))
     assert check_data(load_project(tmp_path / "real.yaml")) == []
+
+
+def test_keys_that_are_not_used_are_counted_by_source(folder: Path):
+    write_rows(
+        folder / "good.jsonl", GOOD, {**GOOD, "mood": "glad", "id": 1}, {**GOOD, "mood": "sad", "shape": "round"}
+    )
+    unknown: dict[str, Counter[str]] = {}
+    assert check_data(load_project(folder / "project.yaml"), unknown) == []
+    assert unknown == {"good": {"mood": 2, "shape": 1}}
+    (line,) = unknown_keys_in_words(unknown)
+    assert "source good" in line
+    assert "in the rows looked at" in line
+    assert "mood (2), shape (1)" in line
+    many = Counter({f"key{number}": 1 for number in range(12)})
+    assert unknown_keys_in_words({"a": many, "b": Counter()})[0].endswith("key9 (1) and 2 more")
+    result = CliRunner().invoke(app, ["check", "--project", str(folder / "project.yaml")])
+    assert result.exit_code == 0, result.output
+    assert line in result.output

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
@@ -39,8 +40,17 @@ from less_assets.errors import (
 from less_assets.lineage.plan import ArtifactPlan
 from less_assets.lineage.pool_files import LEDGER_FILE, PoolFiles
 from less_assets.method.data.chat import IGNORED, encode_messages, encode_target
-from less_assets.method.data.examples import ROLES, ROW_STATUSES, example_id, read_rows
+from less_assets.method.data.conversations import ROLES, Conversation, example_id, for_trainers, stated
+from less_assets.method.data.examples import read_rows
 from less_assets.method.data.row_files import count_rows, scan_ranges
+from less_assets.method.data.row_formats import (
+    MASK_KEYS,
+    REASONING_KEYS,
+    ROW_STATUSES,
+    UNSUPPORTED_ROW_KEYS,
+    UNSUPPORTED_TURN_KEYS,
+    normalize,
+)
 from less_assets.method.data.targets import TargetExample, read_evaluation, read_targets, target_table
 from less_assets.project.project import parse_project
 from less_assets.store.artifacts import ArtifactStore
@@ -138,6 +148,18 @@ RECORDS: list[dict[str, Any]] = [
     {"instruction": "Add", "input": "1, 2", "output": "3"},
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     {"messages": [*TURNS, {"role": "tool", "content": ""}]},
+    {"messages": [TURNS[0], {**TURNS[1], "weight": 1, "reasoning_content": "half", "name": "A"}], "loss_mask": [0, 1]},
+    {
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "Hi"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "1"},
+            {"from": "gpt", "value": "One"},
+        ],
+    },
+    {"instruction": "And?", "output": "Then.", "history": [["First?", "First."]], "label": False},
 ]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 TABLE = b'instruction,input,output\nAdd,"1, 2",3\n"Say ""hi""",,"hi\nthere"\nx,y,z\n'
@@ -168,10 +190,80 @@ def check_pool(suffix: str) -> Callable[[bytes], None]:
         assert len(found) == rows
         assert [row["source_row"] for row in found] == list(range(1, rows + 1))
         for row in found:
-            assert row["status"] in ROW_STATUSES
+            assert row["status"].partition(":")[0] in ROW_STATUSES
             assert (row["status"] == "ok") == (row["messages"] is not None) == (row["example_id"] is not None)
 
     return check
+
+
+# Keys that mean something, with values of every kind: as they should be, almost so, and anything else.
+_WORD = st.sampled_from(["", " ", "q", "a\0b", "\u2028", "½", "[]", "null", "0", "\ud800"]) | st.text(max_size=4)
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | _WORD,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_WORD, inner, max_size=3),
+    max_leaves=5,
+)
+_CALL = st.fixed_dictionaries(
+    {}, optional={"type": st.just("function"), "id": _WORD, "name": _WORD, "arguments": _ANY, "function": _ANY}
+) | st.builds(lambda name, given: {"function": {"name": name, "arguments": given}}, _WORD, _ANY)
+_TOOLS = st.lists(_CALL, max_size=2) | st.lists(_CALL, max_size=2).map(json.dumps) | _ANY
+_PART = st.fixed_dictionaries({"type": st.sampled_from(["text", "image"]), "text": _WORD}) | _ANY
+_TURN_FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "role": st.sampled_from([*ROLES, "function", "human"]),
+    "content": st.lists(_PART, max_size=2) | _ANY,
+    **dict.fromkeys(MASK_KEYS, st.sampled_from([0, 1, True, False, 0.5]) | _ANY),
+    **dict.fromkeys(REASONING_KEYS, _WORD | _ANY),
+    **dict.fromkeys(UNSUPPORTED_TURN_KEYS, st.just([]) | _ANY),
+    **{"tool_calls": _TOOLS, "function_call": _CALL, "tool_call_id": _WORD, "name": _WORD},
+}
+
+
+def _some_of(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """None, one or two of the fields."""
+    names = st.lists(st.sampled_from(sorted(fields)), max_size=2, unique=True)
+    return names.flatmap(lambda chosen: st.fixed_dictionaries({name: fields[name] for name in chosen}))
+
+
+_TURN = st.builds(lambda turn, more: turn | more, st.sampled_from(TURNS), _some_of(_TURN_FIELDS))
+_TURNS = st.lists(_TURN, max_size=3).map(lambda turns: [*TURNS, *turns]) | st.lists(_TURN, max_size=4) | _ANY
+_SHARED_TURN = st.fixed_dictionaries(
+    {"from": st.sampled_from(["human", "gpt", "system", "observation", "function_call"]), "value": _WORD | _CALL | _ANY}
+)
+_ROW_FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    **dict.fromkeys(("messages", "prompt", "completion"), _TURNS),
+    **dict.fromkeys(("instruction", "input", "output", "response", "system", "system_prompt"), _WORD | _ANY),
+    **dict.fromkeys(("tools", "functions"), _TOOLS),
+    **dict.fromkeys(UNSUPPORTED_ROW_KEYS[:3], st.just([]) | _ANY),
+    **dict.fromkeys(("label", "weight", "loss", "mood"), _ANY),
+    "conversations": st.lists(_SHARED_TURN, max_size=4).map(lambda turns: [*RECORDS[3]["conversations"], *turns])
+    | _ANY,
+    "history": st.lists(st.lists(_WORD, min_size=2, max_size=2), max_size=2) | _ANY,
+    "loss_mask": st.lists(st.integers(0, 1), min_size=2, max_size=5) | _ANY,
+}
+ROW = st.builds(
+    lambda row, more: row | more,
+    st.sampled_from(RECORDS) | st.builds(lambda turns: {"messages": turns}, _TURNS) | st.just({}),
+    _some_of(_ROW_FIELDS),
+)
+
+
+def check_row(record: dict[str, Any]) -> None:
+    """Any object is a conversation or has a known reason; a conversation is the same after Parquet and after export."""
+    folder = scratch()
+    (folder / "row.jsonl").write_text(json.dumps(record) + "\n")
+    (table,) = read_rows(str(folder / "row.jsonl"), "fuzz")
+    table.write_parquet(folder / "row.parquet")
+    (row,) = pl.read_parquet(folder / "row.parquet").iter_rows(named=True)
+    assert row["status"].partition(":")[0] in ROW_STATUSES
+    if row["status"] != "ok":
+        assert row["detail"]
+        assert row["messages"] is row["tools"] is row["example_id"] is None
+        return
+    conversation = normalize(json.loads(json.dumps(record)))
+    stored = Conversation([stated(turn) for turn in row["messages"]], row["tools"])
+    assert stored == conversation
+    assert row["example_id"] == example_id(*stored)
+    assert normalize(json.loads(json.dumps(for_trainers(*stored)))) == conversation
 
 
 # ---- project file ----
@@ -474,6 +566,7 @@ def properties() -> dict[str, Property]:
         "pool: bzip2": Property(edits_of(bz2.compress(LINES)), check_pool(".jsonl.bz2")),
         "pool: xz": Property(edits_of(lzma.compress(LINES)), check_pool(".jsonl.xz")),
         "pool: Parquet": Property(edits_of(parquet_bytes()), check_pool(".parquet")),
+        "pool: any row": Property(ROW, check_row),
         "project file": Property(edits_of(*projects), check_project),
         "chat": Property(CHAT, check_chat),
         "targets": Property(targets, check_targets),

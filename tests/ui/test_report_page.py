@@ -280,3 +280,27 @@ def test_a_link_opens_its_row(open_page, explained_project):
     other.wait_for_selector("#detail-body section")
     assert other.locator("#detail-title").inner_text() == "Rank 3"
     other.close()
+
+
+def test_thoughts_calls_tools_and_masked_turns_are_shown_and_found(open_page):
+    page = open_page()
+    turns = [
+        ["user", "2 + 2?"],
+        [
+            "assistant",
+            "",
+            {"masked": True, "reasoning": "two and two", "calls": [{"name": "add", "arguments": {"a": 2}}]},
+        ],
+        ["tool", "4", {"name": "add"}],
+        ["assistant", "Four."],
+    ]
+    page.evaluate(
+        "([turns, tools]) => Object.assign(details[shown[0]], {messages: turns, tools, heat: null})", [turns, "[1]"]
+    )
+    page.locator(".body .line").first.click()
+    roles = page.locator("#detail-body section").first.locator(".role").all_inner_texts()
+    assert roles == ["user", "assistant no loss", "tool add", "assistant"]
+    row = page.locator("#detail-body section").first
+    assert row.locator(".thought").inner_text() == "two and two"
+    assert row.locator(".message .call").last.inner_text() == 'add({"a":2})'
+    assert row.locator("summary").inner_text() == "Tools"

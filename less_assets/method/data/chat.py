@@ -15,7 +15,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from less_assets.errors import ChatFormatError, TargetFormatError
-from less_assets.method.data.examples import Message
+from less_assets.method.data.conversations import Message
 
 if TYPE_CHECKING:
     from less_assets.method.data.targets import TargetExample

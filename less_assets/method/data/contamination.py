@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from less_assets.method.data.examples import Message, example_id
+from less_assets.method.data.conversations import Message, example_id, full_text
 from less_assets.method.data.targets import EvaluationExample, TargetExample
 
 NGRAM = 13
@@ -57,7 +57,7 @@ class EvaluatedRows:
         rows_with: Counter[int] = Counter()
         for place, each in enumerate(examples):
             answer = Message(role="assistant", content=each.assistant_prefix + each.completion)
-            self._ids.setdefault(example_id([*each.messages, answer]), place)
+            self._ids.setdefault(example_id([*each.messages, answer], each.tools), place)
             grams = _ngrams([*self._questions[place], *_words(each.completion)])
             rows_with.update(grams)
             for gram in grams:
@@ -80,7 +80,7 @@ class EvaluatedRows:
         for row_id, messages in rows:
             exact = self._ids.get(row_id)
             touched = {exact} if exact is not None else set()
-            text = _words(" ".join(turn["content"] for turn in messages))
+            text = _words(" ".join(map(full_text, messages)))
             touched |= {self._ngrams[gram] for gram in _ngrams(text) if gram in self._ngrams}
             if touched:
                 self._exact += exact is not None

@@ -43,7 +43,7 @@ def _rows(batches: Iterable[pa.RecordBatch], start: int, first_row: int) -> Iter
             elif size > raw_rows.MAX_ROW_BYTES:
                 yield RawRow(number, None, "too_large", too_large(size))
             else:
-                yield RawRow(number, record)
+                yield RawRow(number, _stated(record))
         start += batch.num_rows
 
 
@@ -134,6 +134,16 @@ def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str
                 yield batch.slice(row, 1).to_pylist()[0], None
             except UnicodeDecodeError as error:
                 yield None, f"a string is not UTF-8: {error.reason}"
+
+
+def _stated(value: Any) -> Any:
+    """A value without the null fields of its objects: a column has one type, so that each row has all rows' fields.
+
+    Else a call to one tool would have the arguments of every other, as null.
+    """
+    if isinstance(value, dict):
+        return {name: _stated(inner) for name, inner in value.items() if inner is not None}
+    return list(map(_stated, value)) if isinstance(value, list) else value
 
 
 def _text_size(value: Any) -> int:

@@ -11,17 +11,28 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import polars as pl
 from upath import UPath
 
 from less_assets.errors import PoolFormatError, TargetFormatError
-from less_assets.method.data.examples import MESSAGES_TYPE, Message, UnusableRowError, example_id, normalize
+from less_assets.method.data.conversations import (
+    MESSAGES_TYPE,
+    Conversation,
+    Message,
+    example_id,
+    stated,
+    with_all_fields,
+)
 from less_assets.method.data.row_files import list_files, read_raw
+from less_assets.method.data.row_formats import UnusableRowError, normalize
+from less_assets.method.data.tydiqa_words import TYDIQA_WORDS
 from less_assets.method.evaluation.answers import RuleName
+
+Example = TypeVar("Example", "TargetExample", "EvaluationExample")
 
 TargetFormat = Literal["bbh", "mmlu", "tydiqa", "gsm8k", "messages"]
 
@@ -32,52 +43,10 @@ TARGET_SCHEMA = pl.Schema(
         "messages": MESSAGES_TYPE,
         "assistant_prefix": pl.String(),
         "completion": pl.String(),
+        "tools": pl.String(),
     }
 )
 """Columns of a table of target examples; see `TargetExample`."""
-
-# Instruction, passage, question and answer words of open-instruct's TyDiQA prompts, which LESS uses.
-TYDIQA_WORDS = {
-    "english": (
-        "Answer the following question based on the information in the given passage.",
-        "Passage:",
-        "Question:",
-        "Answer:",
-    ),
-    "arabic": (
-        "أجب على السؤال التالي بناءً على المعلومات في المقطع المعطى.",
-        "المقطع:",
-        "السؤال:",
-        "الإجابة:",
-    ),
-    "bengali": ("প্রদত্ত অধ্যায়ের তথ্যের উপর ভিত্তি করে নিম্নলিখিত প্রশ্নের উত্তর দিন।", "অধ্যায়:", "প্রশ্ন:", "উত্তর:"),
-    "finnish": (
-        "Vastaa seuraavaan kysymykseen annetun kappaleen tiedon perusteella.",
-        "Kappale:",
-        "Kysymys:",
-        "Vastaus:",
-    ),
-    "indonesian": (
-        "Jawab pertanyaan berikut berdasarkan informasi di bagian yang diberikan.",
-        "Bagian:",
-        "Pertanyaan:",
-        "Jawaban:",
-    ),
-    "korean": ("주어진 문단의 정보에 기반하여 다음 질문에 답하십시오.", "문단:", "질문:", "답변:"),
-    "russian": (
-        "Ответьте на следующий вопрос на основе информации в данном отрывке.",
-        "Отрывок:",
-        "Вопрос:",
-        "Ответ:",
-    ),
-    "swahili": (
-        "Jibu swali lifuatalo kulingana na habari kwenye kifungu kilichotolewa.",
-        "Kifungu:",
-        "Swali:",
-        "Jibu:",
-    ),
-    "telugu": ("ఇచ్చిన పేరాలోని సమాచారం ఆధారంగా కింది ప్రశ్నకు సమాధానం ఇవ్వండి.", "పేరా:", "ప్రశ్న:", "సమాధానం:"),
-}
 
 _CHOICES = "ABCD"
 
@@ -93,6 +62,7 @@ class TargetExample:
         messages: The turns before the final assistant turn; the last one is the user's.
         assistant_prefix: How the final assistant turn starts, without loss; may be empty.
         completion: The rest of that turn, with loss and without an end token.
+        tools: JSON text of the tool schemas that the conversation names; None: there are none.
     """
 
     example_id: str
@@ -100,6 +70,7 @@ class TargetExample:
     messages: list[Message]
     assistant_prefix: str
     completion: str
+    tools: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +87,7 @@ class EvaluationExample:
         completion: What a right continuation of the prompt looks like, for the held-out loss: the worked answer where
             the file has one, else the first answer in the form of the task's target examples.
         choices: Continuations to compare by likelihood, in the order A, B, …; empty where an answer is generated.
+        tools: As in `TargetExample`.
     """
 
     example_id: str
@@ -126,6 +98,7 @@ class EvaluationExample:
     metric: RuleName
     completion: str
     choices: tuple[str, ...] = ()
+    tools: str | None = None
 
 
 def read_targets(format: TargetFormat, path: str) -> list[TargetExample]:
@@ -167,9 +140,10 @@ def targets_from_table(table: pl.DataFrame) -> list[TargetExample]:
     """Return the examples of a table with `TARGET_SCHEMA`.
 
     Args:
-        table: As written by `target_table`.
+        table: As written by `target_table`, also by a version that knew neither tools nor masks.
     """
-    return [TargetExample(**row) for row in table.select(list(TARGET_SCHEMA)).iter_rows(named=True)]
+    rows = with_all_fields(table).select(list(TARGET_SCHEMA)).iter_rows(named=True)
+    return [TargetExample(**row | {"messages": [stated(turn) for turn in row["messages"]]}) for row in rows]
 
 
 def read_evaluation(
@@ -211,13 +185,15 @@ def read_evaluation(
     return examples
 
 
-def _row(example: TargetExample) -> tuple:
-    return (example.example_id, example.subtask, example.messages, example.assistant_prefix, example.completion)
+def _row(example: TargetExample) -> tuple[object, ...]:
+    return tuple(getattr(example, name) for name in TARGET_SCHEMA)
 
 
-def _target(subtask: str, messages: list[Message], assistant_prefix: str, completion: str) -> TargetExample:
+def _target(
+    subtask: str, messages: list[Message], assistant_prefix: str, completion: str, tools: str | None = None
+) -> TargetExample:
     whole = [*messages, Message(role="assistant", content=assistant_prefix + completion)]
-    return TargetExample(example_id(whole), subtask, messages, assistant_prefix, completion)
+    return TargetExample(example_id(whole, tools), subtask, messages, assistant_prefix, completion, tools)
 
 
 def _question(
@@ -228,10 +204,12 @@ def _question(
     metric: RuleName,
     completion: str,
     choices: Sequence[str] = (),
+    tools: str | None = None,
 ) -> EvaluationExample:
     whole = [*messages, Message(role="assistant", content=f"{assistant_prefix} {answers[0]}")]
+    name = example_id(whole, tools)
     return EvaluationExample(
-        example_id(whole), subtask, messages, assistant_prefix, list(answers), metric, completion, tuple(choices)
+        name, subtask, messages, assistant_prefix, list(answers), metric, completion, tuple(choices), tools
     )
 
 
@@ -242,7 +220,7 @@ def _user(content: str) -> list[Message]:
 # ---- files ----
 
 
-def _reader(format: str, readers: dict[str, Callable]) -> Callable:
+def _reader(format: str, readers: Mapping[str, Callable[..., Iterable[Example]]]) -> Callable[..., Iterable[Example]]:
     if format not in readers:
         raise TargetFormatError(f"There is no target format {format!r}.", fix=f"one of: {', '.join(readers)}")
     return readers[format]
@@ -545,30 +523,40 @@ def _records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise TargetFormatError(error.what, where=error.where, fix=error.fix) from error
 
 
-def _conversations(path: str) -> Iterator[tuple[str, list[Message], str]]:
-    """Yield (subtask, turns before the last, text of the last turn)."""
+def _conversations(path: str) -> Iterator[tuple[str, Conversation, str]]:
+    """Yield (subtask, conversation before the last turn, text of the last turn)."""
     for where, record in _records(path):
         try:
-            messages = normalize(record)
+            messages, tools = normalize(record)
         except UnusableRowError as problem:
-            raise TargetFormatError(f"An example cannot be used: {problem}", where=where) from problem
-        if messages[-1]["role"] != "assistant" or len(messages) < 2 or messages[-2]["role"] != "user":
-            raise TargetFormatError("The last two turns must be the user's and the assistant's.", where=where)
+            raise TargetFormatError(f"An example cannot be used: {problem.status}: {problem}", where=where) from problem
+        if messages[-1]["role"] != "assistant" or len(messages) < 2 or messages[-2]["role"] not in ("user", "tool"):
+            raise TargetFormatError(
+                "The last two turns must be the user's or a tool's, and the assistant's.", where=where
+            )
+        if more := stated(messages[-1]).keys() - {"role", "content", "name"}:
+            raise TargetFormatError(
+                f"The last turn of an example has {' and '.join(sorted(more))}; its text alone is what is wanted.",
+                where=where,
+                fix="end the example with a turn that is text and carries loss",
+            )
         subtask = record.get("subtask")
         if subtask is not None and not isinstance(subtask, str):
             raise TargetFormatError("`subtask` must be text.", where=where)
-        yield subtask or "all", messages[:-1], messages[-1]["content"]
+        # Nothing before the last turn carries loss, so that masks say nothing there.
+        before = [stated(turn | {"train": None}) for turn in messages[:-1]]
+        yield subtask or "all", Conversation(before, tools), messages[-1]["content"]
 
 
 def _message_targets(path: str) -> Iterator[TargetExample]:
-    for subtask, messages, completion in _conversations(path):
-        yield _target(subtask, messages, "", completion)
+    for subtask, (messages, tools), completion in _conversations(path):
+        yield _target(subtask, messages, "", completion, tools)
 
 
 def _message_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[EvaluationExample]:
     del shots_path, few_shot  # prompts are taken as they stand in the file
-    for subtask, messages, completion in _conversations(path):
-        yield _question(subtask, messages, "", [completion], "exact_match", completion)
+    for subtask, (messages, tools), completion in _conversations(path):
+        yield _question(subtask, messages, "", [completion], "exact_match", completion, tools=tools)
 
 
 _TARGET_READERS: dict[str, Callable[[str], Iterable[TargetExample]]] = {

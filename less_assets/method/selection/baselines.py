@@ -22,7 +22,7 @@ from less_assets.method.data.chat import IGNORED
 
 if TYPE_CHECKING:
     from less_assets.method.data.chat import EncodedExample
-    from less_assets.method.data.examples import Message
+    from less_assets.method.data.conversations import Message
 
 NGRAM_BUCKETS = 10_000
 # Words, and runs of what is neither letter nor space, as NLTK's wordpunct_tokenize cuts, which DSIR uses.
@@ -40,7 +40,9 @@ def text_of(messages: Sequence[Message]) -> str:
     Args:
         messages: The turns.
     """
-    return "\n".join(message["content"] for message in messages)
+    from less_assets.method.data.conversations import full_text
+
+    return "\n".join(map(full_text, messages))
 
 
 # ---- BM25 ----

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from less_assets.errors import ChatFormatError, TargetFormatError
 from less_assets.method.data.chat import IGNORED, encode_messages, encode_prompt, encode_target, loss_token_texts
-from less_assets.method.data.examples import ROLES, example_id
+from less_assets.method.data.conversations import ROLES, example_id
 from less_assets.method.data.targets import TargetExample
 
 CHATML = (

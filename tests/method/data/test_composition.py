@@ -1,35 +1,15 @@
-"""Guesses about what rows are made of."""
+"""What rows are made of."""
 
 import polars as pl
-import pytest
 
 from less_assets.method.data.composition import (
     LENGTHS,
     TURNS,
     assistant_turns,
-    language,
     length_class,
     turn_class,
 )
-from less_assets.method.data.examples import MESSAGES_TYPE
-
-TEXTS = {
-    "English": "What is the capital of the country that you are in?",
-    "German": "Wie heißt der höchste Berg und wo ist das?",
-    "Finnish": "Mikä on Suomen pääkaupunki ja mikä se oli?",
-    "Swahili": "Mji mkuu wa Kenya ni nini kwa sasa na ya nani?",
-    "Indonesian": "Apa ibu kota negara yang besar dan indah ini?",
-    "Cyrillic": "Какая столица Франции?",
-    "Arabic": "ما هي عاصمة فرنسا؟",
-    "Bengali": "ফ্রান্সের রাজধানী কী?",
-    "Telugu": "ఫ్రాన్స్ రాజధాని ఏది?",
-    "Korean": "프랑스의 수도는 어디입니까?",
-    "Japanese": "フランスの首都はどこですか。東京都",
-    "Chinese": "法国的首都是哪里",
-    "Latin script": "Zxqv Brrt",
-    "no letters": "12 + 30 = 42",
-    "several scripts": "abc где 首都是 αβγ",
-}
+from less_assets.method.data.conversations import MESSAGES_TYPE
 
 
 def messages(*contents: str) -> list:
@@ -38,20 +18,6 @@ def messages(*contents: str) -> list:
 
 def column(rows: list) -> pl.DataFrame:
     return pl.DataFrame({"messages": pl.Series(rows, dtype=MESSAGES_TYPE)})
-
-
-@pytest.mark.parametrize("name", TEXTS)
-def test_language_by_script_and_short_words(name):
-    found = column([messages(TEXTS[name])]).select(language(pl.col("messages"))).to_series()
-    assert found.to_list() == [name]
-
-
-def test_a_row_of_code_in_english_is_english():
-    text = "What is the output of this?\n```python\nfor i in range(3): print(i)\n```"
-    assert (
-        column([messages(text, "It is the list of the numbers.")]).select(language(pl.col("messages"))).item()
-        == "English"
-    )
 
 
 def test_turns_and_lengths_fall_into_named_classes():

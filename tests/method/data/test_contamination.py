@@ -3,7 +3,7 @@
 import json
 
 from less_assets.method.data.contamination import COMMON_ROWS, EvaluatedRows
-from less_assets.method.data.examples import example_id
+from less_assets.method.data.conversations import example_id
 from less_assets.method.data.targets import EvaluationExample, TargetExample, read_evaluation, read_targets
 
 STORY = "the old clock in the hall of our house struck nine times before anybody noticed that the door was open"

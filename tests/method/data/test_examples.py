@@ -1,32 +1,19 @@
-"""Pool rows: every format is recognised, every bad row has its reason, good rows are never disturbed by bad ones."""
+"""Files of rows as tables: good rows are never disturbed by bad ones, and every bad row has its reason."""
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from less_assets.method.data.examples import (
-    POOL_SCHEMA,
-    ROLES,
-    ROW_STATUSES,
-    UnusableRowError,
-    detect_format,
-    example_id,
-    normalize,
-    pool_table,
-    read_rows,
-)
+from less_assets.method.data.conversations import example_id, stated
+from less_assets.method.data.examples import POOL_SCHEMA, pool_table, read_rows
 from less_assets.method.data.row_files import count_rows
 
 ASKED = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 SHARED_POOL = Path(__file__).parents[3].parent / "shared" / "data" / "pool"
-
-text = st.text(st.characters(codec="utf-8"), max_size=12)
-message = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": text})
 
 
 @pytest.fixture(scope="module")
@@ -36,140 +23,6 @@ def folder(tmp_path_factory):
 
 def table(path, **options) -> pl.DataFrame:
     return pl.concat([pool_table([]), *read_rows(str(path), "source", **options)])
-
-
-# ---- ids ----
-
-
-def test_the_id_is_blake2b_128_of_the_canonical_json():
-    # python -c "hashlib.blake2b(b'[[\"user\",\"2 + 2?\"],[\"assistant\",\"4\"]]', digest_size=16).hexdigest()"
-    assert example_id(ASKED) == "9714376c5b51937fc224ec91666187af"
-
-
-def test_the_id_ignores_what_is_not_role_or_content_but_not_a_space():
-    assert example_id([{"content": "2 + 2?", "role": "user", "name": "Ann"}, ASKED[1]]) == example_id(ASKED)
-    assert example_id([{"role": "user", "content": "2 + 2? "}, ASKED[1]]) != example_id(ASKED)
-
-
-@given(st.lists(message, max_size=3), st.lists(message, max_size=3))
-def test_ids_are_equal_exactly_if_the_turns_are(first, second):
-    assert (example_id(first) == example_id(second)) == (first == second)
-
-
-# ---- formats ----
-
-
-@pytest.mark.parametrize(
-    ("record", "format"),
-    [
-        ({"messages": ASKED, "id": "7"}, "messages"),
-        ({"messages": json.dumps(ASKED)}, "messages"),
-        ({"prompt": "2 + 2?", "completion": "4"}, "prompt_completion"),
-        ({"prompt": ASKED[:1], "completion": ASKED[1:]}, "prompt_completion"),
-        ({"instruction": "2 + 2?", "output": "4"}, "alpaca"),
-        ({"instruction": "2 + 2?", "input": "", "output": "4"}, "alpaca"),
-        ({"instruction": "2 + 2?", "context": None, "response": "4", "category": "qa"}, "alpaca"),
-        ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, "sharegpt"),
-        ({"conversations": ASKED}, "sharegpt"),
-        ({"messages": None, "prompt": "2 + 2?", "completion": "4"}, "prompt_completion"),
-    ],
-)
-def test_every_format_is_detected_and_can_be_stated(record, format):
-    assert detect_format(record) == format
-    assert normalize(record) == normalize(record, format) == ASKED
-
-
-def test_alpaca_input_follows_the_instruction_after_a_blank_line():
-    messages = normalize({"instruction": "Translate.", "input": "Guten Tag", "output": "Good day"})
-    assert messages[0] == {"role": "user", "content": "Translate.\n\nGuten Tag"}
-
-
-def test_text_is_not_changed():
-    messages = normalize({"prompt": "  2 + 2?\n", "completion": "\t4 "})
-    assert [each["content"] for each in messages] == ["  2 + 2?\n", "\t4 "]
-
-
-def test_extra_keys_of_turns_are_left_out():
-    turns = [{**ASKED[0], "name": "Ann"}, {**ASKED[1], "tool_calls": None}]
-    assert normalize({"messages": turns}) == ASKED
-
-
-def test_sharegpt_words_for_roles_are_known():
-    words = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "model": "assistant"}
-    turns = [{"from": word, "value": "x"} for word in words]
-    assert [turn["role"] for turn in normalize({"conversations": turns})] == list(words.values())
-
-
-@pytest.mark.parametrize(
-    ("record", "status", "detail"),
-    [
-        ({}, "missing_field", "nothing"),
-        ({"text": "a"}, "missing_field", "there is: text"),
-        ({"messages": None}, "missing_field", "messages"),
-        ({"messages": []}, "no_assistant_turn", "no turns at all"),
-        ({"messages": {}}, "wrong_type", "an object, not a list"),
-        ({"messages": "not json"}, "wrong_type", "text, but not JSON"),
-        ({"messages": [*ASKED, "a"]}, "wrong_type", "turn 3"),
-        ({"messages": [ASKED[0], {"role": "assistant", "content": 4}]}, "wrong_type", "turn 2's content is a number"),
-        ({"messages": [ASKED[0], {"role": "assistant", "content": [{"text": "4"}]}]}, "wrong_type", "a list"),
-        ({"messages": [ASKED[0], {"role": "assistant", "content": None}]}, "empty_turn", "turn 2 (assistant)"),
-        ({"messages": [ASKED[0], {"role": "assistant"}]}, "empty_turn", "turn 2"),
-        ({"messages": [{"role": "user", "content": " \n\u2003"}, ASKED[1]]}, "empty_turn", "turn 1 (user)"),
-        ({"messages": [{"role": "tool", "content": "a"}, *ASKED]}, "unknown_role", "'tool'"),
-        ({"messages": [{"content": "a"}, *ASKED]}, "unknown_role", "None"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, "unknown_role", "turn 1"),
-        ({"messages": [{"role": "human", "content": "a"}, ASKED[1]]}, "unknown_role", "'human'"),
-        ({"messages": ASKED[:1]}, "no_assistant_turn", "no assistant turn"),
-        ({"messages": ASKED[1:]}, "no_user_turn", "no user turn"),
-        ({"messages": [ASKED[0], {"role": "assistant", "content": "\ud83d"}]}, "invalid_utf8", "turn 2"),
-        ({"prompt": 3, "completion": "4"}, "wrong_type", "prompt is a number"),
-        ({"prompt": ASKED, "completion": "4"}, "wrong_type", "prompt is a list"),
-        ({"prompt": "", "completion": "4"}, "empty_turn", "turn 1"),
-        ({"instruction": "a", "input": 5, "output": "b"}, "wrong_type", "input is a number"),
-        ({"conversations": [{"from": "narrator", "value": "a"}]}, "unknown_role", "'narrator'"),
-    ],
-)
-def test_an_unusable_record_says_why(record, status, detail):
-    with pytest.raises(UnusableRowError, match=r".*") as caught:
-        normalize(record)
-    assert caught.value.status == status
-    assert detail in caught.value.detail
-    assert status in ROW_STATUSES
-
-
-def test_a_stated_format_is_kept_to():
-    with pytest.raises(UnusableRowError) as caught:
-        normalize({"messages": ASKED}, "alpaca")
-    assert caught.value.status == "missing_field"
-    assert "'instruction'" in caught.value.detail
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-field = st.sampled_from(["messages", "conversations", "prompt", "completion", "instruction", "input", "output"])
-turn = st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), anything | st.sampled_from(ROLES))
-
-
-@given(st.dictionaries(field, anything | st.lists(turn, max_size=3), max_size=4), st.sampled_from(["auto", "alpaca"]))
-def test_any_record_is_either_a_conversation_or_refused_with_a_known_reason(record, format):
-    problem = None
-    try:
-        messages = normalize(record, format)
-    except UnusableRowError as refusal:
-        problem = refusal
-    if problem:
-        assert problem.status in ROW_STATUSES
-        assert problem.detail
-    else:
-        assert {"user", "assistant"} <= {each["role"] for each in messages} <= set(ROLES)
-        assert all(each["content"].strip() for each in messages)
-        assert len(example_id(messages)) == 32
-
-
-# ---- files ----
 
 
 def test_good_rows_are_used_bad_rows_are_kept_with_file_row_and_reason(folder):
@@ -263,4 +116,57 @@ def test_the_real_pool_is_read_without_loss(name, rows):
     read = table(path)
     assert read.height == count_rows(str(path)) == rows
     assert set(read["status"]) == {"ok"}
-    assert read["messages"][-1].to_list() == json.loads(path.read_bytes().split(b"\n")[-2])["messages"]
+    assert [stated(turn) for turn in read["messages"][-1]] == json.loads(path.read_bytes().split(b"\n")[-2])["messages"]
+
+
+def test_tools_masks_and_calls_are_kept_in_the_table(folder):
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    row = {
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+        "messages": [
+            ASKED[0],
+            {"role": "assistant", "content": None, "tool_calls": [call], "weight": 0},
+            {"role": "tool", "content": "4", "tool_call_id": "c1", "name": "add"},
+            {"role": "assistant", "content": "4", "reasoning_content": "two and two"},
+        ],
+    }
+    (folder / "tools.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"messages": ASKED}) + "\n")
+    rows = table(folder / "tools.jsonl")
+    assert rows.schema == POOL_SCHEMA
+    assert [json.loads(text) if text else None for text in rows["tools"]] == [row["tools"], None]
+    called, answered, last = rows["messages"][0].to_list()[1:]
+    assert stated(called) == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": json.dumps([call], separators=(",", ":")),
+        "train": False,
+    }
+    assert stated(answered) == {"role": "tool", "content": "4", "tool_call_id": "c1", "name": "add"}
+    assert stated(last) == {"role": "assistant", "content": "4", "reasoning": "two and two"}
+    assert rows["example_id"][1] == example_id(ASKED) != rows["example_id"][0]
+
+
+def test_unknown_keys_are_counted_in_usable_rows_only(folder):
+    rows = [
+        {"messages": ASKED, "mood": "glad", "id": 3},
+        {"messages": ASKED, "mood": "sad", "empty": None},
+        {"messages": [{**ASKED[0], "colour": "red"}, ASKED[1]]},
+        {"messages": [], "mood": "glad"},
+    ]
+    (folder / "keys.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts: Counter[str] = Counter()
+    table(folder / "keys.jsonl", unknown=counts)
+    assert counts == {"mood": 2, "messages[].colour": 1}
+
+
+def test_a_call_in_parquet_has_no_arguments_of_other_calls(folder):
+    def called(name: str, given: dict) -> dict:
+        calls = [{"type": "function", "function": {"name": name, "arguments": given}}]
+        return {"messages": [*ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]}
+
+    rows = [called("add", {"a": 1}), called("look", {"city": "Rome"})]
+    pl.DataFrame(rows).write_parquet(folder / "calls.parquet")
+    (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stored = table(folder / "calls.parquet")
+    assert stored["status"].to_list() == ["ok", "ok"]
+    assert stored["example_id"].to_list() == table(folder / "calls.jsonl")["example_id"].to_list()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from less_assets.errors import TargetFormatError
-from less_assets.method.data.examples import example_id
+from less_assets.method.data.conversations import example_id
 from less_assets.method.data.targets import (
     TARGET_SCHEMA,
     TYDIQA_WORDS,
@@ -236,6 +236,55 @@ def test_files_that_do_not_fit_are_an_error_that_names_them(tmp_path, format, na
     with pytest.raises(TargetFormatError) as caught:
         read_targets(format, str(file if format == "messages" else tmp_path))
     assert str(tmp_path) in caught.value.where
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]}
+ASKED = [{"role": "user", "content": "2 + 2?"}, CALL, {"role": "tool", "content": "4", "name": "add"}]
+
+
+def test_a_target_of_messages_keeps_tools_and_calls_before_its_answer(tmp_path):
+    answer = {"role": "assistant", "content": "Four.", "weight": 1}
+    masked = [ASKED[0], {**CALL, "weight": 0}, ASKED[2], answer]
+    rows = [
+        {"messages": [*ASKED, answer], "tools": [{"name": "add"}]},
+        {"messages": [*ASKED, answer]},
+        {"messages": masked},
+    ]
+    file = write_text(tmp_path / "task.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with_tools, without, masked_before = read_targets("messages", str(file))
+    assert [turn["role"] for turn in with_tools.messages] == ["user", "assistant", "tool"]
+    assert with_tools.completion == "Four."
+    assert with_tools.tools == '[{"type":"function","function":{"name":"add"}}]'
+    assert without.tools is None
+    assert without.example_id != with_tools.example_id
+    assert masked_before == without, "only the last turn carries loss, so that masks before it say nothing"
+    assert read_evaluation("messages", str(file))[0].tools == with_tools.tools
+    table = target_table([with_tools, without])
+    assert targets_from_table(table) == [with_tools, without]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"reasoning_content": "two and two"}, "reasoning"),
+        ({"tool_calls": CALL["tool_calls"]}, "tool_calls"),
+        ({"weight": 0}, "train"),
+    ],
+)
+def test_a_target_whose_last_turn_is_not_just_learned_text_is_an_error(tmp_path, more, said):
+    first = [*ASKED[:1], {"role": "assistant", "content": "4"}, *ASKED[:1]]
+    row = {"messages": [*first, {"role": "assistant", "content": "Four.", **more}]}
+    file = write_text(tmp_path / "task.jsonl", json.dumps(row) + "\n")
+    for read in (read_targets, read_evaluation):
+        with pytest.raises(TargetFormatError, match=f"last turn of an example has {said}"):
+            read("messages", str(file))
+
+
+def test_a_table_of_targets_of_an_earlier_version_is_read(tmp_path):
+    (target,) = read_targets("messages", str(write_text(tmp_path / "a.jsonl", '{"prompt": "a", "completion": "b"}\n')))
+    earlier = pl.List(pl.Struct({"role": pl.String(), "content": pl.String()}))
+    turns = pl.Series("messages", [target.messages], earlier)
+    assert targets_from_table(target_table([target]).drop("tools").with_columns(turns)) == [target]
 
 
 # ---- tables ----

@@ -1,0 +1,514 @@
+"""Raw rows to conversations: formats are recognised, what changes a row's meaning is carried, or the row is refused.
+
+Belongs here: which field of which format means what, and the reasons for which a row is quarantined. Physical rows of
+files are `row_files.py`, conversations `conversations.py`, tables of rows `examples.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from less_assets.method.data.conversations import ROLES, Conversation, Message, carries_loss, json_text
+
+RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
+
+ROW_STATUSES = {
+    "ok": "a usable example",
+    "blank": "a blank line: no example, but its row number counts",
+    "invalid_json": "the line is not JSON",
+    "invalid_csv": "the record does not fit the header, or its quotes do not close",
+    "invalid_utf8": "the bytes are not UTF-8, or a string holds half a surrogate pair",
+    "wrong_type": "the row, a field or a turn is not of the type that its format asks for",
+    "missing_field": "the row has none of the known formats, or not the stated one",
+    "unsupported_field": "the field that is named after the colon changes what the row means, and cannot be carried",
+    "unknown_role": "a turn's role is none of system, developer, user, assistant, tool, nor the format's word for one",
+    "empty_turn": "a turn has no text",
+    "no_user_turn": "nobody asks",
+    "no_assistant_turn": "there is nothing to learn from: no assistant turn, or none with loss",
+    "too_large": "the row has more than MAX_ROW_BYTES bytes",
+}
+"""Every `status` of a pool row and what it means; `unsupported_field` goes on with a colon and the field's name."""
+
+_OPENAI_ROLES = {**{role: role for role in ROLES}, "function": "tool"}
+
+# ShareGPT's words and those of its descendants.
+_SHAREGPT_ROLES = {
+    **_OPENAI_ROLES,
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of an assistant turn that hold what it thought."""
+
+MASK_KEYS = ("weight", "train", "training", "loss", "loss_mask")
+"""Keys of a turn that say whether it carries loss: 0, 1, false or true."""
+
+_MEDIA_KEYS = ("images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio")
+
+_CONTENT_PARTS = (
+    *(*_MEDIA_KEYS, "input_image", "video_url", "audio_url", "file", "input_file", "document", "refusal"),
+    *("thinking", "redacted_thinking", "reasoning", "tool_use", "tool_result", "tool_call"),
+)
+
+UNSUPPORTED_ROW_KEYS = (
+    *_MEDIA_KEYS,
+    *("rejected", "rejected_response", "rejected_responses", "rejected_messages"),
+    *("chosen", "chosen_response", "chosen_messages"),
+    "chat_template_kwargs",
+)
+"""Keys of a row that cannot be carried, whatever their value, unless it is empty."""
+
+UNSUPPORTED_TURN_KEYS = (*_MEDIA_KEYS, "file", "refusal", "train_detail", "tools", "functions", "channel")
+"""Keys of a turn that cannot be carried, whatever their value, unless it is empty."""
+
+_FORMAT_KEYS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "context", "output", "response", "history"),
+    "sharegpt": ("conversations",),
+}
+
+ROW_KEYS = ("system", "system_prompt", "tools", "functions", "loss_mask")
+"""Keys of a row that every format may have, and that are carried."""
+
+VERDICT_KEYS = ("label", "kto_tag", "train", "loss")
+"""Keys of a row that refuse it where they are false or 0; other values but true and 1 are no verdict, and counted."""
+
+HARMLESS_KEYS = frozenset(
+    {
+        *("id", "idx", "index", "uuid", "uid", "hash", "example_id", "prompt_id", "conversation_id", "rank", "score"),
+        *("source", "source_id", "dataset", "dataset_name", "subset", "split", "subtask", "task", "task_name"),
+        *("task_type", "type", "category", "categories", "topic", "topics", "tag", "tags", "domain", "difficulty"),
+        *("language", "lang", "locale", "license", "url", "link", "title", "author", "model", "model_name"),
+        *("version", "created", "created_at", "timestamp", "date", "meta", "metadata"),
+        *("turns", "num_turns", "n_turns", "tokens", "num_tokens", "length"),
+    }
+)
+"""Keys of rows and turns that only describe: they are left out without a word."""
+
+_TURN_KEYS = ("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name")
+
+
+class UnusableRowError(Exception):
+    """Why a single row cannot be used; it becomes the row's status and detail.
+
+    Args:
+        status: A key of `ROW_STATUSES`, or `unsupported_field: NAME`.
+        detail: What exactly is wrong.
+    """
+
+    def __init__(self, status: str, detail: str) -> None:
+        # Names of fields are quoted, and may hold what no file can: half a surrogate pair, bytes that are not UTF-8.
+        printable = detail.encode("utf-8", "backslashreplace").decode()
+        super().__init__(printable)
+        self.status, self.detail = status, printable
+
+
+def detect_format(record: Mapping[str, Any]) -> RowFormat | None:
+    """Return the format of a record by its fields, or None if they are none of the known ones.
+
+    Args:
+        record: Field name to value; fields without a value count as absent.
+    """
+    present = {name for name, value in record.items() if value is not None}
+    if "messages" in present:
+        return "messages"
+    if "conversations" in present:
+        return "sharegpt"
+    if "instruction" in present and present & {"output", "response"}:
+        return "alpaca"
+    if {"prompt", "completion"} <= present:
+        return "prompt_completion"
+    return None
+
+
+def normalize(record: Mapping[str, Any], format: RowFormat = "auto") -> Conversation:
+    """Return the conversation of a record; text is not changed, all turns are kept, an empty system turn is not.
+
+    docs/row-formats.md lists every field and what becomes of it.
+
+    Args:
+        record: Field name to value.
+        format: One of the formats, or "auto": decided for each record by its fields.
+
+    Raises:
+        UnusableRowError: If the record is not in that format, not a usable conversation, or means what cannot be
+            carried.
+    """
+    _refuse_unsupported(record)
+    row_format = detect_format(record) if format == "auto" else format
+    if row_format is None:
+        raise UnusableRowError(
+            "missing_field",
+            "neither messages, conversations, instruction + output nor prompt + completion; there is: "
+            + (", ".join(map(str, record)) or "nothing"),
+        )
+    if row_format == "messages":
+        messages = _turns(_field(record, "messages"), "messages", _OPENAI_ROLES)
+    elif row_format == "sharegpt":
+        messages = _turns(_field(record, "conversations"), "conversations", _SHAREGPT_ROLES)
+    elif row_format == "alpaca":
+        messages = _alpaca(record)
+    else:
+        messages = _prompt_completion(record)
+    _apply_loss_mask(messages, record.get("loss_mask"))
+    messages = _with_system(messages, record)
+    for message in messages:
+        if message.get("train"):  # stated, and the default
+            del message["train"]
+    messages = [turn for turn in messages if turn["content"].strip() or turn["role"] not in ("system", "developer")]
+    conversation = Conversation(messages, _tools(record))
+    _check_conversation(conversation)
+    return conversation
+
+
+def unknown_keys(record: Mapping[str, Any], format: RowFormat = "auto") -> list[str]:
+    """Return the keys of a usable record that mean nothing here and are not known to be harmless.
+
+    Args:
+        record: Field name to value.
+        format: As in `normalize`.
+
+    Returns:
+        Keys of the row, and `messages[].KEY` (or `conversations[].KEY`, …) for keys of turns; each once.
+    """
+    row_format = detect_format(record) if format == "auto" else format
+    own_keys = _FORMAT_KEYS.get(str(row_format), ())
+    known = {*own_keys, *ROW_KEYS, *UNSUPPORTED_ROW_KEYS, *VERDICT_KEYS, "weight", *HARMLESS_KEYS}
+    unknown = [str(key) for key, value in record.items() if key not in known and not _is_empty(value)]
+    unknown += [key for key in VERDICT_KEYS if not _is_empty(record.get(key)) and _verdict(record[key]) != 1]
+    known_of_turns = {*_TURN_KEYS, *REASONING_KEYS, *MASK_KEYS, *UNSUPPORTED_TURN_KEYS, *HARMLESS_KEYS}
+    for name in own_keys:
+        turns = _parsed(record.get(name)) if name != "history" else None
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                keys = (key for key, value in turn.items() if key not in known_of_turns and not _is_empty(value))
+                unknown += [f"{name}[].{key}" for key in keys]
+    return list(dict.fromkeys(key.encode("utf-8", "backslashreplace").decode() for key in unknown))
+
+
+# ---- what cannot be carried ----
+
+
+def _is_empty(value: Any) -> bool:
+    """Null, no text, no entries: a column that this row does not use."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _unsupported(name: str, detail: str) -> UnusableRowError:
+    return UnusableRowError(f"unsupported_field: {name}", detail)
+
+
+def _refuse_unsupported(record: Mapping[str, Any]) -> None:
+    for name in UNSUPPORTED_ROW_KEYS:
+        if not _is_empty(record.get(name)):
+            raise _unsupported(name, f"the row has {name!r}, which cannot be carried")
+    for name in VERDICT_KEYS:
+        if _verdict(record.get(name)) == 0:
+            raise _unsupported(name, f"{name} is {record[name]!r}: the answer is one not to learn")
+    weight = record.get("weight")
+    if not _is_empty(weight) and _verdict(weight) != 1:
+        raise _unsupported("weight", f"the row's weight is {weight!r}"[:200] + "; each row counts once")
+
+
+def _verdict(value: Any) -> Any:
+    """A truth value or number, also as the text that a CSV file has."""
+    return _parsed(value.strip().lower()) if isinstance(value, str) else value
+
+
+# ---- fields ----
+
+
+def _field(record: Mapping[str, Any], name: str) -> Any:
+    if record.get(name) is None:
+        raise UnusableRowError(
+            "missing_field", f"no field {name!r}; there is: {', '.join(map(str, record)) or 'nothing'}"
+        )
+    return record[name]
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise UnusableRowError("wrong_type", f"{what} is {_type_name(value)}, not text")
+    return value
+
+
+def _type_name(value: Any) -> str:
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _parsed(value: Any) -> Any:
+    """A value, or what its JSON text says; text that is not JSON stays as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _list(value: Any, what: str, of: str) -> list[Any]:
+    """A list, also as JSON text: the only way to keep one in a CSV file."""
+    parsed = _parsed(value)
+    if isinstance(parsed, str):
+        raise UnusableRowError("wrong_type", f"{what} is text, but not JSON")
+    if not isinstance(parsed, list):
+        raise UnusableRowError("wrong_type", f"{what} is {_type_name(parsed)}, not a list of {of}")
+    return parsed
+
+
+def _json(value: list[Any], what: str) -> str:
+    try:
+        return json_text(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UnusableRowError("wrong_type", f"{what} cannot be written as JSON: {error}"[:200]) from error
+
+
+# ---- turns ----
+
+
+def _turns(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
+    turns = _list(value, what, "turns")
+    return [_turn(turn, f"turn {position}", roles) for position, turn in enumerate(turns, start=1)]
+
+
+def _turn(turn: Any, what: str, roles: Mapping[str, str]) -> Message:
+    """One turn, of OpenAI's keys or of ShareGPT's; the latter only where the format has its words for roles."""
+    if not isinstance(turn, dict):
+        raise UnusableRowError("wrong_type", f"{what} is {_type_name(turn)}, not an object")
+    sharegpt = "human" in roles
+    said_role = turn.get("from" if sharegpt and turn.get("from") is not None else "role")
+    text_key = "value" if sharegpt and turn.get("value") is not None else "content"
+    if not isinstance(said_role, str) or said_role not in roles:
+        raise UnusableRowError("unknown_role", f"{what} has the role {said_role!r}"[:200])
+    for name in UNSUPPORTED_TURN_KEYS:
+        if not _is_empty(turn.get(name)):
+            raise _unsupported(name, f"{what} has {name!r}, which cannot be carried")
+    message: Message = {"role": roles[said_role], "content": ""}
+    calls: list[Any] = []
+    if said_role == "function_call":
+        called = _parsed(turn.get(text_key))
+        calls = called if isinstance(called, list) else [called]
+    else:
+        message["content"] = _content(turn.get(text_key), f"{what}'s {text_key}")
+    if reasoning := _reasoning(turn, what, message["role"]):
+        message["reasoning"] = reasoning
+    if not _is_empty(turn.get("tool_calls")):
+        calls = [*calls, *_list(turn["tool_calls"], f"{what}'s tool_calls", "calls")]
+    if not _is_empty(turn.get("function_call")):
+        calls = [*calls, _parsed(turn["function_call"])]
+    if calls:
+        if message["role"] != "assistant":
+            raise _unsupported("tool_calls", f"{what} ({message['role']}) calls tools; only the assistant does")
+        message["tool_calls"] = _json([_call(call, what) for call in calls], f"{what}'s tool_calls")
+    if not _is_empty(turn.get("tool_call_id")):
+        message["tool_call_id"] = _text(turn["tool_call_id"], f"{what}'s tool_call_id")
+    if not _is_empty(turn.get("name")):
+        message["name"] = _text(turn["name"], f"{what}'s name")
+    for name in MASK_KEYS:
+        if turn.get(name) is not None:
+            _set_mask(message, turn[name], name, what)
+    return message
+
+
+def _content(value: Any, what: str) -> str:
+    """Text, or a list of text parts, which are joined as chat templates do: with nothing between."""
+    if value is None:
+        return ""
+    if not isinstance(value, list):
+        return _text(value, what)
+    texts = []
+    for number, part in enumerate(value, start=1):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise UnusableRowError("wrong_type", f"part {number} of {what} is {_type_name(part)}, not an object")
+        kind = part.get("type")
+        more = [key for key, value in part.items() if key not in ("type", "text") and not _is_empty(value)]
+        if (
+            kind in (None, "text", "input_text", "output_text")
+            and isinstance(part.get("text"), str)
+            and not set(more) & set(_CONTENT_PARTS)
+        ):
+            texts.append(part["text"])
+            continue
+        named = [name for name in (kind, *more) if isinstance(name, str) and name in _CONTENT_PARTS]
+        raise _unsupported(named[0] if named else "content", f"part {number} of {what} is no text"[:200])
+    return "".join(texts)
+
+
+def _reasoning(turn: Mapping[str, Any], what: str, role: str) -> str | None:
+    thoughts = {name: turn[name] for name in REASONING_KEYS if not _is_empty(turn.get(name))}
+    texts = {_text(value, f"{what}'s {name}") for name, value in thoughts.items()}
+    if not any(text.strip() for text in texts):
+        return None
+    name = next(iter(thoughts))
+    if role != "assistant":
+        raise _unsupported(name, f"{what} ({role}) has {name}; only the assistant's can be carried")
+    if len(texts) > 1:
+        raise _unsupported(name, f"{what} has different texts in {' and '.join(thoughts)}")
+    return texts.pop()
+
+
+def _call(call: Any, what: str) -> dict[str, Any]:
+    """A call in OpenAI's form; arguments stay as they are, an object or its JSON text."""
+    if not isinstance(call, dict):
+        raise UnusableRowError("wrong_type", f"a call of {what} is {_type_name(call)}, not an object")
+    call = {name: value for name, value in call.items() if value is not None}
+    if "function" not in call:
+        more = {name: call.pop(name) for name in ("name", "arguments", "parameters") if name in call}
+        arguments = more.get("arguments", more.get("parameters", {}))
+        call = {"type": "function", **call, "function": {"name": more.get("name"), "arguments": arguments}}
+    function = call["function"]
+    if isinstance(function, dict):
+        function = {name: value for name, value in function.items() if value is not None}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UnusableRowError("wrong_type", f"a call of {what} does not name a function")
+    if not isinstance(function.get("arguments", {}), str | dict):
+        raise UnusableRowError("wrong_type", f"arguments of a call of {what} are neither an object nor text")
+    return {"type": "function", **call, "function": function}
+
+
+def _set_mask(message: Message, value: Any, name: str, what: str) -> None:
+    """Carry a mask. Turns of others never carry loss, so that 0 says nothing there and 1 cannot be followed."""
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise _unsupported(name, f"{what}'s {name} is {value!r}"[:200] + "; a turn has loss (1) or none (0)")
+    role = message["role"]
+    if role != "assistant":
+        if value:
+            raise _unsupported(name, f"{what} ({role}) is to carry loss; only assistant turns can")
+    elif message.setdefault("train", bool(value)) is not bool(value):
+        raise _unsupported(name, f"{what}'s {name} contradicts another mask")
+
+
+def _apply_loss_mask(messages: Sequence[Message], mask: Any) -> None:
+    """Carry a row's `loss_mask`: one entry for each turn."""
+    if _is_empty(mask):
+        return
+    entries = _parsed(mask)
+    if not isinstance(entries, list) or len(entries) != len(messages):
+        size = f"{len(entries)} entries" if isinstance(entries, list) else _type_name(entries)
+        raise _unsupported("loss_mask", f"loss_mask is {size}, the row has {len(messages)} turns; one entry each")
+    for position, (message, value) in enumerate(zip(messages, entries, strict=True), start=1):
+        _set_mask(message, value, "loss_mask", f"turn {position}")
+
+
+# ---- the other formats ----
+
+
+def _alpaca(record: Mapping[str, Any]) -> list[Message]:
+    instruction = _text(_field(record, "instruction"), "instruction")
+    output = _text(_field(record, "output" if record.get("output") is not None else "response"), "output")
+    context = record.get("input") if record.get("input") is not None else record.get("context")
+    context = "" if context is None else _text(context, "input")
+    question = f"{instruction}\n\n{context}" if context.strip() else instruction
+    return [
+        message
+        for asked, answered in (*_history(record.get("history")), (question, output))
+        for message in (Message(role="user", content=asked), Message(role="assistant", content=answered))
+    ]
+
+
+def _history(value: Any) -> Iterator[tuple[str, str]]:
+    """Earlier questions and answers."""
+    for number, pair in enumerate([] if _is_empty(value) else _list(value, "history", "pairs"), start=1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UnusableRowError("wrong_type", f"entry {number} of history is no pair of question and answer")
+        yield _text(pair[0], f"history {number}'s question"), _text(pair[1], f"history {number}'s answer")
+
+
+def _prompt_completion(record: Mapping[str, Any]) -> list[Message]:
+    """Two texts, or two lists of turns; the prompt's assistant turns carry no loss unless the row says so."""
+    prompt, completion = _field(record, "prompt"), _field(record, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        asked = _turns(prompt, "prompt", _OPENAI_ROLES)
+        for message in asked:
+            if message["role"] == "assistant" and _is_empty(record.get("loss_mask")):
+                message.setdefault("train", False)
+        return [*asked, *_turns(completion, "completion", _OPENAI_ROLES)]
+    return [
+        {"role": "user", "content": _text(prompt, "prompt")},
+        {"role": "assistant", "content": _text(completion, "completion")},
+    ]
+
+
+def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Message]:
+    """Put a row's system prompt in front, unless the turns begin with the same."""
+    prompts = {name: _text(record[name], name) for name in ("system", "system_prompt") if record.get(name) is not None}
+    prompts = {name: text for name, text in prompts.items() if text.strip()}
+    if not prompts:
+        return messages
+    name, prompt = next(iter(prompts.items()))
+    spoken = [
+        turn["content"] for turn in messages if turn["role"] in ("system", "developer") and turn["content"].strip()
+    ]
+    if {*prompts.values(), *spoken} != {prompt}:
+        raise _unsupported(name, "the row has several system prompts, and they differ")
+    return messages if spoken else [{"role": "system", "content": prompt}, *messages]
+
+
+def _tools(record: Mapping[str, Any]) -> str | None:
+    """Tool schemas in OpenAI's form; a bare function is put into it."""
+    stated = {name: record[name] for name in ("tools", "functions") if not _is_empty(_parsed(record.get(name)))}
+    if not stated:
+        return None
+    if len(stated) > 1:
+        raise _unsupported("functions", "the row has both tools and functions")
+    ((name, value),) = stated.items()
+    tools = []
+    for number, tool in enumerate(_list(value, name, "tools"), start=1):
+        if not isinstance(tool, dict):
+            raise UnusableRowError("wrong_type", f"tool {number} is {_type_name(tool)}, not an object")
+        bare = "function" not in tool and isinstance(tool.get("name"), str) and tool.get("type") in (None, "function")
+        if bare:
+            tool = {"type": "function", "function": {key: part for key, part in tool.items() if key != "type"}}
+        tools.append(tool)
+    return _json(tools, name)
+
+
+# ---- the conversation as a whole ----
+
+
+def _check_conversation(conversation: Conversation) -> None:
+    for position, message in enumerate(conversation.messages, start=1):
+        says_nothing = not message["content"].strip() and not message.get("tool_calls")
+        if says_nothing and message["role"] != "tool":
+            raise UnusableRowError("empty_turn", f"turn {position} ({message['role']}) has no text")
+        for value in message.values():
+            _check_text(value, f"turn {position}")
+    _check_text(conversation.tools, "tools")
+    roles = {message["role"] for message in conversation.messages}
+    if "assistant" not in roles:
+        detail = "no assistant turn" if conversation.messages else "no turns at all"
+        raise UnusableRowError("no_assistant_turn", detail)
+    if "user" not in roles:
+        raise UnusableRowError("no_user_turn", "no user turn")
+    if not any(map(carries_loss, conversation.messages)):
+        raise UnusableRowError("no_assistant_turn", "every assistant turn is masked")
+
+
+def _check_text(value: object, what: str) -> None:
+    try:
+        if isinstance(value, str):
+            value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnusableRowError("invalid_utf8", f"{what} holds half a surrogate pair") from error
