@@ -112,9 +112,10 @@ def _partition_of(context: dg.AssetCheckExecutionContext) -> str:
 
 
 def code_versions(project: Project) -> dict[str, str]:
-    """`code_version` of each asset: the artifacts' format and the settings that all its partitions share."""
+    """`code_version` of each asset that the project has: the format and the settings that all its partitions share."""
     versions = {}
     for asset in ASSETS.values():
-        shared = [asset.shared_settings(project)] if asset.shared_settings and asset.exists(project) else []
-        versions[asset.name] = digest([FORMAT_VERSION, *shared])[:12]
+        if asset.exists(project):
+            shared = [asset.shared_settings(project)] if asset.shared_settings else []
+            versions[asset.name] = digest([FORMAT_VERSION, *shared])[:12]
     return versions

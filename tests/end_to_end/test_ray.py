@@ -20,6 +20,7 @@ from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import ComputeError, TrainingError
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
+from less_assets.project import data_check
 from less_assets.project.project import load_project
 from less_assets.project.sections import Compute
 from less_assets.running.runner import GraphRunner, Outcome, Request, register_shards
@@ -39,7 +40,7 @@ def run(tiny, instance, request: Request = UNTIL_GRADIENTS, **resources) -> Outc
 
 def test_without_ray_it_is_refused_before_anything_is_computed(tiny_project, tmp_path, monkeypatch):
     tiny_project.settings["compute"] = RAY
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data_check, "find_spec", lambda name: None)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
     for command in ("check", "plan", "run"):
         shown = CliRunner().invoke(app, [command, "--project", str(tiny_project.path)])
@@ -50,7 +51,7 @@ def test_without_ray_it_is_refused_before_anything_is_computed(tiny_project, tmp
 
 
 def test_the_local_backend_needs_no_ray(tiny_project, monkeypatch):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(data_check, "find_spec", lambda name: None)
     build_definitions(load_project(tiny_project.path))
 
 

@@ -164,10 +164,10 @@ class Planned:
         axes, found = Axes(lineage.project), []
         with dg.DagsterInstance.ephemeral() as instance:
             instance.add_dynamic_partitions("shard", lineage.pool_files.shard_keys())
-            for asset, names in ASSETS.items():
+            for name, asset in ASSETS.items():
                 definition = axes.of(asset)
                 keys = definition.get_partition_keys(dynamic_partitions_store=instance) if definition else []
-                found += [(asset, key) for key in ([None] if not names else keys)]
+                found += [(name, key) for key in (keys if asset.axes else [None])]
         return found
 
     def put(self, settings: dict) -> None:

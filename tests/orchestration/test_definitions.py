@@ -125,7 +125,7 @@ def test_code_versions_do_not_follow_what_cannot_change_numbers_or_has_an_asset_
 
 
 def test_code_versions_name_only_assets_that_exist():
-    assert set(code_versions(project())) - {"*"} <= set(versions(project()))
+    assert set(code_versions(project())) == set(versions(project()))
 
 
 def test_resources_can_be_replaced():

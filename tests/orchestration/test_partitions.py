@@ -44,6 +44,7 @@ SHARD_KEYS = ["plus-00000", "plus-00001"]
 TASKS = ["sums", "sky", "both"]
 RECIPES = ["less", "less-paper", "random-seed0", "random-seed1", "full", "base", "rds", "mid", "bm25", "dsir-seed0"]
 RECIPES += ["as-less-seed0", "as-rds-seed0", "as-targets-seed0"]
+AXES = {name: asset.axes for name, asset in ASSETS.items()}
 KEYS = {"checkpoint": CHECKPOINTS, "shard": SHARD_KEYS, "task": TASKS, "recipe": RECIPES}
 
 # Child, one of its keys, parent, the parent's keys that it reads. Where the parent is unpartitioned: [None].
@@ -190,7 +191,7 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("selection_report", "influence_scores"): ["less", "less-paper"],
         ("selection_report", "token_attribution"): ["less", "less-paper"],
     }
-    for child, axes in ASSETS.items():
+    for child, axes in AXES.items():
         if child in WITHOUT_PARENTS or not axes:
             continue
         definition = graph.get(dg.AssetKey(child)).partitions_def
@@ -239,7 +240,7 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
 
 def test_axes_are_those_of_the_assets_definitions(graph, instance):
     assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(ASSETS)
-    for asset, axes in ASSETS.items():
+    for asset, axes in AXES.items():
         definition = graph.get(dg.AssetKey(asset)).partitions_def
         if not axes:
             assert definition is None, asset
@@ -272,11 +273,15 @@ def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less
 
 def test_the_shard_axis_is_dynamic_and_the_others_are_static(project):
     axes = Axes(project)
-    assert axes.of("instruction_pool") is SHARDS
+    assert axes.of(ASSETS["instruction_pool"]) is SHARDS
     for asset in ("warmup_checkpoints", "target_examples", "recipe_settings"):
-        assert isinstance(axes.of(asset), dg.StaticPartitionsDefinition)
+        assert isinstance(axes.of(ASSETS[asset]), dg.StaticPartitionsDefinition)
 
 
 def test_imported_checkpoints_are_the_checkpoint_axis():
     text = PROJECT.replace(b"{epochs: 3}", b"{import: [one, two]}")
-    assert list(Axes(parse_project(text)).of("warmup_checkpoints").get_partition_keys()) == ["epoch-1", "epoch-2"]
+    checkpoints = Axes(parse_project(text)).of(ASSETS["warmup_checkpoints"])
+    assert list(checkpoints.get_partition_keys()) == [
+        "epoch-1",
+        "epoch-2",
+    ]

@@ -16,7 +16,7 @@ from less_assets.orchestration.definitions import build_definitions
 from less_assets.planning.estimate import Estimate, estimate
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Request, register_shards
-from less_assets.steps.registry import open_lineage, open_store
+from less_assets.steps.registry import GUESSES, open_lineage, open_store
 
 
 class Planned:
@@ -43,7 +43,7 @@ class Planned:
 
     def rates(self) -> Rates:
         project, store, _ = self._open()
-        return Rates.load(store, project)
+        return Rates.load(store, project, GUESSES)
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def test_checks_and_explanations_are_part_of_the_time(planned):
 
 
 def test_where_a_speed_is_not_known_that_of_gradients_serves_as_often_as_a_token_takes_it():
-    known = Rates("", {"train_gradients": Rate(2.0, 100)})
+    known = Rates({"train_gradients": Rate(2.0, 100)}, GUESSES)
     assert known.get("fidelity_certificate").per_unit == pytest.approx(0.02)
     assert known.get("token_attribution").per_unit == pytest.approx(0.05)
     assert known.get("real_steps").per_unit == pytest.approx(0.008)
-    assert Rates("", {**known._rates, "token_attribution": Rate(1.0, 100)}).get("token_attribution").per_unit == 0.01
-    assert Rates("", {}).get("token_attribution") is None
+    assert known.with_calibrated({"token_attribution": Rate(1.0, 100)}).get("token_attribution").per_unit == 0.01
+    assert Rates({}, GUESSES).get("token_attribution") is None
 
 
 def test_equal_trainings_are_counted_once(planned):
@@ -176,7 +176,7 @@ def test_artifacts_do_not_depend_on_speeds(planned):
 
 
 def test_time_is_runs_artifacts_loads_and_units():
-    speeds = Rates("setup", {"train_gradients": Rate(10, 1000), "model_load": Rate(6, 2)})
+    speeds = Rates({"train_gradients": Rate(10, 1000), "model_load": Rate(6, 2)}, GUESSES)
     amount = Amount(runs=2, artifacts=5, units={"train_gradients": 300}, loads=2)
     assert amount.seconds(speeds) == pytest.approx(2 * RUN_SECONDS + 5 * ARTIFACT_SECONDS + 2 * 3 + 3)
     assert Amount(units={"eval_results/sky": 4}).seconds(speeds) is None
@@ -188,7 +188,7 @@ def test_new_measurements_weigh_more_than_old_ones(planned):
         rates.record(store, project, "train_gradients", 10, 100)
     for _ in range(30):
         rates.record(store, project, "train_gradients", 1, 100)
-    assert Rates.load(store, project).get("train_gradients").per_unit == pytest.approx(0.01, rel=0.5)
+    assert Rates.load(store, project, GUESSES).get("train_gradients").per_unit == pytest.approx(0.01, rel=0.5)
 
 
 def test_speeds_belong_to_a_machine_a_model_and_its_gradients(planned, monkeypatch):
