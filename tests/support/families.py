@@ -299,7 +299,7 @@ def gradient_error(model: PeftModel, padding_side: Literal["left", "right"]) -> 
     for example, gradient in zip(examples, gradients, strict=True):
         loss = _loss(model, example)
         parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        expected = torch.cat([part.flatten() for part in parts]).numpy()
+        expected = torch.cat([part.flatten() for part in parts]).double().numpy()
         errors.append(np.linalg.norm(gradient - expected) / np.linalg.norm(expected))
     return float(max(errors))
 

@@ -32,8 +32,12 @@ FULL_PRECISION_ERROR = 1e-3
 """Relative error that float32 may have: rounding in deep models stays below, what padding does lies far above."""
 HALF_PRECISION_ERROR = 0.5
 """Relative error of a row alone in 16 bits or over quantized weights, where rounding differs from kernel to kernel."""
+HALF_PRECISION_PADDING = 0.05
 PADDING_FACTOR = 8
-"""A padded row may be this much further from autograd than the same row alone."""
+"""A padded row may be this much further from autograd than the same row alone; in 16 bits 0.05 is always allowed.
+
+SmolLM2-135M: in float32 0 alone and 8e-6 padded, in bfloat16 0.11 and 0.11.
+"""
 
 _OTHER_MODEL = "Choose another base model, or put LoRA on other layers."
 
@@ -104,7 +108,8 @@ def _judge(alone: float, padded: float, limit: float, architecture: str, padding
             where=architecture,
             fix=_OTHER_MODEL,
         )
-    if padded > min(limit, max(FULL_PRECISION_ERROR, PADDING_FACTOR * alone)):
+    least = FULL_PRECISION_ERROR if limit == FULL_PRECISION_ERROR else HALF_PRECISION_PADDING
+    if padded > min(limit, max(least, PADDING_FACTOR * alone)):
         raise UnsupportedModelError(
             f"This architecture is not indifferent to padding on the {padding_side}: a padded row's gradient differs "
             f"by {padded:.1%} from that of the row alone.",

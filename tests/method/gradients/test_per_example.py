@@ -119,7 +119,9 @@ LENGTHS = [7, 19, 12, 30, 8, 12]
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batched_gradients_equal_autograd_one_by_one(architecture, padding_side):
     config, targets = ARCHITECTURES[architecture]
-    model = tiny_model(config, targets).double()  # in float32, Phi-3's rounding alone comes close to the bound
+    model = tiny_model(config, targets)
+    if architecture == "phi3":
+        model.double()  # in float32 its rounding alone comes close to the bound
     examples = rows(LENGTHS)
     expected, _ = autograd_gradients(model, examples)
     for budget in (1, 70, 10_000):
