@@ -34,6 +34,7 @@ from less_assets.method.data.chat import IGNORED, EncodedExample
 from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.features import Batching, DirectionMaker, up_to_last_loss
 from less_assets.method.gradients.per_example import LoraSlice, PerExampleBackward
+from less_assets.method.gradients.self_check import check_gradients
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,6 +94,8 @@ def attribute_tokens(
     n = len(trimmed)
     shares: list[np.ndarray] = [np.zeros(0, np.float32)] * n
     momentum, influence = np.zeros(n, np.float32), np.zeros(n, np.float32)
+    if trimmed:
+        check_gradients(model, batching.pad_token_id, batching.padding_side)
     with PerExampleBackward(model, gradient_checkpointing=batching.gradient_checkpointing) as backward:
         if target_directions.shape[1] != backward.size:
             raise ValueError(f"directions have {target_directions.shape[1]} columns, the adapter {backward.size}")

@@ -26,6 +26,7 @@ from less_assets.method.data.chat import IGNORED, EncodedExample
 from less_assets.method.gradients.attention import LONGEST, keeps_weights
 from less_assets.method.gradients.directions import AdamMoments, Directions
 from less_assets.method.gradients.per_example import LoraSlice, PerExampleBackward, lora_slices
+from less_assets.method.gradients.self_check import check_gradients
 from less_assets.method.gradients.sketch import Sketch
 
 if TYPE_CHECKING:
@@ -278,6 +279,8 @@ def backpropagate(
         usable.append(row)
         trimmed.append(up_to_last_loss(example))
 
+    if trimmed:
+        check_gradients(model, batching.pad_token_id, batching.padding_side)
     with PerExampleBackward(model, gradient_checkpointing=batching.gradient_checkpointing) as backward:
         plan = plan_batches([len(example.input_ids) - 1 for example in trimmed], batching.token_budget)
         for members in plan:

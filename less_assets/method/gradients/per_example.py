@@ -199,9 +199,11 @@ class _LoraDelta(torch.autograd.Function):
         hidden = x @ a.T
         ctx.save_for_backward(x, hidden, a, b)
         ctx.scaling, ctx.report = scaling, report
-        # One fused product and sum instead of three passes over the output.
-        flat = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), b.T, alpha=scaling)
-        return flat.view(base.shape)
+        # One fused product and sum instead of three passes over the output, which must not be a view: models may add
+        # to it in place (Falcon does), and autograd forbids that to views that a function returns.
+        output = base.new_empty(base.shape)
+        torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), b.T, alpha=scaling, out=output.flatten(0, -2))
+        return output
 
     @staticmethod
     def backward(ctx: Any, error: Tensor) -> tuple:
@@ -215,7 +217,8 @@ def _forward_mode_layer(part: LoraSlice, base: Tensor, x: Tensor, tangent: Tenso
     """Y = base + s·B·A·x whose tangent has, besides that of x, the rows' own tangents of A and B."""
 
     def moved(values: Tensor, by: Tensor) -> Tensor:
-        change = torch.bmm(forward_mode.unpack_dual(values).primal, by.to(values.dtype).mT)
+        rows = forward_mode.unpack_dual(values).primal.flatten(1, -2)
+        change = torch.bmm(rows, by.to(values.dtype).mT).view(*values.shape[:-1], -1)
         return forward_mode.make_dual(torch.zeros_like(change), change)
 
     a, b = part.a.to(x.dtype), part.b.to(x.dtype)
@@ -335,7 +338,7 @@ class PerExampleBackward:
         try:
             return self._run(batch, sink)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
             raise LessAssetsError(
                 f"Out of memory while taking the gradients of {rows} rows of {width} tokens.",
@@ -427,7 +430,7 @@ class PerExampleBackward:
         return logits.flatten(0, 1)[positions]
 
     def _forward_layer(self, part: LoraSlice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.dim() != 3 or x.shape[0] != self._rows:
+        if x.dim() < 3 or x.shape[0] != self._rows:
             raise _unsupported(
                 f"A LoRA layer sees inputs of shape {tuple(x.shape)} for a batch of {self._rows} rows, so its examples "
                 "cannot be told apart (routed experts do this)",
@@ -447,7 +450,9 @@ class PerExampleBackward:
             raise _unsupported("A LoRA layer is used more than once in a forward pass", part.name)
         self._reported.add(part.name)
         assert self._sink is not None
-        scaled = hidden * scaling
+        # Multi-head latent attention (DeepSeek) has inputs (rows, 1, T, in): all between first and last are places.
+        x, hidden_error, error = (tensor.flatten(1, -2) for tensor in (x, hidden_error, error))
+        scaled = hidden.flatten(1, -2) * scaling
         step = max(1, _CHUNK_ELEMENTS.get(self.device.type, _CHUNK_ELEMENTS_ACCELERATOR) // part.size)
         for start in range(0, self._rows, step):
             rows = slice(start, min(start + step, self._rows))
@@ -455,7 +460,8 @@ class PerExampleBackward:
             self._sink(part, rows, torch.cat(gradients, dim=1))
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says with this error that memory has run out; processors have no exception of their own for it."""
     text = str(error).lower()
     return "out of memory" in text or "not enough memory" in text or "can't allocate memory" in text
 

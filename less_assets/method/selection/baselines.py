@@ -11,16 +11,22 @@ import hashlib
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
+from less_assets.errors import UnsupportedModelError
 from less_assets.method.data.chat import IGNORED
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
     from less_assets.method.data.chat import EncodedExample
     from less_assets.method.data.conversations import Message
 
@@ -215,7 +221,7 @@ class Embedded:
 
 
 def embed(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     examples: Sequence[EncodedExample],
     *,
     token_budget: int = 4096,
@@ -231,45 +237,116 @@ def embed(
         examples: n encoded examples, at least one token each.
         token_budget: Padded tokens per batch.
         on_progress: Called with the number of examples done since the last call.
+
+    Raises:
+        UnsupportedModelError: Naming the architecture, if it hides its final hidden states or padding changes them.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
+    from less_assets.method.data.batching import plan_batches
+    from less_assets.method.evaluation.generation import inference
 
-    from less_assets.method.data.batching import collate, plan_batches
-    from less_assets.method.evaluation.generation import inference, keeps_logits
-
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
     losses = np.full(len(examples), np.nan, dtype=np.float32)
     embeddings: np.ndarray | None = None
-    seen: dict[str, Any] = {}
-    hook = core.base_model.register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state))
-    try:
-        with inference(model):
-            for batch in plan_batches([len(example.input_ids) for example in examples], token_budget):
-                padded = {
-                    name: each.to(model.device) for name, each in collate([examples[i] for i in batch], 0).items()
-                }
-                labels, mask = padded["labels"][:, 1:], padded["attention_mask"]
-                columns = torch.nonzero((labels != IGNORED).any(0)).flatten()  # the head is needed there only
-                kept = {"logits_to_keep": columns} if keeps_logits(model) and len(columns) else {}
-                logits = model(input_ids=padded["input_ids"], attention_mask=mask, use_cache=False, **kept).logits
-                logits = (logits if kept else logits[:, columns]).float()
-                pooled = position_weighted_mean(seen.pop("states").float(), mask).cpu().numpy()
-                if embeddings is None:
-                    embeddings = np.empty((len(examples), pooled.shape[1]), dtype=np.float32)
-                embeddings[batch] = pooled
-                for row, place in enumerate(batch):
-                    own = labels[row, columns]
-                    if (own != IGNORED).any():
-                        losses[place] = float(cross_entropy(logits[row], own, ignore_index=IGNORED))
-                if on_progress:
-                    on_progress(len(batch))
-    finally:
-        hook.remove()
+    with inference(model), _final_states(model) as final_states:
+        if examples:
+            _check_padding(model, final_states)
+        for rows in plan_batches([len(example.input_ids) for example in examples], token_budget):
+            pooled, losses[rows] = _embed_batch(model, final_states, [examples[row] for row in rows])
+            if embeddings is None:
+                embeddings = np.empty((len(examples), pooled.shape[1]), dtype=np.float32)
+            embeddings[rows] = pooled
+            if on_progress:
+                on_progress(len(rows))
     return Embedded(np.empty((0, 0), dtype=np.float32) if embeddings is None else embeddings, losses)
 
 
-def position_weighted_mean(states: Any, mask: Any) -> Any:
+@contextmanager
+def _final_states(model: PreTrainedModel | PeftModel) -> Iterator[list[Tensor]]:
+    """Yield a list that holds, after each forward pass, the final hidden states (rows, tokens, hidden size).
+
+    They are what the outermost model without a head returns. Where it lies differs between architectures (OPT and
+    Llama 4 call an inner one directly), so all inner models are listened to, and the outermost, which returns last,
+    is taken.
+    """
+    from transformers import PreTrainedModel
+
+    core = _without_peft(model)
+    final_states: list[Tensor] = []
+
+    def keep(_module: object, _arguments: object, output: object) -> None:
+        if (states := getattr(output, "last_hidden_state", None)) is not None:
+            final_states[:] = [states]
+
+    inner = [module for module in core.modules() if isinstance(module, PreTrainedModel) and module is not core]
+    hooks = [module.register_forward_hook(keep) for module in inner]
+    try:
+        yield final_states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _embed_batch(
+    model: PreTrainedModel | PeftModel, final_states: list[Tensor], examples: Sequence[EncodedExample]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings float32 (rows, hidden size) and mean losses float32 (rows,) of one batch."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from less_assets.method.data.batching import collate
+    from less_assets.method.evaluation.generation import keeps_logits
+
+    batch = {name: tensor.to(model.device) for name, tensor in collate(examples, 0).items()}
+    labels, mask = batch["labels"][:, 1:], batch["attention_mask"]
+    columns = torch.nonzero((labels != IGNORED).any(0)).flatten()  # the head is needed there only
+    kept = {"logits_to_keep": columns} if keeps_logits(model) and len(columns) else {}
+    final_states.clear()
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **kept).logits
+    logits = (logits if kept else logits[:, columns]).float()
+    if not final_states or final_states[0].shape[:2] != mask.shape:
+        raise _no_embeddings(model, "It does not return its final hidden states")
+    losses = np.full(len(examples), np.nan, dtype=np.float32)
+    for row in range(len(examples)):
+        wanted = labels[row, columns]
+        if (wanted != IGNORED).any():
+            losses[row] = float(cross_entropy(logits[row], wanted, ignore_index=IGNORED))
+    return position_weighted_mean(final_states.pop().float(), mask).cpu().numpy(), losses
+
+
+def _check_padding(model: PreTrainedModel | PeftModel, final_states: list[Tensor]) -> None:
+    """Refuse a model for which a row's embedding or loss depends on its padding: two short rows show it."""
+    from less_assets.method.data.probe_rows import probe_rows
+
+    full_precision = next(model.parameters()).element_size() >= 4
+    allowed = 1e-3 if full_precision else 0.1
+    vocabulary = cast("nn.Embedding", _without_peft(model).get_input_embeddings()).num_embeddings
+    rows = probe_rows(vocabulary, 0)
+    together, losses = _embed_batch(model, final_states, rows)
+    for row, (embedding, loss) in enumerate(zip(together, losses, strict=True)):
+        (alone,), (loss_alone,) = _embed_batch(model, final_states, [rows[row]])
+        if not np.isfinite(alone).all():
+            continue  # a damaged model: its scores say so row by row
+        error = np.linalg.norm(embedding - alone) / np.linalg.norm(alone)
+        if not (error <= allowed and abs(loss - loss_alone) <= allowed * abs(loss_alone)):
+            raise _no_embeddings(
+                model, f"Padding changes a row's embedding by {error:.1%}, its loss from {loss_alone:.4f} to {loss:.4f}"
+            )
+
+
+def _without_peft(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    from peft import PeftModel
+
+    return cast("PreTrainedModel", model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _no_embeddings(model: PreTrainedModel | PeftModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{reason}: this architecture can't embed rows or take their perplexity.",
+        where=type(_without_peft(model)).__name__,
+        fix="Leave out recipes with the strategies rds and perplexity, or choose another base model.",
+    )
+
+
+def position_weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
     """Average hidden states with weights proportional to the position, 1 for the first token.
 
     Args:

@@ -120,6 +120,8 @@ LENGTHS = [7, 19, 12, 30, 8, 12]
 def test_batched_gradients_equal_autograd_one_by_one(architecture, padding_side):
     config, targets = ARCHITECTURES[architecture]
     model = tiny_model(config, targets)
+    if architecture == "phi3":
+        model.double()  # in float32 its rounding alone comes close to the bound
     examples = rows(LENGTHS)
     expected, _ = autograd_gradients(model, examples)
     for budget in (1, 70, 10_000):
@@ -187,6 +189,7 @@ def test_logits_at_loss_positions_are_the_models_own(architecture):
 def test_the_head_sees_loss_positions_only(architecture):
     model = tiny_model(*ARCHITECTURES[architecture])
     examples, seen = rows(LENGTHS), []
+    per_example_gradients(model, examples)  # the first time also tries two rows
     model.get_base_model().get_output_embeddings().register_forward_hook(
         lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel())
     )
@@ -211,8 +214,9 @@ def test_attention_in_bfloat16_is_the_fast_one_and_its_gradients_are_as_good(arc
     model, examples = tiny_model(config, targets), rows(LENGTHS)
     exact = per_example_gradients(model, examples)
     made = []
-    monkeypatch.setattr(gradients, "FastAttention", lambda: made.append(FastAttention()) or made[-1])
     model.to(torch.bfloat16)
+    per_example_gradients(model, examples)  # the first time also tries two rows
+    monkeypatch.setattr(gradients, "FastAttention", lambda: made.append(FastAttention()) or made[-1])
     found = per_example_gradients(model, examples)
     again = per_example_gradients(model, examples, batching=Batching(gradient_checkpointing=True))
     assert [fast.calls for fast in made] == [2, 4], "once for each layer; twice with gradient checkpointing"
