@@ -183,14 +183,21 @@ class Project(Section):
         }
         if evaluation is not None:
             stated = evaluation.model_dump(exclude={"path", "held_out", "token_budget", "grading"})
-            if evaluation.format == "bbh":
-                stated["grading"] = evaluation.grading
-            elif evaluation.held_out:
-                stated["grading"] = "exact_match without markdown"
             if isinstance(evaluation.harness, str):
                 stated["harness"] = self.as_written(evaluation.harness)
             settings["evaluation"] = stated | {"max_length": evaluation.max_length or self.model.max_length}
         return settings
+
+    def grading_settings(self, name: str) -> dict[str, JsonValue]:
+        """How a task's answers are graded, by member, where that is not what it has been since the first version."""
+        rules: dict[str, JsonValue] = {}
+        for member in self.member_tasks(name):
+            if evaluation := member.evaluation:
+                if evaluation.format == "bbh" and evaluation.grading == "strict":
+                    rules[member.name] = "strict"
+                elif evaluation.held_out:
+                    rules[member.name] = "exact_match without markdown"
+        return {"grading": rules} if rules else {}
 
     def recipe_settings(self, key: str) -> dict[str, JsonValue]:
         """Settings of a selection: equal for recipes that differ in name or in the model to fine-tune only."""

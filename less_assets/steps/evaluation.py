@@ -4,7 +4,7 @@ Belongs here: wiring only. Asking and grading is `method/evaluation/evaluation.p
 `method/evaluation/leaderboard.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -229,6 +229,10 @@ def _answers(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
     return {"finetuned_model": model, "evaluation": evaluation}
 
 
+def _grading(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    return lineage.project.grading_settings(keys["task"])
+
+
 ASSETS = (
     Asset(
         name="eval_results",
@@ -239,6 +243,7 @@ ASSETS = (
         inputs=(Input("finetuned_model"), Input("target_examples")),
         folder="evaluation/{recipe}/{task}",
         shared_folder="evaluation/samples/{task}",
+        settings=_grading,
         determined_by=_answers,
         compute=evaluate,
         describe=describe_evaluation,

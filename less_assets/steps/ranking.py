@@ -245,7 +245,7 @@ def _matched_lengths(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
     """Loss tokens of the rows that the matched recipe selects, or of the task's target examples."""
     if recipe.match is None:
         examples, _ = encode_targets(work, task, work.models.tokenizer())
-        return np.array([example.loss_tokens for example in examples])
+        return np.array([example.loss_tokens + 1 for example in examples])  # a row of the pool has its end token
     chosen = select_by_recipe(work, pool, work.project.recipe(recipe.match), task).table
     parts = []
     for shard in chosen["shard"].unique(maintain_order=True):

@@ -3,7 +3,7 @@
 import dagster as dg
 import polars as pl
 import pytest
-from support.graph import run
+from support.graph import replaced, run
 from support.tiny import question, write_rows
 
 from less_assets.compute.step import StepInputs, StepResult
@@ -124,7 +124,7 @@ def gradients_with_failing(endings: tuple[str, ...], project_file, instance) -> 
         return extract(work)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gradients, "extract_train_gradients", fails)
+        replaced(patched, "train_gradients", compute=fails)
         with pytest.raises(TrainingError) as caught:
             run(project_file, instance, Request(until="train_gradients"))
     return tried, caught.value

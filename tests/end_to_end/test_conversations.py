@@ -5,13 +5,12 @@ import json
 import dagster as dg
 from support.tiny import question, write_rows
 
-from less_assets.compute.models import open_store
-from less_assets.lineage.lineage import Lineage
 from less_assets.method.data.row_formats import normalize
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project
 from less_assets.running.runner import GraphRunner, Request, register_shards
 from less_assets.steps.pool import EXAMPLES
+from less_assets.steps.registry import open_lineage, open_store
 from less_assets.steps.selection import SUBSET_JSONL
 from less_assets.store.tables import read_parquet
 
@@ -42,7 +41,7 @@ def test_what_a_row_says_reaches_the_subset_for_trainers(tiny_project):
         register_shards(project, store, instance)
         runner = GraphRunner(build_definitions(project), project, store, instance, lambda line: None)
         runner.run(Request(until="selected_subset"))
-    lineage = Lineage(project, store)
+    lineage = open_lineage(project, store)
     pool = read_parquet(lineage.folder("instruction_pool", "plus-00000"), EXAMPLES)
     assert pool["status"].to_list() == ["ok"] * 4 + ["unsupported_field: rejected_response"]
     lines = lineage.folder("selected_subset", "all|sums").path(SUBSET_JSONL).read_text().splitlines()

@@ -88,6 +88,7 @@ STALE: dict[str, set[str]] = {
     "compute.cpus_per_worker": NOTHING,
     "tasks[].control": NOTHING,  # only a check reads it
     "tasks[].evaluation.token_budget": NOTHING,
+    "tasks[].evaluation.grading": {"eval_results"},
     "recipes[].model": {"finetuned_model"},
     "finetuning.gradient_checkpointing": NOTHING,
     "compute.backend": NOTHING,

@@ -566,6 +566,7 @@ def views(data: dict) -> dict[str, dict]:
         "warmup": found.warmup_settings(),
         "gradients": found.gradient_settings(),
         "task": found.task_settings("t"),
+        "grading": found.grading_settings("t"),
         "recipe": found.recipe_settings("less"),
         "finetuning": found.finetuning_settings("less"),
         "untrained": found.finetuning_settings("base"),

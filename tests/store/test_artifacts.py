@@ -18,7 +18,7 @@ from less_assets.errors import (
     StaleArtifactError,
     StorageError,
 )
-from less_assets.store.artifacts import ArtifactStore
+from less_assets.store.artifacts import FINGERPRINT, ArtifactStore
 from less_assets.store.files import list_files
 from less_assets.store.manifest import Manifest, canonical_json
 
@@ -199,8 +199,9 @@ def test_no_name_leaves_the_root(name):
             continue
         assert os.path.normpath(path) == str(path)
         assert str(path).startswith("/srv/store/")
-    with pytest.raises(StorageError):
-        store.artifact("a", name)
+    if not FINGERPRINT.fullmatch(name):
+        with pytest.raises(StorageError):
+            store.artifact("a", name)
 
 
 @pytest.mark.parametrize("key", ["a/current.json", "manifest.json", f"models/{OLD}", "x.partial"])
