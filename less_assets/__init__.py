@@ -1,1 +1,23 @@
-"""LESS Assets: LESS data selection (ICML 2024) as a graph of Dagster assets. Nothing is wired here; see `build.py`."""
+"""LESS Assets: LESS data selection (ICML 2024) as a graph of Dagster assets, a command and a Python library.
+
+Belongs here: the names that a notebook imports; they come from `api.py` on first use, so that importing is cheap.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from less_assets.api import OpenProject, open_project, select
+
+__all__ = ["OpenProject", "open_project", "select"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from less_assets import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -256,6 +256,35 @@ def trace(
 
 
 @app.command()
+def export(
+    task: Annotated[str, typer.Option("--task", help="The task.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="Key of the recipe, such as less or random-seed0.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for exports; `latest` in it is the last one.")],
+    keep_columns: Annotated[
+        bool, typer.Option("--keep-columns", help="Read the pool's files again and keep their other columns.")
+    ] = False,
+    push: Annotated[str, typer.Option("--push", help="Upload to this repository of the Hugging Face Hub.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: say what would be uploaded.")] = False,
+    project: ProjectOption = DEFAULT_PROJECT,
+) -> None:
+    """Write selected rows for others: data set, card, files for TRL, axolotl and LLaMA-Factory, the adapter."""
+    with _told(), _read(project) as lineage:
+        from less_assets.inspection.export import export_selection, planned_uploads, upload
+
+        if dry_run and not push:
+            raise LessAssetsError("--dry-run is about uploading.", fix="add --push OWNER/NAME")
+        exported = export_selection(lineage, task, recipe, output, keep_columns=keep_columns)
+        print(f"{exported.rows:,} rows in {exported.latest}, which is {exported.folder}")
+        if left_out := sum(exported.left_out.values()):
+            print(f"{left_out:,} of them are not in LLaMA-Factory's file, which cannot express them: see README.md")
+        if push and dry_run:
+            for planned in planned_uploads(exported, push):
+                print(f"would upload to the {planned.kind} {planned.repository}: {', '.join(planned.files)}")
+        elif push:
+            print("\n".join(upload(exported, push)))
+
+
+@app.command()
 def gc(
     project: ProjectOption = DEFAULT_PROJECT,
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,

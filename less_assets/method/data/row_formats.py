@@ -197,6 +197,18 @@ def unknown_keys(record: Mapping[str, Any], format: RowFormat = "auto") -> list[
     return list(dict.fromkeys(key.encode("utf-8", "backslashreplace").decode() for key in unknown))
 
 
+def other_columns(record: Mapping[str, Any], format: RowFormat = "auto") -> dict[str, Any]:
+    """Return the fields of a usable record that are not part of its conversation, in their order.
+
+    Args:
+        record: Field name to value.
+        format: As in `normalize`.
+    """
+    row_format = detect_format(record) if format == "auto" else format
+    own = {*_FORMAT_KEYS.get(str(row_format), ()), *ROW_KEYS}
+    return {name: value for name, value in record.items() if name not in own}
+
+
 # ---- what cannot be carried ----
 
 

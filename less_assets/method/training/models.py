@@ -96,7 +96,7 @@ class BaseModel:
         """SPDX name or what the author calls it; None if it is not stated."""
         if self.base.startswith("gguf:"):
             return _package_licence(self.base.removeprefix("gguf:").partition("/")[0])
-        return _card_licence(self.folder)
+        return card_licence(self.folder)
 
 
 def find_base(base: str, cache_dir: Path, *, trust_remote_code: bool = False) -> BaseModel:
@@ -548,8 +548,8 @@ def _without_future_warnings() -> Iterator[None]:
         yield
 
 
-def _card_licence(folder: Path) -> str | None:
-    """Licence in the front matter of a model card."""
+def card_licence(folder: Path) -> str | None:
+    """Licence in the front matter of a model's or data set's card (`README.md`); None if there is none."""
     card = folder / "README.md"
     if not card.is_file():
         return None

@@ -20,9 +20,8 @@ from less_assets.method.gradients.features import Batching, extract_features
 from less_assets.method.gradients.per_example import lora_parameters
 from less_assets.method.gradients.sketch import Sketch
 
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 CHECKPOINTS = ("checkpoint-6", "checkpoint-12")
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="../shared/golden is not here")
 BATCHING = Batching(token_budget=200)
 
 
@@ -61,7 +60,6 @@ def golden_checkpoint(name, meta):
     return model, moments
 
 
-@needs_golden
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_gradients_and_directions_equal_the_reference_codes(golden, name):
     arrays, meta = golden
@@ -84,7 +82,6 @@ def test_gradients_and_directions_equal_the_reference_codes(golden, name):
     np.testing.assert_allclose(block.norms["adamw"], np.linalg.norm(arrays[f"gamma_adamw.{name}"], axis=1), rtol=1e-5)
 
 
-@needs_golden
 @pytest.mark.parametrize("form", ["reference", "adamw"])
 def test_exact_influence_and_score_equal_the_reference_codes(golden, form):
     arrays, meta = golden

@@ -22,7 +22,7 @@ from less_assets.method.selection.influence import (
     target_directions,
 )
 
-GOLDEN = Path(__file__).parents[3] / ".." / "shared" / "golden"
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 
 
 class Rows:
@@ -208,7 +208,6 @@ def test_a_rows_status_is_the_first_reason_against_it():
     assert statuses == ["ok", "empty_turn", "no_loss_tokens", "nonfinite_gradient", "template_refused"]
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="../shared/golden is not here")
 @pytest.mark.parametrize("form", ["reference", "adamw"])
 def test_influence_agrees_with_the_published_code(form):
     from safetensors.numpy import load_file

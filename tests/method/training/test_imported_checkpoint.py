@@ -28,8 +28,7 @@ from less_assets.method.training.training import adam_moments, trainable_paramet
 from less_assets.method.training.warmup import load_checkpoint, load_moments
 
 CASES = Path(__file__).parents[2] / "data" / "cases"
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -113,7 +112,6 @@ def test_trainer_checkpoint_gives_the_optimizer_s_own_moments(trainer_run, tmp_p
         assert torch.equal(adapted[name], parameter)
 
 
-@golden
 @pytest.mark.parametrize("name", ["checkpoint-6", "checkpoint-12"])
 def test_golden_optimizer_pt_equals_golden_moments_by_name(tmp_path, name):
     meta = json.loads((GOLDEN / "meta.json").read_text())
