@@ -63,8 +63,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(name, **loading)
     if tokenizer.chat_template is None:
         raise SystemExit("The tokenizer has no chat template: give `tokenizer.chat_template` one in this script.")
+    safetensors = not arguments.gguf_file or None  # never pickled weights, which run code
     # LoRA's weights are trained in full precision.
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **loading)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=safetensors, **loading)
     lora = settings["lora"]
     trainer = SFTTrainer(
         model=model,
