@@ -124,12 +124,12 @@ class Project(Section):
         return self.recipe(key).match or key
 
     def selects_by_influence(self, key: str) -> bool:
-        """Whether a recipe ranks the pool by influence itself."""
-        return self.recipe(key).traits.scores == "influence"
+        """Whether a recipe takes the rows of the highest influence itself."""
+        return self.recipe(key).ranks_by_influence
 
     def reads_scores(self, key: str) -> bool:
         """Whether a recipe reads influence scores."""
-        return self.selects_by_influence(self.ranked_by(key))
+        return self.recipe(self.ranked_by(key)).traits.scores == "influence"
 
     def matches_targets(self, key: str) -> bool:
         """Whether a recipe draws rows that are as long as the task's target examples."""
@@ -203,9 +203,13 @@ class Project(Section):
         """Settings of a selection: equal for recipes that differ in name or in the model to fine-tune only."""
         recipe = self.recipe(key)
         settings = asdict(recipe)
+        if recipe.mix is None:
+            del settings["mix"]  # recipes that were made before there was such a key stay what they are
+        else:
+            settings["mix"] = recipe.mix.model_dump()
         if recipe.match:
             settings["match"] = self.recipe_settings(recipe.match)
-        if recipe.seed is not None:
+        if recipe.seed is not None or recipe.mix is not None:
             settings["draw_version"] = DRAW_VERSION
         return {name: settings[name] for name in settings if name not in ("key", "name", "model")}
 

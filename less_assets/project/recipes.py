@@ -6,7 +6,17 @@ Belongs here: what one key of the recipe axis stands for. What a recipe may say 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from less_assets.project.sections import BUDGETS, Aggregate, Form, Perplexities, Recipe, StrategyName, SubtaskRule, Unit
+from less_assets.project.sections import (
+    BUDGETS,
+    Aggregate,
+    Form,
+    Mix,
+    Perplexities,
+    Recipe,
+    StrategyName,
+    SubtaskRule,
+    Unit,
+)
 from less_assets.project.strategies import STRATEGIES, Strategy
 
 
@@ -37,6 +47,7 @@ class ResolvedRecipe:
         near_duplicates: Cosine from which a row is passed over; None: never.
         quotas: Largest share of the budget by source; empty: no limits.
         model: Model to fine-tune instead of the project's.
+        mix: Share of the budget that is drawn at random; None: nothing is.
     """
 
     key: str
@@ -53,11 +64,17 @@ class ResolvedRecipe:
     near_duplicates: float | None
     quotas: Mapping[str, float]
     model: str | None
+    mix: Mix | None
 
     @property
     def traits(self) -> Strategy:
         """The strategy's entry in the table of strategies."""
         return STRATEGIES[self.strategy]
+
+    @property
+    def ranks_by_influence(self) -> bool:
+        """Whether the rows with the highest influence are taken, so that there is a cut: not so where they match."""
+        return self.traits.scores == "influence" and self.aggregate != "match"
 
 
 def resolve(recipe: Recipe, forms: Sequence[Form]) -> Iterator[ResolvedRecipe]:
@@ -86,4 +103,5 @@ def resolve(recipe: Recipe, forms: Sequence[Form]) -> Iterator[ResolvedRecipe]:
             near_duplicates=recipe.near_duplicates,
             quotas=recipe.quotas or {},
             model=recipe.model,
+            mix=recipe.mix,
         )

@@ -65,6 +65,10 @@ def _names_in_recipes(recipes: Mapping[int, Recipe], sources: set[str], names: s
         for name in sorted({*(recipe.quotas or {})} - sources):
             path: KeyPath = ("recipes", index, "quotas", name)
             yield BrokenRule(path, f"there is no source {name!r}", nearest(name, sorted(sources)))
+        for position, name in enumerate((recipe.mix.sources if recipe.mix else None) or []):
+            if name not in sources:
+                path = ("recipes", index, "mix", "sources", position)
+                yield BrokenRule(path, f"there is no source {name!r}", nearest(name, sorted(sources)))
         path = ("recipes", index, "match")
         if recipe.match is not None and recipe.match not in names:
             yield BrokenRule(path, f"there is no recipe {recipe.match!r}", nearest(recipe.match, matchable))

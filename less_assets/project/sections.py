@@ -26,7 +26,7 @@ from less_assets.project.yaml_file import KeyPath
 
 Form = Literal["adamw", "paper", "reference", "marginal", "sgd"]
 SubtaskRule = Literal["mean_cosine", "cosine_of_mean"]
-Aggregate = Literal["max", "mean", "round_robin"]
+Aggregate = Literal["max", "mean", "round_robin", "match"]
 Perplexities = Literal["mid", "top"]
 FeatureStorage = Literal["float16", "int8", "int4", "int1"]
 if TYPE_CHECKING:
@@ -412,6 +412,19 @@ class Task(Section):
             yield BrokenRule(("control",), "a control without evaluation shows nothing", "give it an `evaluation`")
 
 
+class Mix(Section):
+    """A share of a recipe's budget that is drawn at random instead of chosen: some of the rest stays in the subset."""
+
+    share: float = setting(..., "Share of the budget that is drawn at random", gt=0, lt=1)
+    sources: list[Name] | None = setting(
+        None, "Sources to draw from; null: the whole pool", type="list of sources", min_length=1
+    )
+    seed: int = setting(0, "Seed of the draw", ge=0, le=MAX_SEED)
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        yield from _repeated(("sources",), self.sources or [])
+
+
 class Recipe(Section):
     """A way to choose a subset, and the model to fine-tune on it."""
 
@@ -436,7 +449,8 @@ class Recipe(Section):
     aggregate: Aggregate = setting(
         "round_robin",
         f"How subtasks (`rds`: target examples) make one ranking ({readers('aggregate')}): `max` is LESS's and lets "
-        "one subtask take most; `round_robin` takes turns",
+        "one subtask take most; `round_robin` takes turns; `match` (`less`): greedily the row that brings the sum of "
+        "the selected directions nearest to the targets', whatever is covered already",
     )
     fraction: float | None = setting(
         None, "Budget: share of the pool's distinct examples; the paper has 0.05", gt=0, lt=1
@@ -478,6 +492,7 @@ class Recipe(Section):
     model: ModelReference | None = setting(
         None, "Fine-tune this model instead of `model.base` (LESS-T)", type="id or path", source=PAPER
     )
+    mix: Mix | None = setting(None, "A share of the budget that is drawn at random instead of chosen")
 
     def _broken_rules(self) -> Iterator[BrokenRule]:
         budgets = [unit for unit in BUDGETS if getattr(self, unit) is not None]
@@ -495,7 +510,20 @@ class Recipe(Section):
                 yield BrokenRule((key,), said, "leave it out")
         if strategy.reads("rescore") and self.rescore == "none" and self.given("candidates"):
             yield BrokenRule(("candidates",), "has no meaning without `rescore: exact`", "leave it out")
+        yield from self._matching_rules()
+        if self.mix and not strategy.has_budget:
+            yield BrokenRule(("mix",), f"strategy {self.strategy} has no budget", "leave it out")
         yield from _repeated(("seeds",), self.seeds)
+
+    def _matching_rules(self) -> Iterator[BrokenRule]:
+        if self.aggregate != "match":
+            return
+        if self.strategy != "less":
+            yield BrokenRule(("aggregate",), "`match` needs gradients: strategy less", "choose another aggregate")
+        for key in self.given("rescore", "near_duplicates"):
+            if getattr(self, key) not in ("none", None):
+                what = "has no meaning with `aggregate: match`, which looks at the rows selected before by itself"
+                yield BrokenRule((key,), what, "leave it out")
 
 
 class Report(Section):

@@ -59,6 +59,7 @@ class Cuts:
         labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
         exact = read_parquet(lineage.folder("exact_scores", key), EXACT) if recipe.candidates is not None else None
         subset = read_parquet(lineage.folder("selected_subset", key), SUBSET, ["score", "subtask", "task"])
+        subset = subset.drop_nulls("task")  # rows that a mix has drawn were not ranked
         named = subset.with_columns(subtask_label(lineage, task).alias("label"))
         if recipe.aggregate == "round_robin":
             lowest = named.group_by("label").agg(pl.col("score").min()).sort("label")

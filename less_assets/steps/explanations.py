@@ -75,10 +75,11 @@ def rows_to_explain(work: StepInputs, recipe: ResolvedRecipe, task: str) -> pl.D
         exact = read_parquet(lineage.folder("exact_scores", key), EXACT)
         ranked = candidates_of(lineage, recipe, task, exact=exact)
     count = lineage.project.report.context_rows
-    selected = subset.select(pl.lit("selected").alias("group"), *EXPLAINED_SCHEMA.names()[1:])
+    # Rows that a mix has drawn are in the subset for no reason of their own.
+    selected = subset.drop_nulls("score").select(pl.lit("selected").alias("group"), *EXPLAINED_SCHEMA.names()[1:])
     ids = subset["example_id"].to_list()
     below = rows_below_the_cut(ranked, ids, aggregate_of(recipe), count, restraints_of(work, recipe))
-    known = [*selected["example_id"], *below["example_id"]]
+    known = [*ids, *below["example_id"]]
     return pl.concat([selected, below, most_negative_rows(sketched, known, count)])
 
 

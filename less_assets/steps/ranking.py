@@ -16,6 +16,7 @@ from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES, FEATURES, INDEX, score_file
 from less_assets.steps import baselines
 from less_assets.steps.gradients import encode_targets
+from less_assets.steps.matching import select_by_matching
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_json, read_parquet
 
@@ -66,6 +67,14 @@ def _loss_tokens(work: StepInputs, shard: str, rows: pl.DataFrame) -> pl.Series:
 
 
 def budget_of(lineage: Lineage, recipe: ResolvedRecipe) -> Any:
+    """What a recipe may choose of its budget: all of it, but for the share that its `mix` draws."""
+    from less_assets.method.selection.mixing import divide
+
+    budget = whole_budget(lineage, recipe)
+    return divide(budget, recipe.mix.share)[0] if recipe.mix else budget
+
+
+def whole_budget(lineage: Lineage, recipe: ResolvedRecipe) -> Any:
     """A recipe's budget in the method's words.
 
     A fraction is one of the pool's distinct examples, for every strategy alike: so that recipes stay comparable where
@@ -80,8 +89,22 @@ def budget_of(lineage: Lineage, recipe: ResolvedRecipe) -> Any:
 
 
 def aggregate_of(recipe: ResolvedRecipe) -> str:
-    """How a recipe's scores make one ranking; a single score is its own best."""
-    return recipe.aggregate or "max"
+    """How a recipe's scores make one ranking; a single score is its own best, and matching begins with the mean."""
+    return "mean" if recipe.aggregate == "match" else recipe.aggregate or "max"
+
+
+def select_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Any:
+    """The rows that a recipe with a budget selects for a task: chosen, drawn, or some of both."""
+    from less_assets.method.selection.mixing import divide, mix
+
+    draws = recipe.strategy in ("random", "length_matched")
+    chosen = (draw_rows if draws else select_by_recipe)(work, pool, recipe, task)
+    if recipe.mix is None:
+        return chosen
+    budget = divide(whole_budget(work.lineage, recipe), recipe.mix.share)[1]
+    rows = pool.shards(tokens=budget.kind == "tokens")
+    restraints = quotas_of(recipe)
+    return mix(chosen, rows, budget, recipe.mix.seed, sources=recipe.mix.sources, restraints=restraints)
 
 
 def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Any:
@@ -93,6 +116,8 @@ def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
         candidates = candidates_of(work.lineage, recipe, task, exact=exact)
     else:
         candidates = scored_pool(work, pool, recipe, task)
+    if recipe.aggregate == "match":
+        return select_by_matching(work, recipe, candidates, budget_of(work.lineage, recipe))
     return select_by_score(
         candidates, budget_of(work.lineage, recipe), aggregate_of(recipe), restraints_of(work, recipe)
     )
@@ -246,12 +271,19 @@ def _matched_lengths(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
     if recipe.match is None:
         examples, _ = encode_targets(work, task, work.models.tokenizer())
         return np.array([example.loss_tokens + 1 for example in examples])  # a row of the pool has its end token
-    chosen = select_by_recipe(work, pool, work.project.recipe(recipe.match), task).table
+    chosen = select_rows(work, pool, work.project.recipe(recipe.match), task).table
     parts = []
     for shard in chosen["shard"].unique(maintain_order=True):
         rows = pool.rows(shard, tokens=True)
         parts.append(rows.filter(pl.col("row").is_in(chosen.filter(shard=shard)["row"].implode()))["loss_tokens"])
     return pl.concat(parts).to_numpy()
+
+
+def quotas_of(recipe: ResolvedRecipe) -> Any:
+    """A recipe's quotas."""
+    from less_assets.method.selection.selection import Restraints
+
+    return Restraints(recipe.quotas)
 
 
 def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Any:
@@ -260,7 +292,7 @@ def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Any:
     from less_assets.method.selection.selection import Restraints
 
     if recipe.near_duplicates is None:
-        return Restraints(recipe.quotas)
+        return quotas_of(recipe)
     lineage, checkpoints = work.lineage, work.project.checkpoints
     weights = normalised_weights(
         {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}

@@ -40,7 +40,7 @@ from less_assets.steps.checks import (
     sketch_is_faithful,
 )
 from less_assets.steps.gradients import check_sketch
-from less_assets.steps.ranking import Pool, aggregate_of, draw_rows, scored_pool, select_by_recipe
+from less_assets.steps.ranking import Pool, aggregate_of, scored_pool, select_rows
 from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_parquet, write_json, write_parquet
@@ -170,10 +170,9 @@ def _select(work: StepInputs, recipe: ResolvedRecipe, task: str) -> Any:
     pool = Pool(work)
     if recipe.strategy == "full":
         return selection.select_all(pool.shards(tokens=False))
-    if recipe.strategy in ("random", "length_matched"):
-        return draw_rows(work, pool, recipe, task)
-    _keep_pool_scores(work, scored_pool(work, pool, recipe, task), aggregate_of(recipe))
-    return select_by_recipe(work, pool, recipe, task)
+    if recipe.traits.scores is not None:
+        _keep_pool_scores(work, scored_pool(work, pool, recipe, task), aggregate_of(recipe))
+    return select_rows(work, pool, recipe, task)
 
 
 def _keep_pool_scores(work: StepInputs, candidates: list[Any], aggregate: str) -> None:
@@ -270,7 +269,10 @@ def _all_above(stored: Stored) -> float | None:
     """The best score that a row can have and not be selected; None: the cut."""
     if PASSED_OVER in stored.manifest.files:
         return math.inf
-    if stored.lineage.project.recipe(split(stored.partition)[0]).aggregate != "round_robin":
+    aggregate = stored.lineage.project.recipe(split(stored.partition)[0]).aggregate
+    if aggregate == "match":
+        return math.inf
+    if aggregate != "round_robin":
         return None
     cuts: Any = stored.manifest.summary["cut_scores"]
     return max((score for part in cuts.values() for score in part.values()), default=math.inf)

@@ -57,6 +57,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "recipes[].candidates": (2.0, RECIPE),
     "recipes[].near_duplicates": (0.9, RECIPE),
     "recipes[].quotas": ({"s": 0.5}, RECIPE),
+    "recipes[].mix.share": (0.3, RECIPE),
     "recipes[].model": ("owner/third", {"finetuning"}),
     "tasks[].control": (True, set()),
     **{
@@ -96,6 +97,8 @@ STRUCTURE = {
     "recipes[].seeds",
     "recipes[].keep",
     "recipes[].match",
+    "recipes[].mix.sources",
+    "recipes[].mix.seed",
     "warmup.import",
     "warmup.mean_learning_rates",
     "tasks[].evaluation.harness",

@@ -192,7 +192,7 @@ def select_by_score(
     table, passed_over = _choose(ranked, limit, restraints or Restraints())
     if unscored:
         removed["no_score"] = unscored
-    return _selection(table, usable - unscored, removed, passed_over)
+    return selection_of(table, usable - unscored, removed, passed_over)
 
 
 def _rank(member: Candidates, aggregate: str, reach: "_Limit") -> tuple[list["_Queue"], int]:
@@ -253,14 +253,14 @@ def select_at_random(
         return [[queue]]
 
     table, passed_over = _choose(ranked, _Limit.of(budget, usable), restraints or Restraints())
-    return _selection(table, usable, removed, passed_over)
+    return selection_of(table, usable, removed, passed_over)
 
 
 def select_all(shards: Shards) -> Selection:
     """Take every usable row once, in the order of the pool."""
     usable, removed = _count(shards)
     frames = [_with_key(_usable(frame), None, None, None) for frame in shards()]
-    return _selection(pl.concat(frames), usable, removed, pl.DataFrame(schema=PASSED_OVER_SCHEMA))
+    return selection_of(pl.concat(frames), usable, removed, pl.DataFrame(schema=PASSED_OVER_SCHEMA))
 
 
 def _random_key(example_id: str, key: bytes) -> int:
@@ -595,7 +595,15 @@ def _take_in_turn(
     return table, passed_over.select(PASSED_OVER_SCHEMA.names())
 
 
-def _selection(rows: pl.DataFrame, usable: int, removed: Counter[str], passed_over: pl.DataFrame) -> Selection:
+def selection_of(rows: pl.DataFrame, usable: int, removed: Counter[str], passed_over: pl.DataFrame) -> Selection:
+    """A selection of rows that are in order already.
+
+    Args:
+        rows: Columns of `SELECTION_SCHEMA` but `rank`, best first.
+        usable: Unique ids that could have been selected.
+        removed: Reason -> other rows of the pool, those passed over not yet counted.
+        passed_over: `PASSED_OVER_SCHEMA`.
+    """
     removed = removed + Counter(passed_over["reason"].to_list())
     table = rows.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("rank")).select(
         SELECTION_SCHEMA.names()

@@ -1,0 +1,160 @@
+"""Rules beyond the best scores: from the project file to the subset, against what the stored features say."""
+
+import dagster as dg
+import numpy as np
+import polars as pl
+import pytest
+from support.graph import run
+from support.tiny import TinyProject, question, write_rows
+
+from less_assets.lineage.lineage import Lineage
+from less_assets.project.project import load_project
+from less_assets.reading.files import FEATURES, PASSED_OVER, SUBSET, TARGET_FEATURES
+from less_assets.reading.rows import checkpoint_weights
+from less_assets.running.runner import Request
+from less_assets.steps.registry import open_lineage, open_store
+from less_assets.store.features import open_features
+from less_assets.store.tables import read_parquet
+
+SUBSETS = Request(until="selected_subset")
+RECIPES = [
+    {"name": "less", "strategy": "less", "fraction": 0.3},
+    {"name": "match", "strategy": "less", "aggregate": "match", "fraction": 0.3},
+    {"name": "match-limited", "strategy": "less", "aggregate": "match", "rows": 10, "quotas": {"plus": 0.2}},
+    {"name": "match-tokens", "strategy": "less", "aggregate": "match", "tokens": 25},
+    {"name": "mixed", "strategy": "less", "fraction": 0.3, "mix": {"share": 0.4}},
+    {"name": "mixed-colors", "strategy": "bm25", "rows": 8, "mix": {"share": 0.5, "sources": ["colors"], "seed": 4}},
+    {"name": "mixed-random", "strategy": "random", "tokens": 40, "mix": {"share": 0.5}},
+    {"name": "as-long", "strategy": "length_matched", "match": "mixed", "rows": 4},
+]
+
+
+class Made:
+    """A tiny project brought up to its subsets, and what it has stored."""
+
+    def __init__(self, project: TinyProject, instance: dg.DagsterInstance) -> None:
+        self.tiny, self.instance = project, instance
+
+    def run(self, request: Request = SUBSETS) -> dict[str, list]:
+        return run(self.tiny.path, self.instance, request).materialized
+
+    @property
+    def lineage(self) -> Lineage:
+        project = load_project(self.tiny.path)
+        return open_lineage(project, open_store(project))
+
+    def subset(self, key: str) -> pl.DataFrame:
+        return read_parquet(self.lineage.folder("selected_subset", key), SUBSET)
+
+    def unit_features(self, form: str) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
+        """The pool's distinct rows, and by checkpoint their unit features (n, k)."""
+        lineage = self.lineage
+        index = read_parquet(lineage.folder("pool_index"), "index.parquet").filter("canonical")
+        units = {}
+        for checkpoint in lineage.project.checkpoints:
+            parts = []
+            for shard in lineage.shards():
+                reader = open_features(lineage.folder("train_gradients", f"{checkpoint}|{shard}"), FEATURES)
+                parts.append(reader.take(form, index.filter(shard=shard)["row"].to_list()).astype(np.float64))
+            rows = np.concatenate(parts)
+            units[checkpoint] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return pl.concat([index.filter(shard=shard) for shard in lineage.shards()]), units
+
+    def target_features(self, checkpoint: str, task: str) -> tuple[np.ndarray, list[str]]:
+        """Unit features of the target examples, and their subtasks."""
+        table = read_parquet(self.lineage.folder("target_gradients", f"{checkpoint}|{task}"), TARGET_FEATURES)
+        rows = np.stack(table["features"].to_list()).astype(np.float64)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True), table["subtask"].to_list()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_model):
+    project = TinyProject(tmp_path_factory.mktemp("rules"), tiny_model)
+    write_rows(project.folder / "data/colors.jsonl", [question(place, "blue") for place in range(20)])
+    project.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
+    project.settings["recipes"] = RECIPES
+    with dg.DagsterInstance.ephemeral() as instance:
+        found = Made(project, instance)
+        found.first = found.run()
+        yield found
+
+
+def by_trying_all(made: Made, task: str, count: int) -> list[str]:
+    """Ids in the order of greedy matching, from decoded features alone."""
+    index, units = made.unit_features("marginal")
+    weights = checkpoint_weights(made.lineage)
+    rows = np.concatenate([np.sqrt(weights[name]) * unit for name, unit in units.items()], axis=1)
+    parts = []
+    for name in units:
+        targets, subtasks = made.target_features(name, task)
+        labels = sorted(set(subtasks))
+        means = [targets[np.array(subtasks) == label].mean(axis=0) for label in labels]
+        parts.append(np.sqrt(weights[name]) * np.mean(means, axis=0))
+    target = np.concatenate(parts)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        gains = []
+        for row in range(len(rows)):
+            total = rows[[*chosen, row]].sum(axis=0)
+            gains.append(-np.inf if row in chosen else total @ target / np.linalg.norm(total))
+        chosen.append(int(np.argmax(gains)))
+    return index["example_id"][chosen].to_list()
+
+
+@pytest.mark.parametrize("task", ["sums", "sky", "both"])
+def test_matching_picks_what_trying_every_row_would(made, task):
+    subset = made.subset(f"match|{task}")
+    assert subset.height == 13
+    assert subset["example_id"].to_list() == by_trying_all(made, task, 13)
+    assert subset["rank"].to_list() == list(range(1, 14))
+    assert subset["score"][0] == subset["score"].max()
+    assert set(subset["task"]) <= ({"sums", "sky"} if task == "both" else {task})
+    assert set(subset["subtask"]) <= {"part-0", "part-1"}
+
+
+def test_matching_keeps_to_quotas_and_to_tokens(made):
+    limited = made.subset("match-limited|sums")
+    assert limited.height == 10
+    assert limited.filter(source="plus").height == 2
+    passed = read_parquet(made.lineage.folder("selected_subset", "match-limited|sums"), PASSED_OVER)
+    assert set(passed["reason"]) == {"quota"}
+    assert set(passed["source"]) == {"plus"}
+    tokens = made.subset("match-tokens|sums")
+    assert 0 < tokens["loss_tokens"].sum() <= 25
+    assert tokens["example_id"].to_list() == made.subset("match|sums")["example_id"][: tokens.height].to_list()
+
+
+def test_a_mixed_selection_begins_with_the_best_rows_and_ends_with_drawn_ones(made):
+    mixed, plain = made.subset("mixed|sums"), made.subset("less|sums")
+    assert mixed.height == plain.height == 13
+    assert mixed["example_id"][:8].to_list() == plain["example_id"][:8].to_list()
+    drawn = mixed[8:]
+    assert drawn["score"].null_count() == drawn["task"].null_count() == 5
+    assert mixed["example_id"].is_unique().all()
+    assert set(drawn["example_id"]) != set(plain["example_id"][8:])
+    summary = made.lineage.summary("selected_subset", "mixed|sums")
+    assert summary["rows"] == 13
+    assert sum(summary["sources"].values()) == 13
+    assert sum(sum(part.values()) for part in summary["subtasks"].values()) == 8
+
+
+def test_a_mix_may_name_its_sources_and_works_for_random_rows_in_tokens(made):
+    colors = made.subset("mixed-colors|sums")
+    assert set(colors["source"][:4]) == {"plus"}
+    assert colors["source"][4:].to_list() == ["colors"] * 4
+    tokens = made.subset("mixed-random-seed0|sums")
+    assert tokens["loss_tokens"].sum() <= 40
+    assert tokens["example_id"].is_unique().all()
+
+
+def test_what_is_not_ranked_by_influence_has_a_report_and_no_shares_of_tokens(made):
+    keys = [f"{recipe}|sums" for recipe in ("match", "mixed", "mixed-colors")]
+    request = Request(tasks=("sums",), recipes=("match", "mixed", "mixed-colors"), until="selection_report")
+    made.run(request)
+    lineage = made.lineage
+    assert all(lineage.status("selection_report", key).state == "fresh" for key in keys)
+    explained = read_parquet(lineage.folder("token_attribution", "mixed|sums"), "rows.parquet")
+    assert explained.filter(group="selected").height == 8
+    drawn = made.subset("mixed|sums")["example_id"][8:].to_list()
+    assert not set(drawn) & set(explained["example_id"])
+    assert "match|sums" not in lineage.declarations["token_attribution"].partitions(lineage.project, lineage.keys_of)
