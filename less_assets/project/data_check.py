@@ -12,7 +12,7 @@ from pathlib import Path
 
 from less_assets.errors import LessAssetsError
 from less_assets.project.project import Project
-from less_assets.project.sections import Evaluation, Source, TargetExamples
+from less_assets.project.sections import Evaluation, Recipe, Source, TargetExamples
 from less_assets.project.yaml_file import Problem
 
 PEEK_ROWS = 256
@@ -60,6 +60,8 @@ def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None)
         if task.evaluation:
             problems += _evaluation(project, task.name, task.evaluation, task.examples)
     for recipe in project.recipes:
+        if recipe.scores:
+            problems += _scores(project, recipe)
         if recipe.model:
             problems += _base_model(f"recipe {recipe.name}", recipe.model)
     return problems
@@ -166,6 +168,18 @@ def _imported_checkpoint(project: Project, path: str) -> Iterator[Problem]:
             "there is no adapter_config.json",
             "name the folder of a PEFT checkpoint, as transformers' Trainer saves it",
         )
+
+
+def _scores(project: Project, recipe: Recipe) -> Iterator[Problem]:
+    from less_assets.method.selection.external import read_scores
+
+    assert recipe.scores is not None
+    for task in project.tasks:
+        try:
+            read_scores(recipe.scores, task.name)
+        except _TROUBLE as error:
+            yield _told(f"recipe {recipe.name}, scores ({project.as_written(recipe.scores)})", error)
+            return
 
 
 def _targets(project: Project, task: str, examples: TargetExamples) -> Iterator[Problem]:

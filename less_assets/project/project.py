@@ -129,7 +129,7 @@ class Project(Section):
 
     def reads_scores(self, key: str) -> bool:
         """Whether a recipe reads influence scores."""
-        return self.recipe(self.ranked_by(key)).traits.scores == "influence"
+        return self.recipe(self.ranked_by(key)).scores == "influence"
 
     def matches_targets(self, key: str) -> bool:
         """Whether a recipe draws rows that are as long as the task's target examples."""
@@ -203,9 +203,11 @@ class Project(Section):
         """Settings of a selection: equal for recipes that differ in name or in the model to fine-tune only."""
         recipe = self.recipe(key)
         settings = asdict(recipe)
-        if recipe.mix is None:
-            del settings["mix"]  # recipes that were made before there was such a key stay what they are
-        else:
+        del settings["scores_file"]  # its content is hashed
+        for name in ("mix", "damping"):
+            if settings[name] is None:  # recipes that were made before there was such a key stay what they are
+                del settings[name]
+        if recipe.mix is not None:
             settings["mix"] = recipe.mix.model_dump()
         if recipe.match:
             settings["match"] = self.recipe_settings(recipe.match)

@@ -48,6 +48,8 @@ class ResolvedRecipe:
         quotas: Largest share of the budget by source; empty: no limits.
         model: Model to fine-tune instead of the project's.
         mix: Share of the budget that is drawn at random; None: nothing is.
+        damping: Damping of the pool's covariance; None: target directions are not preconditioned.
+        scores_file: File of scores; None for other strategies than `external`.
     """
 
     key: str
@@ -65,6 +67,8 @@ class ResolvedRecipe:
     quotas: Mapping[str, float]
     model: str | None
     mix: Mix | None
+    damping: float | None
+    scores_file: str | None
 
     @property
     def traits(self) -> Strategy:
@@ -74,7 +78,12 @@ class ResolvedRecipe:
     @property
     def ranks_by_influence(self) -> bool:
         """Whether the rows with the highest influence are taken, so that there is a cut: not so where they match."""
-        return self.traits.scores == "influence" and self.aggregate != "match"
+        return self.scores == "influence" and self.aggregate != "match"
+
+    @property
+    def scores(self) -> str | None:
+        """Scores of the pool that the recipe ranks by; None: it ranks by none."""
+        return "preconditioned" if self.damping is not None else self.traits.scores
 
 
 def resolve(recipe: Recipe, forms: Sequence[Form]) -> Iterator[ResolvedRecipe]:
@@ -104,4 +113,6 @@ def resolve(recipe: Recipe, forms: Sequence[Form]) -> Iterator[ResolvedRecipe]:
             quotas=recipe.quotas or {},
             model=recipe.model,
             mix=recipe.mix,
+            damping=recipe.damping if recipe.precondition == "pool" else None,
+            scores_file=recipe.scores,
         )

@@ -452,6 +452,24 @@ class Recipe(Section):
         "one subtask take most; `round_robin` takes turns; `match` (`less`): greedily the row that brings the sum of "
         "the selected directions nearest to the targets', whatever is covered already",
     )
+    precondition: Literal["none", "pool"] = setting(
+        "none",
+        "`pool`: multiply target directions by the regularised inverse covariance of the pool's directions, so that "
+        f"what all rows share counts little ({readers('precondition')})",
+    )
+    damping: float = setting(
+        1.0,
+        "With `precondition`: what is added to the covariance, as a multiple of its mean eigenvalue; less of it counts "
+        "rare directions more",
+        gt=0,
+    )
+    scores: Location | None = setting(
+        None,
+        f"File of scores, higher is better ({readers('scores')}): Parquet, JSON lines, CSV or TSV with `score` and "
+        "`example_id`, or `source` and `row` (counted from 0 within the source); with a column `task`, those of each "
+        "task",
+        type="path or URL",
+    )
     fraction: float | None = setting(
         None, "Budget: share of the pool's distinct examples; the paper has 0.05", gt=0, lt=1
     )
@@ -510,6 +528,13 @@ class Recipe(Section):
                 yield BrokenRule((key,), said, "leave it out")
         if strategy.reads("rescore") and self.rescore == "none" and self.given("candidates"):
             yield BrokenRule(("candidates",), "has no meaning without `rescore: exact`", "leave it out")
+        if strategy.reads("scores") and self.scores is None:
+            yield BrokenRule((), "has no file of scores", "give `scores`")
+        if self.precondition == "none" and self.given("damping") and strategy.reads("damping"):
+            yield BrokenRule(("damping",), "has no meaning without `precondition: pool`", "leave it out")
+        if self.precondition == "pool" and self.rescore == "exact":
+            what = "compares exact gradients with the targets as they are"
+            yield BrokenRule(("rescore",), what, "leave one of `rescore` and `precondition` out")
         yield from self._matching_rules()
         if self.mix and not strategy.has_budget:
             yield BrokenRule(("mix",), f"strategy {self.strategy} has no budget", "leave it out")
@@ -520,6 +545,9 @@ class Recipe(Section):
             return
         if self.strategy != "less":
             yield BrokenRule(("aggregate",), "`match` needs gradients: strategy less", "choose another aggregate")
+        if self.precondition == "pool":
+            what = "compares directions as they are"
+            yield BrokenRule(("aggregate",), f"`match` {what}", "leave one of `match` and `precondition` out")
         for key in self.given("rescore", "near_duplicates"):
             if getattr(self, key) not in ("none", None):
                 what = "has no meaning with `aggregate: match`, which looks at the rows selected before by itself"

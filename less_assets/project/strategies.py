@@ -24,7 +24,7 @@ class Strategy:
     name: str
     chooses: str
     function: str | None
-    scores: Literal["influence", "text", "embeddings"] | None = None
+    scores: Literal["influence", "text", "embeddings", "external"] | None = None
     keys: tuple[str, ...] = ()
     has_budget: bool = True
     same_for_every_task: bool = False
@@ -49,7 +49,7 @@ class Strategy:
         return self.has_budget if key == "quotas" else key in self.keys
 
 
-_LESS_KEYS = ("form", "subtask", "aggregate", "rescore", "candidates", "near_duplicates")
+_LESS_KEYS = ("form", "subtask", "aggregate", "precondition", "damping", "rescore", "candidates", "near_duplicates")
 # fmt: off
 _ENTRIES = (
     Strategy("less", "rows whose training step lowers the targets' loss", "influence:score_shard", "influence",
@@ -65,6 +65,7 @@ _ENTRIES = (
              "embeddings", ("keep",), same_for_every_task=True),
     Strategy("length_matched", "at random, as long as another recipe's rows or the targets",
              "baselines:length_matched_log_weights", None, ("match", "seeds")),
+    Strategy("external", "the rows that a file scores highest", "external:scores_of_rows", "external", ("scores",)),
 )
 # fmt: on
 STRATEGIES = {strategy.name: strategy for strategy in _ENTRIES}

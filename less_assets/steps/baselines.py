@@ -120,7 +120,7 @@ def score_embeddings(work: StepInputs) -> StepResult:
         columns = ["example_id", "source", "status", "loss_tokens", "embedding" if rds else "loss"]
         table = read_parquet(lineage.folder("pool_embeddings", shard), EMBEDDINGS, columns)
         scores = cosine_scores(table["embedding"].to_numpy(), directions) if rds else table["loss"].to_numpy()[:, None]
-        _write_scores(work, shard, table.select("example_id", "source", "status", "loss_tokens"), scores)
+        write_scores(work, shard, table.select("example_id", "source", "status", "loss_tokens"), scores)
         rows += table.height
     write_json(work.folder, PLACES, places)  # type: ignore[arg-type]
     return StepResult({"rows": rows, "scores": len(places)})
@@ -158,7 +158,7 @@ def score_texts(work: StepInputs) -> StepResult:
         whole = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
         spread = np.full((whole.height, len(places)), np.nan, dtype=np.float32)
         spread[messages["row"].to_numpy()] = scores
-        _write_scores(work, shard, whole, spread)
+        write_scores(work, shard, whole, spread)
         rows += whole.height
     write_json(work.folder, PLACES, places)  # type: ignore[arg-type]
     return StepResult({"rows": rows, "scores": len(places)})
@@ -189,7 +189,8 @@ def _pool_messages(work: StepInputs) -> Iterator[tuple[str, pl.DataFrame]]:
         yield shard, table.with_row_index("row").filter(pl.col("status") == "ok").select("row", "messages")
 
 
-def _write_scores(work: StepInputs, shard: str, rows: pl.DataFrame, scores: np.ndarray) -> None:
+def write_scores(work: StepInputs, shard: str, rows: pl.DataFrame, scores: np.ndarray) -> None:
+    """Store the scores (n, J) of a shard's rows; null where a row's status is not "ok"."""
     usable = rows["status"] == "ok"
     column = pl.Series("score", scores.astype(np.float32), dtype=pl.Array(pl.Float32, scores.shape[1]))
     table = rows.with_columns(

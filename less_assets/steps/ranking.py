@@ -20,6 +20,14 @@ from less_assets.steps.matching import select_by_matching
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_json, read_parquet
 
+SCORE_ASSETS = {
+    "text": "text_scores",
+    "embeddings": "embedding_scores",
+    "preconditioned": "preconditioned_scores",
+    "external": "external_scores",
+}
+"""What a recipe ranks by -> the asset that holds its scores, one column of them; influence lies in another form."""
+
 
 class Pool:
     """The pool's usable rows by shard; tokens are counted once for each shard.
@@ -140,8 +148,8 @@ def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -
 
 
 def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
-    """The whole pool as a recipe scores it, by influence, text or embeddings; see `candidates_of`."""
-    if recipe.strategy == "less":
+    """The whole pool as a recipe scores it; see `candidates_of`."""
+    if recipe.scores == "influence":
         return candidates_of(work.lineage, recipe, task)
     return _baseline_candidates(work, pool, recipe, task)
 
@@ -197,8 +205,7 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
     """The pool scored by a baseline: once for a task, once for each member of a group."""
     from less_assets.method.selection.selection import Candidates
 
-    asset = "text_scores" if recipe.traits.scores == "text" else "embedding_scores"
-    folder = work.lineage.folder(asset, f"{recipe.key}|{task}")
+    folder = work.lineage.folder(SCORE_ASSETS[str(recipe.scores)], f"{recipe.key}|{task}")
     places: Any = read_json(folder, baselines.PLACES)
     final = _final_scores(work, recipe, folder)
     counted = recipe.budget is not None and recipe.budget.unit == "tokens"

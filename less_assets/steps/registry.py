@@ -13,9 +13,11 @@ from less_assets.steps import (
     certificates,
     evaluation,
     explanations,
+    external,
     finetuning,
     gradients,
     pool,
+    preconditioning,
     rescoring,
     selection,
     targets,
@@ -24,7 +26,8 @@ from less_assets.steps import (
 from less_assets.steps.asset import Asset
 from less_assets.store.artifacts import ArtifactStore
 
-_MODULES = (pool, warmup, targets, gradients, baselines, selection, rescoring, finetuning, evaluation, explanations)
+_SELECTING = (baselines, preconditioning, external, selection, rescoring)
+_MODULES = (pool, warmup, targets, gradients, *_SELECTING, finetuning, evaluation, explanations)
 _DECLARED: dict[str, Asset] = {asset.name: asset for module in _MODULES for asset in module.ASSETS}
 _READS = {name: [read.asset for read in asset.inputs] for name, asset in _DECLARED.items()}
 ASSETS: dict[str, Asset] = {name: _DECLARED[name] for name in TopologicalSorter(_READS).static_order()}

@@ -61,7 +61,7 @@ def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
     labels: dict[str, list[str]] = {}
     directions: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in checkpoints}
     for work in works:
-        labels[work.partition], found = _directions(lineage, work.partition)
+        labels[work.partition], found = directions_of(lineage, work.partition)
         for name in checkpoints:
             directions[name] |= found[name]
     scored = rows = 0
@@ -95,8 +95,8 @@ def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
     return results
 
 
-def _directions(lineage: Lineage, task: str) -> tuple[list[str], dict[str, dict[tuple[str, str], np.ndarray]]]:
-    """Target directions of every checkpoint and subtask rule, from the sketched target gradients."""
+def directions_of(lineage: Lineage, task: str) -> tuple[list[str], dict[str, dict[tuple[str, str], np.ndarray]]]:
+    """The task's subtasks, and by checkpoint, task and subtask rule its target directions, float32 (J, k)."""
     from less_assets.method.selection.influence import SUBTASK_RULES, target_directions
 
     labels: list[str] = []
@@ -386,6 +386,8 @@ ASSETS = (
             Input("exact_scores", of_recipe=_ranked_by),
             Input("text_scores", of_recipe=_ranked_by),
             Input("embedding_scores", of_recipe=_ranked_by),
+            Input("preconditioned_scores", of_recipe=_ranked_by),
+            Input("external_scores", of_recipe=_ranked_by),
             Input("target_examples", read_by=_matches_targets),
         ),
         folder="selection/{task}/recipes/{recipe}",

@@ -25,6 +25,9 @@ RECIPES = [
     {"name": "mixed", "strategy": "less", "fraction": 0.3, "mix": {"share": 0.4}},
     {"name": "mixed-colors", "strategy": "bm25", "rows": 8, "mix": {"share": 0.5, "sources": ["colors"], "seed": 4}},
     {"name": "mixed-random", "strategy": "random", "tokens": 40, "mix": {"share": 0.5}},
+    {"name": "against-pool", "strategy": "less", "rows": 9, "precondition": "pool", "aggregate": "mean"},
+    {"name": "against-pool-more", "strategy": "less", "rows": 12, "precondition": "pool", "aggregate": "mean"},
+    {"name": "given", "strategy": "external", "rows": 5, "scores": "by_place.csv"},
     {"name": "as-long", "strategy": "length_matched", "match": "mixed", "rows": 4},
 ]
 
@@ -73,6 +76,12 @@ def made(tmp_path_factory, tiny_model):
     write_rows(project.folder / "data/colors.jsonl", [question(place, "blue") for place in range(20)])
     project.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
     project.settings["recipes"] = RECIPES
+    scored = [f"plus,{row},{row % 7}.5,sums" for row in range(24)] + [
+        "colors,3,9,sums",
+        "colors,1,1,sky",
+        "plus,1,2,both",
+    ]
+    (project.folder / "by_place.csv").write_text("\n".join(["source,row,score,task", *scored]) + "\n")
     with dg.DagsterInstance.ephemeral() as instance:
         found = Made(project, instance)
         found.first = found.run()
@@ -158,3 +167,53 @@ def test_what_is_not_ranked_by_influence_has_a_report_and_no_shares_of_tokens(ma
     drawn = made.subset("mixed|sums")["example_id"][8:].to_list()
     assert not set(drawn) & set(explained["example_id"])
     assert "match|sums" not in lineage.declarations["token_attribution"].partitions(lineage.project, lineage.keys_of)
+
+
+@pytest.mark.parametrize("task", ["sums", "both"])
+def test_preconditioned_scores_are_those_of_the_inverse_written_out(made, task):
+    index, units = made.unit_features("marginal")
+    weights = checkpoint_weights(made.lineage)
+    means: dict[str, np.ndarray] = {}
+    for name, rows in units.items():
+        count = len(rows)
+        moment = rows.T @ rows / count + np.eye(rows.shape[1]) / count
+        targets, subtasks = made.target_features(name, task)
+        for label in sorted(set(subtasks)):
+            direction = targets[np.array(subtasks) == label].mean(axis=0)
+            seen = np.linalg.solve(moment, direction)
+            seen *= np.linalg.norm(direction) / np.linalg.norm(seen)
+            means[label] = means.get(label, 0) + weights[name] * (rows @ seen)
+    subset = made.subset(f"against-pool|{task}")
+    score = dict(zip(index["example_id"], np.stack(list(means.values()), axis=1), strict=True))
+    for row in subset.filter(task="sums").iter_rows(named=True):
+        own = score[row["example_id"]][[label.startswith("sums/") or task == "sums" for label in means]]
+        assert row["score"] == pytest.approx(own.mean(), abs=1e-4)
+    if task == "sums":
+        best = sorted(score, key=lambda name: -score[name].mean())[:9]
+        assert subset["example_id"].to_list() == best
+        assert best != made.subset("less|sums")["example_id"][:9].to_list()
+
+
+def test_recipes_that_differ_in_their_budget_share_preconditioned_scores(made):
+    first, second = (
+        made.lineage.folder("preconditioned_scores", f"{name}|sums") for name in ("against-pool", "against-pool-more")
+    )
+    assert str(first.root) == str(second.root)
+
+
+def test_rows_are_found_by_source_and_row_and_each_task_has_its_scores(made):
+    subset = made.subset("given|sums")
+    assert subset["score"].to_list() == [9.0, 6.5, 6.5, 6.5, 5.5]
+    asked = [messages[0]["content"] for messages in subset["messages"]]
+    assert asked[0] == question(3, "blue")[0]["content"]
+    assert sorted(asked[1:4]) == sorted(question(row, "plus")[0]["content"] for row in (6, 13, 20))
+    assert made.subset("given|sky").height == made.subset("given|both").height == 1
+    assert made.lineage.summary("external_scores", "given|sums")["scored"] == 25
+
+
+def test_other_scores_are_another_selection(made):
+    path = made.tiny.folder / "by_place.csv"
+    path.write_text(path.read_text().replace("colors,3,9,sums", "colors,4,9,sums"))
+    again = made.run(Request(tasks=("sums",), until="selected_subset"))
+    assert set(again) == {"external_scores", "selected_subset"}
+    assert made.subset("given|sums")["messages"][0][0]["content"] == question(4, "blue")[0]["content"]

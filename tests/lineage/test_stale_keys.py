@@ -112,6 +112,8 @@ EXTRA: dict[str, dict[str, object]] = {
     "warmup.mean_learning_rates": {"warmup": {"import": ["import"], "mean_learning_rates": [1e-5]}},
     "recipes[].mix.sources": {"recipes[].mix": {"share": 0.4}},
     "recipes[].mix.seed": {"recipes[].mix": {"share": 0.4}},
+    "recipes[].precondition": {"recipes[].rescore": "none"},
+    "recipes[].damping": {"recipes[].rescore": "none", "recipes[].precondition": "pool"},
     "compute.backend": {"compute": {"backend": "ray"}},
     "compute.address": {"compute": {"backend": "ray"}},
     "compute.gpus_per_worker": {"compute": {"backend": "ray"}},
@@ -131,6 +133,9 @@ STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     "recipes[].match": ("less", {"recipe_settings"}, NOTHING),
     "recipes[].mix.sources": (["s"], {"recipe_settings"}, NOTHING),
     "recipes[].mix.seed": (7, {"recipe_settings"}, NOTHING),
+    "recipes[].precondition": ("pool", {"recipe_settings"}, {"preconditioned_scores"}),
+    "recipes[].damping": (2.0, {"recipe_settings", "preconditioned_scores"}, NOTHING),
+    "recipes[].scores": ("other.jsonl", {"external_scores"}, NOTHING),
     "warmup.import": (["import"], {"warmup_sample"}, NOTHING),
     "warmup.mean_learning_rates": ([2e-5], {"warmup_checkpoints"}, NOTHING),
     "tasks[].evaluation.harness": ("bbh", {"target_examples"}, NOTHING),
@@ -256,6 +261,8 @@ def before_and_after(path: str, value: object) -> tuple[dict, dict]:
     strategies = {"recipes[].keep": "perplexity", "recipes[].match": "length_matched"}
     if path in strategies:
         before["recipes"].insert(0, {"name": "added", "strategy": strategies[path], "rows": 3})
+    if path == "recipes[].scores":
+        before["recipes"].insert(0, {"name": "added", "strategy": "external", "rows": 3, "scores": "t.jsonl"})
     if path == "tasks[].members":
         before["tasks"].insert(0, before["tasks"].pop(2))
     after = deepcopy(before)

@@ -23,6 +23,9 @@ VALUES = {
     "keep": "top",
     "match": "other",
     "quotas": "{dolly: 0.5}",
+    "precondition": "pool",
+    "damping": "0.5, precondition: pool",
+    "scores": "s.parquet",
 }
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=list(STRATEGIES))
 
@@ -51,6 +54,7 @@ def test_every_key_of_a_strategy_is_a_key_of_recipes():
 @pytest.mark.parametrize("key", STRATEGY_KEYS)
 def test_a_recipe_may_state_exactly_the_keys_that_its_strategy_reads(strategy: Strategy, key: str):
     budget = ", rows: 3" if strategy.has_budget else ""
+    budget += ", scores: s.parquet" if strategy.name == "external" and key != "scores" else ""
     recipe = f"{{name: r, strategy: {strategy.name}{budget}, {key}: {VALUES[key]}}}"
     text = (
         "name: p\nmodel: {base: owner/model}\npool: {sources: [{name: dolly, path: d.jsonl}]}\n"

@@ -1,0 +1,125 @@
+"""Scores of the pool by target directions that are seen against the pool: what recipes with `precondition` rank by.
+
+Belongs here: wiring only. Mathematics is `method/selection/preconditioning.py`; ranking is `ranking.py`'s matter.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from less_assets.compute.speeds import Guess
+from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.workload import Amount, Workload
+from less_assets.lineage.declaration import Input, Keys
+from less_assets.lineage.lineage import Lineage, split
+from less_assets.project.project import Project
+from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, PLACES
+from less_assets.reading.rows import checkpoint_weights
+from less_assets.steps.asset import Asset
+from less_assets.steps.baselines import write_scores
+from less_assets.steps.selection import directions_of
+from less_assets.store.features import open_features
+from less_assets.store.tables import read_parquet, write_json
+
+STREAM = "precondition"
+"""Stream of the draw of the sample."""
+
+
+def score_preconditioned(work: StepInputs) -> StepResult:
+    """Score the pool for a recipe and a task, shard by shard, by preconditioned target directions."""
+    from less_assets.method.selection.influence import row_statuses, score_shard
+    from less_assets.method.selection.preconditioning import precondition
+
+    lineage = work.lineage
+    recipe_key, task = split(work.partition)
+    recipe = work.project.recipe(recipe_key)
+    damping = recipe.damping
+    assert damping is not None
+    form, rule = str(recipe.form), str(recipe.subtask)
+    checkpoints, weights = work.project.checkpoints, checkpoint_weights(lineage)
+    labels, found = directions_of(lineage, task)
+    sample = _sample(lineage)
+    directions = {
+        name: {(task, rule): precondition(found[name][task, rule], _features(lineage, name, form, sample), damping)}
+        for name in checkpoints
+    }
+    rows = scored = 0
+    progress = work.progress(lineage.summary("pool_index")["usable"], "rows")
+    for shard in lineage.shards():
+        features = {
+            name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in checkpoints
+        }
+        pool = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
+        status = row_statuses(pool["status"].to_list(), {name: reader.status for name, reader in features.items()})
+        scores = score_shard(features, directions, weights, [form])[task][f"{form}.{rule}"]
+        table = pool.with_columns(pl.Series("status", status))
+        write_scores(work, shard, table, scores)
+        rows, scored = rows + table.height, scored + int((table["status"] == "ok").sum())
+        progress(table.height)
+    group = work.project.task(task).members is not None
+    places = [label.split("/", 1) if group else [task, label] for label in labels]
+    write_json(work.folder, PLACES, places)  # type: ignore[arg-type]
+    summary = {"rows": rows, "scored": scored, "subtasks": labels, "sampled_rows": sample.height}
+    return StepResult(summary, units=scored * len(checkpoints))
+
+
+def _sample(lineage: Lineage) -> pl.DataFrame:
+    """The rows that the second moment is estimated from: shard and row, in that order."""
+    from less_assets.method.selection.preconditioning import SAMPLE_ROWS
+    from less_assets.method.selection.selection import Budget, select_at_random
+
+    index = read_parquet(lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+    drawn = select_at_random(lambda: [index], Budget("rows", SAMPLE_ROWS), 0, stream=STREAM).table
+    return drawn.select("shard", "row").sort("shard", "row")
+
+
+def _features(lineage: Lineage, checkpoint: str, form: str, sample: pl.DataFrame) -> np.ndarray:
+    """Features of the sampled rows at a checkpoint, float32 (n, k)."""
+    parts = []
+    for (shard,), part in sample.group_by("shard", maintain_order=True):
+        reader = open_features(lineage.folder("train_gradients", f"{checkpoint}|{shard}"), FEATURES)
+        parts.append(reader.take(form, part["row"].to_list()))
+    return np.concatenate(parts)
+
+
+def preconditioning_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Products of one pass over the datastore for each recipe and task, and the bytes of the tables."""
+    rows, checkpoints = workload.pool_rows, len(workload.project.checkpoints)
+    subtasks = sum(workload.target_sizes[split(key)[1]][2] for key in due)
+    return Amount(
+        units={"preconditioned_scores": float(rows * checkpoints * len(due))},
+        bytes=rows * (4.0 * subtasks + 24 * len(due)),
+    )
+
+
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+    recipe = lineage.project.recipe(keys["recipe"])
+    return {"form": recipe.form, "subtask": recipe.subtask, "damping": recipe.damping}
+
+
+def _preconditions(project: Project, recipe: str) -> bool:
+    return project.recipe(recipe).scores == "preconditioned"
+
+
+ASSETS = (
+    Asset(
+        name="preconditioned_scores",
+        group="selection",
+        kinds=frozenset({"numpy", "parquet"}),
+        description=(
+            "Influence of every pool row on every subtask, target directions times the pool's inverse covariance."
+        ),
+        axes=("recipe", "task"),
+        # Features are read; the version of the scores made from them stands for theirs.
+        inputs=(Input("pool_index"), Input("influence_scores")),
+        folder="selection/{task}/preconditioned/{recipe}",
+        shared_folder="selection/{task}/preconditioned",
+        settings=_settings,
+        needed_by=_preconditions,
+        compute=score_preconditioned,
+        amount=preconditioning_work,
+        speed=Guess(("influence_scores",)),
+    ),
+)
