@@ -41,10 +41,8 @@ def score_externally(work: StepInputs) -> StepResult:
         numbered = table.with_columns(pl.int_range(first, first + pl.len(), dtype=pl.Int64).alias("row"))
         scores = scores_of_rows(external, numbered)
         write_scores(work, shard, table, scores[:, None])
-        rows, scored = (
-            rows + table.height,
-            scored + int(np.isfinite(scores[(table["status"] == "ok").to_numpy()]).sum()),
-        )
+        rows += table.height
+        scored += int(np.isfinite(scores[(table["status"] == "ok").to_numpy()]).sum())
     if not scored:
         raise PoolFormatError(
             "No row of the pool has a score in the file.",

@@ -133,7 +133,7 @@ STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     "recipes[].match": ("less", {"recipe_settings"}, NOTHING),
     "recipes[].mix.sources": (["s"], {"recipe_settings"}, NOTHING),
     "recipes[].mix.seed": (7, {"recipe_settings"}, NOTHING),
-    "recipes[].precondition": ("pool", {"recipe_settings"}, {"preconditioned_scores"}),
+    "recipes[].precondition": ("pool", {"recipe_settings"}, NOTHING),
     "recipes[].damping": (2.0, {"recipe_settings", "preconditioned_scores"}, NOTHING),
     "recipes[].scores": ("other.jsonl", {"external_scores"}, NOTHING),
     "warmup.import": (["import"], {"warmup_sample"}, NOTHING),

@@ -254,6 +254,43 @@ WRONG = {
         "belongs to imported checkpoints",
         "give `import`",
     ),
+    "matching without gradients": (
+        with_line("    fraction", "    aggregate: match\n    fraction").replace("strategy: less", "strategy: bm25"),
+        13,
+        "`match` needs gradients: strategy less",
+        "another aggregate",
+    ),
+    "matching and near-duplicates": (
+        with_line("    fraction", "    aggregate: match\n    near_duplicates: 0.9\n    fraction"),
+        14,
+        "near_duplicates: has no meaning with `aggregate: match`",
+        "leave it out",
+    ),
+    "preconditioning and rescoring": (
+        with_line("    fraction", "    precondition: pool\n    rescore: exact\n    fraction"),
+        14,
+        "rescore: compares exact gradients",
+        "leave one of",
+    ),
+    "damping of nothing": (
+        with_line("    fraction", "    damping: 2.0\n    fraction"),
+        13,
+        "damping: has no meaning without",
+        "leave it out",
+    ),
+    "no scores": (MINIMAL.replace("strategy: less", "strategy: external"), 11, "no file of scores", "give `scores`"),
+    "a mix of nothing": (
+        with_line("    fraction: 0.05", "    mix: {share: 0.5}").replace("strategy: less", "strategy: full"),
+        13,
+        "mix: strategy full has no budget",
+        "leave it out",
+    ),
+    "a mix from a source that is not there": (
+        MINIMAL + "    mix: {share: 0.5, sources: [doly]}\n",
+        14,
+        "there is no source 'doly'",
+        "did you mean 'dolly'",
+    ),
     "certificate from too few rows": (
         MINIMAL + "gradients: {certificate_rows: 5}\n",
         14,

@@ -11,17 +11,22 @@ RECIPES = [
     {"name": "bm25", "strategy": "bm25", "fraction": 0.2},
     {"name": "rds", "strategy": "rds", "fraction": 0.2},
     {"name": "mid", "strategy": "perplexity", "fraction": 0.2},
+    {"name": "against-pool", "strategy": "less", "fraction": 0.2, "precondition": "pool"},
+    {"name": "match", "strategy": "less", "fraction": 0.2, "aggregate": "match"},
+    {"name": "given", "strategy": "external", "fraction": 0.2, "scores": "scores.csv"},
     {"name": "full", "strategy": "full"},
     {"name": "base", "strategy": "none"},
 ]
 NEEDED_BY = {
     "exact_scores": ["exact"],
     "text_scores": ["bm25"],
+    "preconditioned_scores": ["against-pool"],
+    "external_scores": ["given"],
     "pool_embeddings": ["rds", "mid"],
     "target_embeddings": ["rds"],
     "embedding_scores": ["rds", "mid"],
     "token_attribution": ["less", "exact"],
-    "selection_report": ["less", "exact", "bm25", "rds", "mid"],
+    "selection_report": ["less", "exact", "bm25", "rds", "mid", "against-pool", "match", "given"],
 }
 
 
