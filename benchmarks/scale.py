@@ -237,6 +237,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
         against_random,
         compare_recipes,
         merge,
+        of_number,
         to_markdown,
     )
     from less_assets.method.gradients.features import extract_features, resolve_token_budget
@@ -410,9 +411,8 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
         boards.append(compare_recipes(task.name, results))
     for board in (*boards, merge(boards)):
         to_markdown(board)
-        charts.leaderboard_chart(board.filter(pl.col("metric") == "loss"), value_title="held-out loss")
-        charts.leaderboard_chart(board.filter("primary"), value_title="score")
-        for what in ("loss", "score"):
+        for what in ("answer_loss", "score"):
+            charts.leaderboard_chart(of_number(board, what), value_title=what)
             if (compared := against_random(board, what)).height:
                 charts.difference_chart(compared, value_title=f"{what} − random's")
     return time.perf_counter() - started

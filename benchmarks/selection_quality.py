@@ -260,17 +260,17 @@ def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
 
 
 def overview(board: pl.DataFrame) -> str:
-    """Every variant's difference of the loss from random of its own budget, best on average first, as Markdown.
+    """Every variant's difference of the answer loss from random of its own budget, best on average first, as Markdown.
 
     Args:
         board: Table of `leaderboard.LEADERBOARD_SCHEMA` whose recipes with a budget end with it in per cent.
     """
-    from less_assets.method.evaluation.leaderboard import against_random, markdown_table
+    from less_assets.method.evaluation.leaderboard import against_random, markdown_table, of_number
 
     marks = {"better": "*", "worse": "†", "undecided": ""}
     cells: dict[str, dict[str, str]] = {}
     found: dict[str, list[float]] = {}
-    for row in against_random(board, "loss").iter_rows(named=True):
+    for row in against_random(board, "answer_loss").iter_rows(named=True):
         variant, _, budget = row["recipe"].rpartition(".")
         if variant:
             column = f"{row['task']} {budget} %"
@@ -280,14 +280,14 @@ def overview(board: pl.DataFrame) -> str:
         {"recipe": variant, "mean": f"{np.mean(found[variant]):+.3f}", **cells[variant]}
         for variant in sorted(cells, key=lambda name: float(np.mean(found[name])))
     ]
-    spreads = board.filter(pl.col("metric") == "loss", pl.col("strategy") == "random", pl.col("spread").is_not_null())
+    spreads = of_number(board, "answer_loss").filter(pl.col("strategy") == "random", pl.col("spread").is_not_null())
     luck = {
         f"{row['task']} {row['recipe'].rpartition('.')[2]} %": f"± {row['spread']:.3f}"
         for row in spreads.iter_rows(named=True)
     }
     table = pl.DataFrame([*lines, {"recipe": "random, over its seeds", "mean": "", **luck}])
     return (
-        "**Held-out loss minus random's of the same budget, same samples (nats per token, lower is better)**\n\n"
+        "**Answer loss minus random's of the same budget, same samples (nats per token, lower is better)**\n\n"
         f"{markdown_table(table)}\n\n"
         "\\*: better, †: worse than random, interval of the paired difference without 0; ±: standard deviation of "
         "random over its seeds; mean: over the columns."

@@ -49,14 +49,21 @@ def _pages(lineage: Lineage) -> str:
 
 
 def _leaderboard(lineage: Lineage) -> str:
-    from less_assets.method.evaluation.leaderboard import COSTS_HEADING, costs, differences, recipes_by_tasks
+    from less_assets.method.evaluation.leaderboard import (
+        COSTS_HEADING,
+        HEADINGS,
+        OTHER_FORM_NOTE,
+        costs,
+        differences,
+        recipes_by_tasks,
+        with_named_numbers,
+    )
 
-    board = read_parquet(lineage.folder("leaderboard"), BOARD)
+    board = with_named_numbers(read_parquet(lineage.folder("leaderboard"), BOARD))
     if board.is_empty():
         return "No task has an evaluation."
     parts = [
-        ("Held-out loss (nats per token, lower is better)", recipes_by_tasks(board, "loss")),
-        ("Score (higher is better)", recipes_by_tasks(board, "score")),
+        *((heading, recipes_by_tasks(board, what)) for what, heading in HEADINGS.items()),
         ("Difference from random, on the same samples", differences(board, "random")),
         (COSTS_HEADING, costs(board)),
     ]
@@ -64,6 +71,7 @@ def _leaderboard(lineage: Lineage) -> str:
         "[95 % bootstrap interval over samples]  ± standard deviation over seeds  "
         "* better than random: the interval of the paired difference excludes 0"
     )
+    note += "" if board["decides"].all() else f"  {OTHER_FORM_NOTE}"
     return "\n\n".join([*(f"{heading}\n{_table(table)}" for heading, table in parts if table.height), note])
 
 

@@ -31,11 +31,13 @@ class Input:
         asset: Name of the asset that is read.
         read_by: Which recipes read it, by key; None: all. Only for assets with the axis `recipe`.
         of_recipe: The recipe whose partition a recipe reads, by key; None: its own.
+        with_folds: Whether a task's partition reads those of its folds besides its own.
     """
 
     asset: str
     read_by: Callable[[Project, str], bool] | None = None
     of_recipe: Callable[[Project, str], str] | None = None
+    with_folds: bool = False
 
 
 def _nothing(lineage: "Lineage", keys: Keys) -> Mapping[str, Any]:
@@ -57,6 +59,7 @@ class Declaration:
         outside: Versions of what a partition is made from and no asset stands for, such as files.
         determined_by: From a partition's inputs to the part of them that its content depends on; None: all.
         needed_by: The recipes that need the asset, by key; None: it always exists.
+        of_folds: Whether a task without one of its folds has it, too.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Declaration:
     outside: Callable[["Lineage", Keys], Versions] = _nothing
     determined_by: Callable[["Lineage", Keys, Versions], Versions] | None = None
     needed_by: Callable[[Project, str], bool] | None = None
+    of_folds: bool = True
 
     def keys(self, partition: str | None) -> Keys:
         """A partition key by axis."""
@@ -102,18 +106,23 @@ class Declaration:
             keys: The reader's partition.
             keys_of: All keys of an axis.
         """
-        fixed = {axis: key for axis, key in keys.items() if axis in self.axes}
+        fixed = {axis: [key] for axis, key in keys.items() if axis in self.axes}
+        if read.with_folds and "task" in fixed:
+            fixed["task"] += project.folds_of(keys["task"])
         if recipe := keys.get("recipe"):
             if read.read_by is not None and not read.read_by(project, recipe):
                 return []
             if read.of_recipe is not None:
-                fixed["recipe"] = read.of_recipe(project, recipe)
+                fixed["recipe"] = [read.of_recipe(project, recipe)]
         return self._product(project, keys_of, fixed)
 
-    def _product(self, project: Project, keys_of: AxisKeys, fixed: Keys) -> list[str | None]:
-        needing = self.recipes(project)
+    def _product(self, project: Project, keys_of: AxisKeys, fixed: Mapping[str, Sequence[str]]) -> list[str | None]:
+        left_out = {
+            "recipe": set(project.recipe_keys) - set(self.recipes(project)),
+            "task": set() if self.of_folds else set(project.folds),
+        }
         choices = [
-            [key for key in ([fixed[axis]] if axis in fixed else keys_of(axis)) if axis != "recipe" or key in needing]
+            [key for key in (fixed[axis] if axis in fixed else keys_of(axis)) if key not in left_out.get(axis, ())]
             for axis in self.axes
         ]
         return ["|".join(keys) or None for keys in product(*choices)] if self.exists(project) else []
@@ -126,5 +135,5 @@ def axis_keys(project: Project, shards: Callable[[], Sequence[str]]) -> AxisKeys
         project: The project file.
         shards: Gives the keys of the pool's shards, when they are asked for.
     """
-    fixed = {"checkpoint": project.checkpoints, "task": project.task_names, "recipe": list(project.recipe_keys)}
+    fixed = {"checkpoint": project.checkpoints, "task": project.task_keys, "recipe": list(project.recipe_keys)}
     return lambda axis: fixed[axis] if axis in fixed else shards()

@@ -6,7 +6,7 @@ the data it names is there and usable is `data_check.py`.
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,27 @@ from less_assets.project.sections import (
 )
 from less_assets.project.values import Name, is_url
 from less_assets.project.yaml_file import MarkedData, Problem, parse_yaml, problems_error, read_yaml
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part of a task's target examples that is left out: a key of the task axis of its own.
+
+    Attributes:
+        task: Name of the task.
+        number: Which part, from 1.
+        folds: Number of parts.
+    """
+
+    task: str
+    number: int
+    folds: int
+
+    @property
+    def key(self) -> str:
+        """Its key on the task axis."""
+        return f"{self.task}.fold-{self.number}"
+
 
 _TOKENIZER_KEYS = ("base", "chat_format", "max_length")
 
@@ -82,8 +103,24 @@ class Project(Section):
 
     @property
     def task_names(self) -> list[str]:
-        """Keys of the task axis, groups included, in the order of the file."""
+        """Names of the tasks, groups included, in the order of the file."""
         return [task.name for task in self.tasks]
+
+    @cached_property
+    def folds(self) -> dict[str, Fold]:
+        """The folds of all tasks, by their keys on the task axis."""
+        counts = {task.name: task.validation.folds or 0 for task in self.tasks if task.validation}
+        folds = [Fold(name, number, count) for name, count in counts.items() for number in range(1, count + 1)]
+        return {fold.key: fold for fold in folds}
+
+    def folds_of(self, task: str) -> list[str]:
+        """Keys of a task's folds on the task axis."""
+        return [key for key, fold in self.folds.items() if fold.task == task]
+
+    @property
+    def task_keys(self) -> list[str]:
+        """Keys of the task axis: each task, and after it the task without each of its folds."""
+        return [key for name in self.task_names for key in [name, *self.folds_of(name)]]
 
     @cached_property
     def recipe_keys(self) -> dict[str, ResolvedRecipe]:
@@ -91,11 +128,13 @@ class Project(Section):
         return {resolved.key: resolved for recipe in self.recipes for resolved in resolve(recipe, self.gradients.forms)}
 
     def task(self, name: str) -> Task:
-        """The task of a name.
+        """The task of a key of the task axis; of a fold, the task without evaluation.
 
         Raises:
             ProjectFileError: There is none.
         """
+        if fold := self.folds.get(name):
+            return self.task(fold.task).model_copy(update={"name": name, "evaluation": None, "validation": None})
         return _by_name("task", {task.name: task for task in self.tasks}, name, self.path)
 
     def recipe(self, key: str) -> ResolvedRecipe:
@@ -186,6 +225,10 @@ class Project(Section):
             if isinstance(evaluation.harness, str):
                 stated["harness"] = self.as_written(evaluation.harness)
             settings["evaluation"] = stated | {"max_length": evaluation.max_length or self.model.max_length}
+        if fold := self.folds.get(name):
+            settings["fold"] = [fold.number, fold.folds]
+        if task.validation and task.validation.path:
+            settings["validation"] = "file"
         return settings
 
     def grading_settings(self, name: str) -> dict[str, JsonValue]:

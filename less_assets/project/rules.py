@@ -32,6 +32,7 @@ def rules_between_sections(data: Mapping[str, object], context: dict[str, Path])
     keys = [(index, resolved.key) for index in sorted(distinct) for resolved in resolve(recipes[index], ["adamw"])]
     yield from _taken(("recipes",), keys, "recipe key")
     all_names = _stated_names(data.get("tasks"))
+    yield from _names_of_folds(tasks)
     groups = {task.name for task in tasks.values() if task.members}
     for index, task in tasks.items():
         for position, member in enumerate(task.members or []):
@@ -49,6 +50,15 @@ def rules_between_sections(data: Mapping[str, object], context: dict[str, Path])
             )
     stated = _stated_names(pool.get("sources") if isinstance(pool, dict) else None)
     yield from _names_in_recipes(recipes, stated, _stated_names(data.get("recipes")))
+
+
+def _names_of_folds(tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
+    """A task must not be called as another one's folds are."""
+    folded = {task.name for task in tasks.values() if task.validation and task.validation.folds}
+    for index, task in tasks.items():
+        parent, separator, number = task.name.rpartition(".fold-")
+        if separator and number.isdigit() and parent in folded:
+            yield BrokenRule(("tasks", index, "name"), f"is what a fold of {parent!r} is called", "choose another name")
 
 
 def _stated_names(parts: object) -> set[str]:

@@ -325,6 +325,27 @@ class TargetExamples(Section):
     )
 
 
+class Validation(Section):
+    """Examples of the targets' own form that take no part in a selection: their loss after fine-tuning judges it."""
+
+    path: Location | None = setting(
+        None, "A file (or folder) of such examples, in the targets' format", type="path or URL"
+    )
+    folds: int | None = setting(
+        None,
+        "Instead of a file: parts of the target examples. Each is left out once: rows are selected for the others, a "
+        "model is trained on them, and its loss on the part is taken. No pool gradient is taken again; each recipe "
+        "that looks at the targets trains once more for each part",
+        ge=2,
+        le=20,
+    )
+
+    def _broken_rules(self) -> Iterator[BrokenRule]:
+        if (self.path is None) == (self.folds is None):
+            said = "names both `path` and `folds`" if self.path else "names neither `path` nor `folds`"
+            yield BrokenRule((), said, "give exactly one of them")
+
+
 class Evaluation(Section):
     """How fine-tuned models are judged on a task: a harness task, a held-out file, or a benchmark's own files."""
 
@@ -396,6 +417,11 @@ class Task(Section):
     evaluation: Evaluation | None = setting(
         None, "How models are judged; null: selection only (a group is judged by its members' evaluations)"
     )
+    validation: Validation | None = setting(
+        None,
+        "Examples of the targets' own form that no selection saw, for the validation loss; null: none (a group is "
+        "judged by its members' files)",
+    )
 
     def _broken_rules(self) -> Iterator[BrokenRule]:
         if (self.examples is None) == (self.members is None):
@@ -406,8 +432,8 @@ class Task(Section):
             )
         if self.members:
             yield from _repeated(("members",), self.members)
-            if self.evaluation:
-                yield BrokenRule(("evaluation",), "a group is judged by its members' evaluations", "leave it out")
+            for key in self.given("evaluation", "validation"):
+                yield BrokenRule((key,), f"a group is judged by its members' {key}s", "leave it out")
         if self.control and not self.evaluation:
             yield BrokenRule(("control",), "a control without evaluation shows nothing", "give it an `evaluation`")
 

@@ -76,6 +76,8 @@ def lacks_certificate(lineage: Lineage, task: str) -> bool:
 
     The checks that make them run after the scores are in force: a run that was killed in between leaves none.
     """
+    if task in lineage.project.folds:
+        return False
     gradients, plans = lineage.project.gradients, []
     if gradients.certificate_rows and certified_recipes(lineage.project):
         plans.append(certificate_plan(lineage, task))

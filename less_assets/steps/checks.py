@@ -11,8 +11,10 @@ from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import Log
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage, split
+from less_assets.method.evaluation import LOSSES
 from less_assets.steps.asset import Check
 from less_assets.steps.shown import Picture, Table, Verdict
+from less_assets.steps.validation import answers_of_another_form
 from less_assets.store.tables import read_parquet
 
 QUARANTINE_LIMIT = 0.05
@@ -58,10 +60,24 @@ def _compare_with_base(lineage: Lineage, key: str, models: ModelLoader, log: Log
     if not known or not ours:
         return Verdict(True, "There is no evaluation of the base model to compare with yet.", {})
     base = lineage.summary("eval_results", f"{known[0]}|{task}")["metrics"]
-    losses = [name for name in ours if name.endswith("/loss")]
+    tasks = {member.name: member for member in lineage.project.member_tasks(task)}
+    losses = [
+        f"{name}/{metric}"
+        for name, member in tasks.items()
+        for metric in LOSSES
+        if f"{name}/{metric}" in ours and not (metric == "loss" and answers_of_another_form(member))
+    ]
     worse = [name for name in losses if not ours[name] <= base[name]]  # a diverged model's loss is NaN
-    said = ", ".join(f"{name} {ours[name]:.3f}, base {base[name]:.3f}" for name in worse or losses)
+    if not losses:
+        return Verdict(True, "No loss says how good the model is on the task: see `losses_speak_of_the_targets`.", {})
+    said = ", ".join(f"{_named(name)} {ours[name]:.3f}, base {base[name]:.3f}" for name in worse or losses)
     return Verdict(not worse, f"{'Worse' if worse else 'Not worse'} than the base model: {said}", {})
+
+
+def _named(figure: str) -> str:
+    """A figure of an evaluation's summary, `task/metric`, in words."""
+    task, _, metric = figure.rpartition("/")
+    return f"{task} {'answer loss' if metric == 'loss' else metric.replace('_', ' ')}"
 
 
 def check_dominance(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
@@ -102,6 +118,8 @@ def check_sketch(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> 
     from less_assets.reading.certificates import certified_recipes
     from less_assets.steps.certificates import certified_on, certify
 
+    if task in lineage.project.folds:
+        return Verdict(True, "The certificate of the whole task speaks for its folds.", {})
     if not lineage.project.gradients.certificate_rows or not certified_recipes(lineage.project):
         return Verdict(True, "No certificate is asked for.", {})
     try:
@@ -116,6 +134,8 @@ def check_real_steps(lineage: Lineage, task: str, models: ModelLoader, log: Log)
     from less_assets.reading.certificates import STEPS
     from less_assets.steps.certificates import take_real_steps
 
+    if task in lineage.project.folds:
+        return Verdict(True, "The real steps of the whole task speak for its folds.", {})
     if not lineage.project.gradients.real_step_rows:
         return Verdict(True, "No real steps are asked for.", {})
     try:
@@ -184,7 +204,9 @@ not_only_very_short_rows = Check(
     check_short_rows,
 )
 not_worse_than_base = Check(
-    "not_worse_than_base", "The fine-tuned model's held-out loss is not above the base model's.", _compare_with_base
+    "not_worse_than_base",
+    "The fine-tuned model's validation loss and answer loss are not above the base model's.",
+    _compare_with_base,
 )
 sketch_is_faithful = Check(
     "sketch_is_faithful",

@@ -22,8 +22,19 @@ from less_assets.project.sections import Task
 from less_assets.reading.files import BOARD, BOARD_MARKDOWN, METRICS, SAMPLES
 from less_assets.steps.asset import Asset
 from less_assets.steps.checks import not_worse_than_base
-from less_assets.steps.fairness_checks import control_does_not_profit, no_recipe_below_base
+from less_assets.steps.fairness_checks import (
+    control_does_not_profit,
+    losses_speak_of_the_targets,
+    no_recipe_below_base,
+)
 from less_assets.steps.shown import PREVIEW_CHARACTERS, TABLE_ROWS, Markdown, Picture, Shown, Stored, Table, one_table
+from less_assets.steps.validation import (
+    answers_of_another_form,
+    is_validated,
+    pooled_validation,
+    validate,
+    validation_examples,
+)
 from less_assets.store.tables import read_parquet, write_parquet
 
 
@@ -40,8 +51,11 @@ def evaluate(work: StepInputs) -> StepResult:
             model = load_adapter(model, folder)
     samples, metrics = [], []
     for member in work.project.member_tasks(task):
-        if member.evaluation is not None:
-            found = _evaluate_task(work, member, model, tokenizer)
+        judged = [] if member.evaluation is None else [_evaluate_task(work, member, model, tokenizer)]
+        if is_validated(work.project, member):
+            progress = work.progress(0, "validation examples")
+            judged.append(validate(work, member, model, tokenizer, progress))
+        for found in judged:
             samples.append(found.samples.with_columns(pl.lit(member.name).alias("task")))
             metrics.append(found.metrics.with_columns(pl.lit(member.name).alias("task")))
     if not metrics:
@@ -123,17 +137,19 @@ def compare(work: StepInputs) -> StepResult:
     results = []
     for key, recipe in work.project.recipe_keys.items():
         partition = f"{key}|{task}"
-        if not lineage.summary("eval_results", partition)["evaluated"]:
+        judged = [partition, *(f"{key}|{fold}" for fold in lineage.project.folds_of(task))]
+        if not any(lineage.summary("eval_results", name)["evaluated"] for name in judged):
             continue
-        stored, trained = lineage.folder("eval_results", partition), lineage.summary("finetuned_model", partition)
+        trained = lineage.summary("finetuned_model", partition)
+        samples, metrics = _with_folds(lineage, key, task)
         selection = cost_with_inputs(lineage, "selected_subset", partition)
         budget = f"{recipe.budget.unit} {recipe.budget.amount}" if recipe.budget else None
         results.append(
             RecipeResult(
                 recipe.name,
                 recipe.strategy,
-                read_parquet(stored, SAMPLES),
-                read_parquet(stored, METRICS),
+                samples,
+                metrics,
                 seed=recipe.seed,
                 model=recipe.model or work.project.model.base,
                 budget=budget,
@@ -144,9 +160,31 @@ def compare(work: StepInputs) -> StepResult:
                 selection_minutes=selection.minutes,
             )
         )
-    board = compare_recipes(task, results) if results else pl.DataFrame(schema=LEADERBOARD_SCHEMA)
+    other_form = [member.name for member in work.project.member_tasks(task) if answers_of_another_form(member)]
+    board = (
+        compare_recipes(task, results, other_form=other_form) if results else pl.DataFrame(schema=LEADERBOARD_SCHEMA)
+    )
     write_parquet(work.folder, BOARD, board)
     return StepResult({"recipes": len(results), "rows": board.height})
+
+
+def _with_folds(lineage: Lineage, recipe: str, task: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """A recipe's samples and metrics on a task; the validation losses of its folds pooled."""
+    samples, metrics = [], []
+    own = f"{recipe}|{task}"
+    if lineage.summary("eval_results", own)["evaluated"]:
+        folder = lineage.folder("eval_results", own)
+        samples.append(read_parquet(folder, SAMPLES))
+        metrics.append(read_parquet(folder, METRICS))
+    folds = [
+        read_parquet(lineage.folder("eval_results", f"{recipe}|{fold}"), SAMPLES)
+        for fold in lineage.project.folds_of(task)
+    ]
+    if folds:
+        pooled = pooled_validation(folds)
+        for tables, part in zip((samples, metrics), pooled, strict=True):
+            tables.append(part.with_columns(pl.lit(task).alias("task")))
+    return pl.concat(samples), pl.concat(metrics)
 
 
 def merge_tasks(work: StepInputs) -> StepResult:
@@ -177,36 +215,41 @@ def describe_evaluation(stored: Stored) -> Shown:
 
 
 def describe_board(stored: Stored) -> Shown:
-    """The table as Markdown, and charts of loss and score: values, and differences from random."""
-    from less_assets.method.evaluation.leaderboard import against_random, to_markdown
+    """The table as Markdown, and charts of both losses and of the score: values, and differences from random."""
+    from less_assets.method.evaluation.leaderboard import (
+        NUMBERS,
+        against_random,
+        of_number,
+        to_markdown,
+        with_named_numbers,
+    )
     from less_assets.report import charts
 
-    board = stored.table(BOARD)
+    board = with_named_numbers(stored.table(BOARD))
     values: dict[str, Any] = {}
     if board.height:
         values["results"] = Markdown(to_markdown(board))
-        losses, scores = board.filter(pl.col("metric") == "loss"), board.filter("primary")
-        drawn = charts.leaderboard_chart(losses, value_title="held-out loss (lower is better)")
-        values["held_out_loss"] = Picture(drawn, "held-out loss of each recipe")
-        if scores.height:
-            drawn = charts.leaderboard_chart(scores, value_title="score (higher is better)")
-            values["score"] = Picture(drawn, "score of each recipe")
-        titles = {"loss": "loss − random's (left is better)", "score": "score − random's (right is better)"}
-        for what, title in titles.items():
-            if (compared := against_random(board, what)).height:  # type: ignore[arg-type]
-                drawn = charts.difference_chart(compared, value_title=title)
-                values[f"{what}_against_random"] = Picture(drawn, f"paired difference of the {what} from random")
+        for what, name in NUMBERS.items():
+            side = "higher" if what == "score" else "lower"
+            if (shown := of_number(board, what)).height:
+                drawn = charts.leaderboard_chart(shown, value_title=f"{name} ({side} is better)")
+                values[what] = Picture(drawn, f"{name} of each recipe")
+            if (compared := against_random(board, what)).height:
+                side = "right" if what == "score" else "left"
+                drawn = charts.difference_chart(compared, value_title=f"{name} − random's ({side} is better)")
+                values[f"{what}_against_random"] = Picture(drawn, f"paired difference of the {name} from random")
     return Shown(values, columns=board.schema)
 
 
 def evaluation_work(workload: Workload, due: Sequence[str]) -> Amount:
-    """Samples of each task."""
+    """Samples of each task, validation examples included."""
     units: dict[str, float] = {}
     loads = 0
     for key in due:
         _, task = split(key)
-        members = [member for member in workload.project.member_tasks(task) if member.evaluation]
+        members = workload.project.member_tasks(task)
         samples = sum(evaluation_samples(member) for member in members)
+        samples += sum(len(validation_examples(workload.project, member)) for member in members)
         name = rate_name("eval_results", key)
         units[name] = units.get(name, 0) + samples
         loads += 1
@@ -238,7 +281,10 @@ ASSETS = (
         name="eval_results",
         group="evaluation",
         kinds=frozenset({"pytorch", "parquet"}),
-        description="Held-out loss and the task's metrics with intervals; every sample's prompt, output and verdict.",
+        description=(
+            "Validation loss, answer loss and the task's metrics with intervals; every sample's prompt, output and "
+            "verdict."
+        ),
         axes=("recipe", "task"),
         inputs=(Input("finetuned_model"), Input("target_examples")),
         folder="evaluation/{recipe}/{task}",
@@ -259,11 +305,12 @@ ASSETS = (
             "All recipes on one task: values, spread over seeds, paired differences from base, random and full."
         ),
         axes=("task",),
-        inputs=(Input("eval_results"),),
+        inputs=(Input("eval_results", with_folds=True),),
         folder="evaluation/tasks/{task}",
+        of_folds=False,
         compute=compare,
         describe=describe_board,
-        checks=(control_does_not_profit, no_recipe_below_base),
+        checks=(control_does_not_profit, no_recipe_below_base, losses_speak_of_the_targets),
         columns_from={"eval_results": {name: [name] for name in ("metric", "subtask", "value", "low", "high", "n")}},
     ),
     Asset(

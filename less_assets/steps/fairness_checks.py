@@ -11,14 +11,19 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import Log
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.evaluation.leaderboard import judging, of_number, with_named_numbers
 from less_assets.project.sections import Task
 from less_assets.reading.files import BOARD, EXAMPLES, TARGETS
 from less_assets.steps.asset import Check
 from less_assets.steps.shown import TABLE_ROWS, Table, Verdict
+from less_assets.steps.validation import answers_of_another_form
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
     from less_assets.method.data.contamination import EvaluatedRows
+
+FEW_EXAMPLES = 30
+"""Validation examples below which only large differences can be told from chance."""
 
 
 def _look_for_evaluation(lineage: Lineage, _: str, models: ModelLoader, log: Log) -> Verdict:
@@ -68,8 +73,10 @@ def _look_for_targets(lineage: Lineage, task_name: str, models: ModelLoader, log
 def _judge_control(lineage: Lineage, task_name: str, models: ModelLoader, log: Log) -> Verdict:
     if not lineage.project.task(task_name).control:
         return Verdict(True, "The task is no control.", {})
-    board = read_parquet(lineage.folder("task_results", task_name), BOARD)
-    compared = board.filter(pl.col("vs_random").is_not_null(), ~pl.col("strategy").is_in(["none", "full", "random"]))
+    board = with_named_numbers(read_parquet(lineage.folder("task_results", task_name), BOARD))
+    compared = board.filter(
+        "decides", pl.col("vs_random").is_not_null(), ~pl.col("strategy").is_in(["none", "full", "random"])
+    )
     if compared.is_empty():
         return Verdict(True, "There is no recipe to compare with random.", {})
     better = pl.when("higher_is_better").then(pl.col("vs_random_low") > 0).otherwise(pl.col("vs_random_high") < 0)
@@ -87,8 +94,8 @@ def _judge_control(lineage: Lineage, task_name: str, models: ModelLoader, log: L
 
 
 def _judge_recipes(lineage: Lineage, task_name: str, models: ModelLoader, log: Log) -> Verdict:
-    board = read_parquet(lineage.folder("task_results", task_name), BOARD)
-    compared = board.filter((pl.col("metric") == "loss") | pl.col("primary"), pl.col("vs_base").is_not_null())
+    board = with_named_numbers(read_parquet(lineage.folder("task_results", task_name), BOARD))
+    compared = judging(board).filter(pl.col("vs_base").is_not_null())
     if compared.is_empty():
         return Verdict(True, "There is no recipe to compare with the base model (strategy `none`).", {})
     # A diverged model's loss is NaN, and so is its difference.
@@ -104,6 +111,21 @@ def _judge_recipes(lineage: Lineage, task_name: str, models: ModelLoader, log: L
         f"Worse than the base model on the same samples: {said}." if said else "No recipe is below the base model.",
         {},
     )
+
+
+def _judge_losses(lineage: Lineage, task_name: str, models: ModelLoader, log: Log) -> Verdict:
+    members = lineage.project.member_tasks(task_name)
+    other = [why for why in map(answers_of_another_form, members) if why]
+    board = with_named_numbers(read_parquet(lineage.folder("task_results", task_name), BOARD))
+    counts: list[int] = of_number(board, "validation_loss")["n"].to_list()
+    said = "No answers are of another form than the targets."
+    if other:
+        said = f"The answer loss takes part in no verdict, for answers and targets differ in form: {'; '.join(other)}."
+    if not counts:
+        said += " A `validation` of the task would give a loss that speaks of its targets." if other else ""
+        return Verdict(not other, said, {})
+    few = "; few, so that only large differences show" if min(counts) < FEW_EXAMPLES else ""
+    return Verdict(not other, f"{said} {min(counts)} validation examples{few}.", {"validation_examples": min(counts)})
 
 
 def evaluated_rows(task: Task) -> "EvaluatedRows | None":
@@ -137,6 +159,11 @@ control_does_not_profit = Check(
     "control_does_not_profit",
     "On a control task, whose evaluation is unrelated to its examples, no recipe beats random.",
     _judge_control,
+)
+losses_speak_of_the_targets = Check(
+    "losses_speak_of_the_targets",
+    "Reference answers are of the targets' form, so that their loss says whether the targets were learned.",
+    _judge_losses,
 )
 no_recipe_below_base = Check(
     "no_recipe_below_base",

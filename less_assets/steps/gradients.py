@@ -180,6 +180,8 @@ def extract_target_gradients(work: StepInputs) -> StepResult:
 
     checkpoint, task = split(work.partition)
     table = read_parquet(work.lineage.folder("target_examples", task), TARGETS)
+    if known := _without_the_fold(work, checkpoint, task, table):
+        return known
     settings = work.project.gradients
     loaded = work.models.checkpoint(work.lineage, checkpoint)
     examples, _ = encode_targets(work, task, loaded.tokenizer)
@@ -208,19 +210,37 @@ def extract_target_gradients(work: StepInputs) -> StepResult:
         pl.Series("norm", block.norms["sgd"]),
         pl.Series("features", block.features["sgd"]),
     )
+    tokens = _tokens(examples)
+    return _stored_targets(work, stored, tokens, loaded.sketch(settings).fingerprint, units=tokens)
+
+
+def _stored_targets(work: StepInputs, stored: pl.DataFrame, tokens: int, sketch: str, *, units: float) -> StepResult:
     write_parquet(work.folder, TARGET_FEATURES, stored)
-    subtasks = dict(sorted(table["subtask"].value_counts().iter_rows()))
     return StepResult(
         {
-            "examples": table.height,
-            "subtasks": subtasks,
-            "mean_loss": float(block.loss.mean()),
-            "tokens": _tokens(examples),
-            "loss_tokens": int(block.loss_tokens.sum()),
-            "sketch_digest": loaded.sketch(settings).fingerprint,
+            "examples": stored.height,
+            "subtasks": dict(sorted(stored["subtask"].value_counts().iter_rows())),
+            "mean_loss": float(stored["loss"].mean()),  # type: ignore[arg-type]
+            "tokens": tokens,
+            "loss_tokens": int(stored["loss_tokens"].sum()),
+            "sketch_digest": sketch,
         },
-        units=_tokens(examples),
+        units=units,
     )
+
+
+def _without_the_fold(work: StepInputs, checkpoint: str, task: str, table: pl.DataFrame) -> StepResult | None:
+    """The features of a task without one of its folds, out of the task's own; None if these are not there."""
+    fold = work.project.folds.get(task)
+    whole = f"{checkpoint}|{fold.task}" if fold else None
+    if whole is None or work.lineage.status("target_gradients", whole).state != "fresh":
+        return None
+    stored = read_parquet(work.lineage.folder("target_gradients", whole), TARGET_FEATURES)
+    kept = stored.filter(pl.col("example_id").is_in(table["example_id"].implode()))
+    if kept["example_id"].to_list() != table["example_id"].to_list():
+        return None
+    known = work.lineage.summary("target_gradients", whole)
+    return _stored_targets(work, kept, known["tokens"], known["sketch_digest"], units=0)
 
 
 def encode_targets(work: StepInputs, task: str, tokenizer: Any) -> tuple[list[Any], list[str]]:

@@ -19,6 +19,7 @@ from less_assets.reading.files import TARGETS
 from less_assets.steps.asset import Asset
 from less_assets.steps.fairness_checks import targets_not_evaluated
 from less_assets.steps.shown import TABLE_ROWS, Shown, Stored, Table
+from less_assets.steps.validation import validation_examples
 from less_assets.store.tables import write_parquet
 
 
@@ -28,10 +29,14 @@ def read_task(work: StepInputs) -> StepResult:
 
     members = work.project.member_tasks(work.partition)
     group = work.project.task(work.partition).members is not None
+    # A fold is left out by id: what stands twice in the file must not be both selected for and judged on.
+    left_out = validation_examples(work.project, members[0]) if work.partition in work.project.folds else []
+    unseen = {target.example_id for target in left_out}
     tables = []
     for member in members:
         assert member.examples is not None
-        table = target_table(read_targets(member.examples.format, member.examples.path))
+        targets = read_targets(member.examples.format, member.examples.path)
+        table = target_table([target for target in targets if target.example_id not in unseen])
         prefix = f"{member.name}/" if group else ""
         subtask = (pl.lit(prefix) + pl.col("subtask")).alias("subtask")
         tables.append(table.with_columns(subtask, pl.lit(member.name).alias("member")))
@@ -42,7 +47,10 @@ def read_task(work: StepInputs) -> StepResult:
     examples_digest = digest([_digest_fields(row) for row in table.iter_rows(named=True)])
     settings = work.project.task_settings(work.partition)
     files = dict(work.lineage.plan("target_examples", work.partition).inputs)
-    evaluation_digest = digest([_evaluation_files(member) for member in members] + [settings])
+    judged_on: list[Any] = [_evaluation_files(member) for member in members]
+    if left_out:
+        judged_on.append([_digest_fields(row) for row in target_table(left_out).iter_rows(named=True)])
+    evaluation_digest = digest([*judged_on, settings])
     summary = {
         "examples": table.height,
         "subtasks": dict(sorted(table["subtask"].value_counts().iter_rows())),
@@ -67,13 +75,14 @@ def _evaluation_files(member: Task) -> list[str]:
 
 
 def _evaluation_paths(member: Task) -> list[str]:
-    """Files that a task is evaluated on: its own, and a harness task's that lies in a file."""
+    """Files that a task is evaluated on: its own, a harness task's that lies in a file, that of its validation."""
     evaluation = member.evaluation
+    validation = [member.validation.path] if member.validation and member.validation.path else []
     if evaluation is None:
-        return []
+        return validation
     harness = evaluation.harness if isinstance(evaluation.harness, str) else ""
     named = [harness] if harness.endswith((".yaml", ".yml")) else []
-    return [path for path in (evaluation.path, evaluation.held_out, *named) if path]
+    return [path for path in (evaluation.path, evaluation.held_out, *named, *validation) if path]
 
 
 def describe_targets(stored: Stored) -> Shown:

@@ -124,6 +124,7 @@ EXTRA: dict[str, dict[str, object]] = {
 STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     # key: (another value, stale, missing)
     "pool.sources[].name": ("other", NOTHING, {"instruction_pool"}),
+    "tasks[].validation.folds": (3, NOTHING, {"target_examples"}),
     "tasks[].members": (["t", "u"], {"target_examples"}, NOTHING),
     "recipes[].name": ("other", NOTHING, {"recipe_settings"}),
     "recipes[].tokens": (50, {"recipe_settings"}, NOTHING),

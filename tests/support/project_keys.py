@@ -60,6 +60,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "recipes[].mix.share": (0.3, RECIPE),
     "recipes[].model": ("owner/third", {"finetuning"}),
     "tasks[].control": (True, set()),
+    "tasks[].validation.path": ("other.jsonl", {"task"}),
     **{
         f"{section}.{key}": (value, {section} if changes else set())
         for section in ("warmup", "finetuning")
@@ -90,6 +91,7 @@ STRUCTURE = {
     "pool.sources[].name",
     "tasks[].name",
     "tasks[].members",
+    "tasks[].validation.folds",
     "recipes[].name",
     "recipes[].strategy",
     "recipes[].rows",

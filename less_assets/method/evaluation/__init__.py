@@ -1,1 +1,5 @@
 """Losses, answers and scores of models, their intervals, and recipes side by side."""
+
+VALIDATION_LOSS = "validation_loss"
+"""Metric of examples of the targets' own form; `loss` is that of the evaluation's reference answers."""
+LOSSES = ("loss", VALIDATION_LOSS)

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from less_assets.errors import EvaluationError
 from less_assets.method.data.chat import IGNORED, ChatFormat, EncodedExample, encode_target
 from less_assets.method.data.targets import EvaluationExample, TargetExample
+from less_assets.method.evaluation import LOSSES, VALIDATION_LOSS
 from less_assets.method.evaluation.answers import RULES, AnswerRule, RuleName
 from less_assets.method.evaluation.generation import logits_at
 from less_assets.method.evaluation.intervals import CONFIDENCE, REPLICATES, clustered_bootstrap
@@ -211,6 +212,30 @@ def evaluate_examples(
     return Evaluation(samples, summarize(samples, average=rule.average, settings=settings))
 
 
+def validation_samples(examples: Sequence[TargetExample], losses: np.ndarray, loss_tokens: np.ndarray) -> pl.DataFrame:
+    """Validation examples as samples: their loss is a score of its own name, for it is no loss of answers.
+
+    Args:
+        examples: n examples of the targets' form.
+        losses: float64 (n,), as `held_out_loss` gives them.
+        loss_tokens: int64 (n,).
+
+    Returns:
+        `SAMPLE_SCHEMA`, with neither prompt nor output.
+    """
+    records = [
+        {
+            "example_id": example.example_id,
+            "subtask": example.subtask,
+            "reference": example.completion,
+            "scores": [{"metric": VALIDATION_LOSS, "value": float(loss)}],
+            "loss_tokens": int(tokens),
+        }
+        for example, loss, tokens in zip(examples, losses, loss_tokens, strict=True)
+    ]
+    return pl.DataFrame(records, schema=SAMPLE_SCHEMA)
+
+
 def harness_task(
     name: str,
     examples: Sequence[EvaluationExample],
@@ -401,7 +426,7 @@ def summarize(
                     "low": interval.low,
                     "high": interval.high,
                     "n": len(part),
-                    "higher_is_better": metric != "loss",
+                    "higher_is_better": metric not in LOSSES,
                     "primary": metric in primary,
                     "average": average,
                 }

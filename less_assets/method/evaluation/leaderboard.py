@@ -20,6 +20,22 @@ REFERENCES = {"base": "none", "random": "random", "full": "full"}
 """What recipes are compared with: column prefix and strategy."""
 COSTS_HEADING = "Cost (mean over tasks; the selection's in full for each recipe, although recipes share most of it)"
 
+Number = Literal["validation_loss", "answer_loss", "score"]
+NUMBERS: dict[Number, str] = {
+    "validation_loss": "validation loss",
+    "answer_loss": "answer loss",
+    "score": "score",
+}
+"""The three numbers that judge a recipe, best suited first, and what they are called: the loss of examples of the
+targets' own form that no selection saw, the loss of the evaluation's reference answers, the task's own metric."""
+
+HEADINGS: dict[Number, str] = {
+    "validation_loss": "Validation loss (nats per token, lower is better)",
+    "answer_loss": "Answer loss (nats per token, lower is better)",
+    "score": "Score (higher is better)",
+}
+OTHER_FORM_NOTE = "° answers of another form than the targets: no verdict rests on their loss"
+
 COSTS = ("rows", "tokens", "minutes", "selection_tokens", "selection_minutes")
 _NUMBERS = ["value", "low", "high"]
 
@@ -31,6 +47,7 @@ LEADERBOARD_SCHEMA = pl.Schema(
         "model": pl.String,
         "metric": pl.String,
         "primary": pl.Boolean,  # the task's score
+        "decides": pl.Boolean,  # false: shown, but no verdict rests on it, for answers and targets differ in form
         "higher_is_better": pl.Boolean,
         "n": pl.Int64,  # samples
         "value": pl.Float64,  # mean over seeds
@@ -90,6 +107,7 @@ def compare_recipes(
     task: str,
     results: Sequence[RecipeResult],
     *,
+    other_form: Sequence[str] = (),
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> pl.DataFrame:
@@ -103,11 +121,12 @@ def compare_recipes(
     Args:
         task: Name of the task.
         results: One per recipe and seed, in the order of the project file.
+        other_form: Tasks (of a group: members) whose reference answers are of another form than the targets.
         replicates: Bootstrap replicates.
         seed: Seed of the bootstrap.
 
     Returns:
-        Table of `LEADERBOARD_SCHEMA`, a row per recipe and metric, recipes in the order given, the loss first.
+        Table of `LEADERBOARD_SCHEMA`, a row per recipe and metric, recipes in the order given, the answer loss first.
 
     Raises:
         EvaluationError: If two recipes were evaluated on different samples.
@@ -126,6 +145,7 @@ def compare_recipes(
                 interval = {"replicates": replicates, "seed": seed}
                 interval["average"] = metric["average"]
                 rows.append(_row(label, draws, metric, values[recipe], interval))
+                rows[-1]["decides"] = metric["metric"] != "loss" or member not in other_form
                 for reference, strategy in REFERENCES.items():
                     against = _reference(recipes, draws[0], strategy)
                     if against is not None and against != recipe:
@@ -135,7 +155,24 @@ def compare_recipes(
                         if reference == "random":
                             own = values[against].filter(pl.col("metric") == metric["metric"])
                             rows[-1]["random_spread"] = _spread(own, len(recipes[against]), metric["average"])
-    return pl.DataFrame(rows, schema=LEADERBOARD_SCHEMA)
+    return with_named_numbers(pl.DataFrame(rows, schema=LEADERBOARD_SCHEMA))
+
+
+def with_named_numbers(board: pl.DataFrame) -> pl.DataFrame:
+    """A leaderboard whose losses bear their names; earlier versions called the answer loss `loss` and judged by it."""
+    decides = [] if "decides" in board.columns else [pl.lit(True).alias("decides")]
+    renamed = pl.when(pl.col("metric") == "loss").then(pl.lit("answer_loss")).otherwise("metric").alias("metric")
+    return board.with_columns(renamed, *decides).select(LEADERBOARD_SCHEMA.names())
+
+
+def of_number(board: pl.DataFrame, number: Number) -> pl.DataFrame:
+    """The rows of a leaderboard that hold one of `NUMBERS`."""
+    return board.filter(pl.col("primary") if number == "score" else pl.col("metric") == number)
+
+
+def judging(board: pl.DataFrame) -> pl.DataFrame:
+    """The rows of a leaderboard on which a verdict may rest: losses and scores, without answers of another form."""
+    return board.filter(pl.col("primary") | pl.col("metric").is_in(["validation_loss", "answer_loss"]), "decides")
 
 
 def merge(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
@@ -146,27 +183,32 @@ def merge(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
     """
     if not tables:
         return pl.DataFrame(schema=LEADERBOARD_SCHEMA)
-    board = pl.concat(tables)
+    board = pl.concat([with_named_numbers(table) for table in tables])
     order = pl.Enum(board["recipe"].unique(maintain_order=True))
     tasks = pl.Enum(board["task"].unique(maintain_order=True))
     return board.sort(pl.col("task").cast(tasks), pl.col("recipe").cast(order), maintain_order=True)
 
 
-def recipes_by_tasks(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.DataFrame:
+def recipes_by_tasks(board: pl.DataFrame, what: Number) -> pl.DataFrame:
     """Return recipes × tasks with a text in each cell: value, interval, and spread over seeds.
 
-    A star marks a value whose paired difference from random has an interval without 0, on the better side.
+    A star marks a value whose paired difference from random has an interval without 0, on the better side; ° an answer
+    loss of answers of another form than the targets, which never has a star.
 
     Args:
         board: Table of `LEADERBOARD_SCHEMA`.
-        what: The held-out loss (lower is better) or each task's own score.
+        what: One of `NUMBERS`.
     """
-    chosen = board.filter(pl.col("metric") == "loss" if what == "loss" else pl.col("primary"))
+    chosen = of_number(board, what)
     better = pl.when("higher_is_better").then(pl.col("vs_random_low") > 0).otherwise(pl.col("vs_random_high") < 0)
     cell = pl.format(
         "{}{}{}{}",
         _text(pl.col("value")),
-        pl.when(better.fill_null(False)).then(pl.lit("*")).otherwise(pl.lit("")),
+        pl.when(~pl.col("decides"))
+        .then(pl.lit("°"))
+        .when(better.fill_null(False))
+        .then(pl.lit("*"))
+        .otherwise(pl.lit("")),
         pl.when(pl.col("low").is_null())
         .then(pl.lit(""))
         .otherwise(pl.format(" [{}, {}]", _text(pl.col("low")), _text(pl.col("high")))),
@@ -174,7 +216,7 @@ def recipes_by_tasks(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.
         .then(pl.lit(""))
         .otherwise(pl.format(" ± {} ({} seeds)", _text(pl.col("spread")), pl.col("seeds"))),
     )
-    heading = pl.when(pl.col("metric") == "loss").then("task").otherwise(pl.format("{} {}", "task", "metric"))
+    heading = pl.col("task") if what != "score" else pl.format("{} {}", "task", "metric")
     return (
         chosen.select("recipe", cell.alias("cell"), heading.alias("task"))
         .pivot("task", index="recipe", values="cell", maintain_order=True)
@@ -182,19 +224,19 @@ def recipes_by_tasks(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.
     )
 
 
-def against_random(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.DataFrame:
+def against_random(board: pl.DataFrame, what: Number) -> pl.DataFrame:
     """Return what a chart of the paired differences from random shows; recipes that are not compared are left out.
 
     Args:
         board: Table of `LEADERBOARD_SCHEMA`.
-        what: The held-out loss or each task's own score.
+        what: One of `NUMBERS`.
 
     Returns:
         Columns task, recipe, value (the difference), low, high, spread (of random over its seeds; may be null), and
-        verdict: `better` or `worse` where the interval is without 0, else `undecided`.
+        verdict: `better` or `worse` where the interval is without 0 and the number decides, else `undecided`.
     """
     sign = pl.when("higher_is_better").then(1.0).otherwise(-1.0)
-    chosen = board.filter(pl.col("metric") == "loss" if what == "loss" else pl.col("primary"))
+    chosen = of_number(board, what)
     return chosen.filter(pl.col("vs_random").is_not_null(), pl.col("vs_random").is_finite()).select(
         "task",
         "recipe",
@@ -202,7 +244,7 @@ def against_random(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.Da
         pl.col("vs_random_low").alias("low"),
         pl.col("vs_random_high").alias("high"),
         pl.col("random_spread").alias("spread"),
-        pl.when((pl.col("vs_random_low") <= 0) & (pl.col("vs_random_high") >= 0))
+        pl.when(~pl.col("decides") | ((pl.col("vs_random_low") <= 0) & (pl.col("vs_random_high") >= 0)))
         .then(pl.lit("undecided"))
         .when(sign * pl.col("vs_random") > 0)
         .then(pl.lit("better"))
@@ -212,16 +254,15 @@ def against_random(board: pl.DataFrame, what: Literal["loss", "score"]) -> pl.Da
 
 
 def differences(board: pl.DataFrame, reference: Literal["base", "random", "full"]) -> pl.DataFrame:
-    """Return recipes × tasks with the paired difference of loss and score from a reference, as text.
+    """Return recipes × tasks with the paired difference of losses and score from a reference, as text.
 
     Args:
         board: Table of `LEADERBOARD_SCHEMA`.
         reference: What to compare with.
     """
     column = f"vs_{reference}"
-    chosen = board.filter(
-        (pl.col("metric") == "loss") | pl.col("primary"), pl.col(column).is_not_null(), pl.col(column).is_not_nan()
-    )
+    numbers = pl.col("primary") | pl.col("metric").is_in(["validation_loss", "answer_loss"])
+    chosen = board.filter(numbers, pl.col(column).is_not_null(), pl.col(column).is_not_nan())
     cell = pl.format("{} [{}, {}]", *(_text(pl.col(f"{column}{end}"), sign=True) for end in ("", "_low", "_high")))
     return (
         chosen.select("recipe", cell.alias("cell"), pl.format("{} {}", "task", "metric").alias("task"))
@@ -231,14 +272,13 @@ def differences(board: pl.DataFrame, reference: Literal["base", "random", "full"
 
 
 def to_markdown(board: pl.DataFrame) -> str:
-    """Render the leaderboard: loss, score, paired differences from random, base and full, and what each recipe cost.
+    """Render the leaderboard: losses, score, paired differences from random, base and full, and what each recipe cost.
 
     Args:
         board: Table of `LEADERBOARD_SCHEMA`.
     """
     parts = [
-        ("Held-out loss (nats per token, lower is better)", recipes_by_tasks(board, "loss")),
-        ("Score (higher is better)", recipes_by_tasks(board, "score")),
+        *((heading, recipes_by_tasks(board, what)) for what, heading in HEADINGS.items()),
         *((f"Difference from {name}, same samples", differences(board, name)) for name in ("random", "base", "full")),
         (COSTS_HEADING, costs(board)),
     ]
@@ -247,6 +287,8 @@ def to_markdown(board: pl.DataFrame) -> str:
         f"Brackets: {100 * CONFIDENCE:.0f} % bootstrap interval over samples, clustered by subtask; ±: "
         "standard deviation over seeds; \\*: better than random, interval of the paired difference without 0."
     )
+    if not board["decides"].all():
+        note += f" {OTHER_FORM_NOTE}."
     return "\n\n".join([*shown, note])
 
 

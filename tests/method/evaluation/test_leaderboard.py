@@ -5,18 +5,22 @@ import polars as pl
 import pytest
 
 from less_assets.errors import EvaluationError
-from less_assets.method.evaluation.evaluation import METRIC_SCHEMA, SAMPLE_SCHEMA, summarize
+from less_assets.method.data.targets import TargetExample
+from less_assets.method.evaluation.evaluation import METRIC_SCHEMA, SAMPLE_SCHEMA, summarize, validation_samples
 from less_assets.method.evaluation.leaderboard import (
     LEADERBOARD_SCHEMA,
+    OTHER_FORM_NOTE,
     RecipeResult,
     against_random,
     compare_recipes,
     costs,
     differences,
+    judging,
     markdown_table,
     merge,
     recipes_by_tasks,
     to_markdown,
+    with_named_numbers,
 )
 
 ROWS = 60
@@ -94,26 +98,26 @@ def test_every_recipe_has_a_row_per_metric_and_seeds_become_one(board):
     assert board["recipe"].unique(maintain_order=True).to_list() == [
         "base", "random", "random-big", "less", "less-big", "full"
     ]  # fmt: skip
-    assert board.filter(pl.col("recipe") == "random")["metric"].to_list() == ["loss", "exact_match"]
-    assert cell(board, "random", "loss", "seeds") == 3
-    assert cell(board, "random", "loss", "spread") == pytest.approx(0.01, abs=0.004)
-    assert cell(board, "less", "loss", "spread") is None
-    assert cell(board, "less", "loss", "tokens") == 4000
-    assert cell(board, "base", "loss", "rows") is None
+    assert board.filter(pl.col("recipe") == "random")["metric"].to_list() == ["answer_loss", "exact_match"]
+    assert cell(board, "random", "answer_loss", "seeds") == 3
+    assert cell(board, "random", "answer_loss", "spread") == pytest.approx(0.01, abs=0.004)
+    assert cell(board, "less", "answer_loss", "spread") is None
+    assert cell(board, "less", "answer_loss", "tokens") == 4000
+    assert cell(board, "base", "answer_loss", "rows") is None
 
 
 def test_paired_differences_are_far_tighter_than_the_values(board):
-    assert cell(board, "less", "loss", "vs_random") == pytest.approx(-0.09, abs=0.01)
-    assert cell(board, "less", "loss", "vs_random_high") < 0
-    paired = cell(board, "less", "loss", "vs_random_high") - cell(board, "less", "loss", "vs_random_low")
-    assert cell(board, "less", "loss", "high") - cell(board, "less", "loss", "low") > 20 * paired
-    assert cell(board, "less", "loss", "vs_base") == pytest.approx(-0.2, abs=0.01)
-    assert cell(board, "less", "loss", "vs_full") == pytest.approx(0.3, abs=0.01)
+    assert cell(board, "less", "answer_loss", "vs_random") == pytest.approx(-0.09, abs=0.01)
+    assert cell(board, "less", "answer_loss", "vs_random_high") < 0
+    paired = cell(board, "less", "answer_loss", "vs_random_high") - cell(board, "less", "answer_loss", "vs_random_low")
+    assert cell(board, "less", "answer_loss", "high") - cell(board, "less", "answer_loss", "low") > 20 * paired
+    assert cell(board, "less", "answer_loss", "vs_base") == pytest.approx(-0.2, abs=0.01)
+    assert cell(board, "less", "answer_loss", "vs_full") == pytest.approx(0.3, abs=0.01)
     assert cell(board, "full", "exact_match", "vs_base") == 1.0
 
 
 def test_differences_from_random_are_judged_by_their_intervals(board):
-    judged = {row["recipe"]: row for row in against_random(board, "loss").rows(named=True)}
+    judged = {row["recipe"]: row for row in against_random(board, "answer_loss").rows(named=True)}
     assert list(judged) == ["base", "less", "less-big", "full"], "random is not compared with itself"
     assert {name: row["verdict"] for name, row in judged.items()} == {
         "base": "worse",
@@ -121,17 +125,17 @@ def test_differences_from_random_are_judged_by_their_intervals(board):
         "less-big": "worse",  # than the random of its own, larger budget
         "full": "better",
     }
-    assert judged["less"]["spread"] == pytest.approx(cell(board, "random", "loss", "spread"))
+    assert judged["less"]["spread"] == pytest.approx(cell(board, "random", "answer_loss", "spread"))
     assert judged["less-big"]["spread"] is None, "one seed has no spread"
     scores = {row["recipe"]: row["verdict"] for row in against_random(board, "score").rows(named=True)}
     assert scores == {"base": "worse", "less": "undecided", "less-big": "undecided", "full": "better"}
 
 
 def test_random_of_the_same_budget_is_the_reference_and_references_do_not_meet_themselves(board):
-    assert cell(board, "less-big", "loss", "vs_random") == pytest.approx(0.1, abs=0.01)
-    assert cell(board, "random", "loss", "vs_random") is None
-    assert cell(board, "random-big", "loss", "vs_random") is None
-    assert cell(board, "base", "loss", "vs_base") is None
+    assert cell(board, "less-big", "answer_loss", "vs_random") == pytest.approx(0.1, abs=0.01)
+    assert cell(board, "random", "answer_loss", "vs_random") is None
+    assert cell(board, "random-big", "answer_loss", "vs_random") is None
+    assert cell(board, "base", "answer_loss", "vs_base") is None
 
 
 def test_costs_are_told_as_recorded_and_what_is_unknown_stays_unknown(board):
@@ -158,7 +162,7 @@ def test_only_results_on_one_model_are_compared():
         ],
         replicates=20,
     )
-    assert cell(table, "less-to-large", "loss", "vs_base") is None
+    assert cell(table, "less-to-large", "answer_loss", "vs_base") is None
 
 
 def test_subtask_average_is_kept():
@@ -170,8 +174,8 @@ def test_subtask_average_is_kept():
         ],
         replicates=50,
     )
-    assert cell(table, "base", "loss", "value") == 2.5
-    assert cell(table, "less", "loss", "vs_base") == -1.0
+    assert cell(table, "base", "answer_loss", "value") == 2.5
+    assert cell(table, "less", "answer_loss", "vs_base") == -1.0
     assert cell(table, "less", "exact_match", "value") == 0.5
 
 
@@ -193,8 +197,11 @@ def test_repeated_questions_are_paired_in_order():
         ],
         replicates=20,
     )
-    assert cell(table, "less", "loss", "n") == 2
-    assert (cell(table, "less", "loss", "vs_base_low"), cell(table, "less", "loss", "vs_base_high")) == (1.0, 1.0)
+    assert cell(table, "less", "answer_loss", "n") == 2
+    assert (cell(table, "less", "answer_loss", "vs_base_low"), cell(table, "less", "answer_loss", "vs_base_high")) == (
+        1.0,
+        1.0,
+    )
 
 
 def test_members_of_a_group_get_rows_of_their_own():
@@ -211,7 +218,7 @@ def test_members_of_a_group_get_rows_of_their_own():
         ),
     )
     table = compare_recipes("both", [both], replicates=20)
-    assert table.filter(pl.col("metric") == "loss").select("task", "value").rows() == [
+    assert table.filter(pl.col("metric") == "answer_loss").select("task", "value").rows() == [
         ("both/bbh", 1.0),
         ("both/gsm8k", 2.0),
     ]
@@ -238,7 +245,7 @@ def test_merged_board_as_markdown(board):
     other = board.filter(pl.col("recipe").is_in(["less", "base"])).with_columns(task=pl.lit("gsm8k"))
     merged = merge([board, other.reverse()])
     assert merged.filter(pl.col("task") == "gsm8k")["recipe"].unique(maintain_order=True).to_list() == ["base", "less"]
-    losses = recipes_by_tasks(merged, "loss")
+    losses = recipes_by_tasks(merged, "answer_loss")
     assert losses.columns == ["recipe", "bbh", "gsm8k"]
     less, random = (losses.row(by_predicate=pl.col("recipe") == name, named=True) for name in ("less", "random"))
     assert "*" in less["bbh"]
@@ -249,7 +256,8 @@ def test_merged_board_as_markdown(board):
     assert differences(merged, "random")["recipe"].to_list() == ["base", "less", "less-big", "full"]
     text = to_markdown(merged)
     assert "| less |" in text
-    assert "Held-out loss" in text
+    assert "Answer loss (nats per token" in text
+    assert "Validation loss" not in text
     assert "| full | 1000 | 90000 | – |" in text
 
 
@@ -262,9 +270,53 @@ def test_board_without_random_or_score_still_renders():
 
 def test_nan_losses_stay_visible():
     table = compare_recipes("x", [result("less", [1.0, float("nan")], [0, 1])], replicates=20)
-    assert np.isnan(cell(table, "less", "loss", "value"))
-    assert "NaN" in recipes_by_tasks(table, "loss")["x"][0] or "nan" in recipes_by_tasks(table, "loss")["x"][0]
+    assert np.isnan(cell(table, "less", "answer_loss", "value"))
+    assert (
+        "NaN" in recipes_by_tasks(table, "answer_loss")["x"][0]
+        or "nan" in recipes_by_tasks(table, "answer_loss")["x"][0]
+    )
 
 
 def test_markdown_cells_are_escaped():
     assert markdown_table(pl.DataFrame({"a|b": ["x|y", None]})) == "| a\\|b |\n| --- |\n| x\\|y |\n|  |"
+
+
+def validated(name: str, losses: list[float], strategy: str = "less") -> RecipeResult:
+    """A recipe that was judged on validation examples only."""
+    examples = [TargetExample(f"v{place}", f"s{place % 2}", [], "", "yes", None) for place in range(len(losses))]
+    samples = validation_samples(examples, np.array(losses), np.full(len(losses), 3))
+    return RecipeResult(name, strategy, samples, summarize(samples, average="samples"), model="m")
+
+
+def test_validation_losses_are_paired_and_lower_is_better():
+    board = compare_recipes(
+        "x", [validated("less", [1.0, 2.0, 3.0]), validated("random", [1.5, 2.5, 3.5], "random")], replicates=20
+    )
+    assert board["metric"].to_list() == ["validation_loss", "validation_loss"]
+    assert cell(board, "less", "validation_loss", "vs_random") == -0.5
+    assert against_random(board, "validation_loss")["verdict"].to_list() == ["better"]
+    assert against_random(board, "answer_loss").is_empty()
+    assert not board["higher_is_better"].any()
+    assert "Validation loss" in to_markdown(board)
+
+
+def test_answers_of_another_form_are_shown_and_decide_nothing(board):
+    results = [
+        result("less", [1.0] * 4, [1.0] * 4),
+        result("random", [2.0] * 4, [0.0] * 4, strategy="random"),
+    ]
+    table = compare_recipes("x", results, other_form=["x"], replicates=20)
+    assert cell(table, "less", "answer_loss", "vs_random") == -1.0
+    assert against_random(table, "answer_loss")["verdict"].to_list() == ["undecided"]
+    assert against_random(table, "score")["verdict"].to_list() == ["better"]
+    assert "answer_loss" not in judging(table)["metric"].to_list()
+    assert "°" in recipes_by_tasks(table, "answer_loss")["x"][0]
+    assert "*" not in recipes_by_tasks(table, "answer_loss")["x"][0]
+    assert OTHER_FORM_NOTE in to_markdown(table)
+    assert OTHER_FORM_NOTE not in to_markdown(board)
+
+
+def test_a_board_of_an_earlier_version_is_read_by_its_new_names(board):
+    old = board.drop("decides").with_columns(pl.col("metric").replace("answer_loss", "loss"))
+    assert with_named_numbers(old).equals(board)
+    assert with_named_numbers(board).equals(board)
