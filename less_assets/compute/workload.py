@@ -187,7 +187,7 @@ class Workload:
     def target_sizes(self) -> dict[str, tuple[int, int, int]]:
         """Task → target examples, their tokens, subtasks."""
         found = {}
-        for task in self.project.task_names:
+        for task in self.project.task_keys:
             encoded = self.targets(task)
             found[task] = (len(encoded), sum(len(each.input_ids) for each in encoded), len(self._subtasks(task)))
         return found

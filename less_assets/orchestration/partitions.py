@@ -51,6 +51,8 @@ class Axes:
             return None
         if asset.axes == RECIPE_BY_TASK:
             return dg.StaticPartitionsDefinition(self._keys(asset))
+        if asset.axes == ("task",) and not asset.of_folds:
+            return dg.StaticPartitionsDefinition(self.project.task_names)
         return self._single[asset.axes[0]] if len(asset.axes) == 1 else self._grids[asset.axes]
 
     def dependencies(self, asset: Declaration) -> list[dg.AssetDep]:
