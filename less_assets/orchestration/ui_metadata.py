@@ -45,6 +45,7 @@ COLUMN_MEANINGS = {
     "momentum": "part of the influence that belongs to no token",
     "n": "samples",
     "norm": "exact norm of the gradient",
+    "decides": "whether a verdict may rest on the metric",
     "primary": "whether this is the task's score",
     "rank": "1 is the best",
     "recipe": "name of the recipe",

@@ -38,12 +38,14 @@ recipes:
   - {name: as-less, strategy: length_matched, match: less, fraction: 0.1}
   - {name: as-rds, strategy: length_matched, match: rds, fraction: 0.1}
   - {name: as-targets, strategy: length_matched, fraction: 0.1}
+  - {name: against-pool, strategy: less, fraction: 0.1, precondition: pool}
+  - {name: given, strategy: external, fraction: 0.1, scores: scores.csv}
 """
 CHECKPOINTS = ["epoch-1", "epoch-2", "epoch-3"]
 SHARD_KEYS = ["plus-00000", "plus-00001"]
 TASKS = ["sums", "sky", "both"]
 RECIPES = ["less", "less-paper", "random-seed0", "random-seed1", "full", "base", "rds", "mid", "bm25", "dsir-seed0"]
-RECIPES += ["as-less-seed0", "as-rds-seed0", "as-targets-seed0"]
+RECIPES += ["as-less-seed0", "as-rds-seed0", "as-targets-seed0", "against-pool", "given"]
 AXES = {name: asset.axes for name, asset in ASSETS.items()}
 KEYS = {"checkpoint": CHECKPOINTS, "shard": SHARD_KEYS, "task": TASKS, "recipe": RECIPES}
 
@@ -79,6 +81,12 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("embedding_scores", "mid|sky", "target_embeddings", []),
     ("text_scores", "bm25|sky", "target_examples", ["sky"]),
     ("text_scores", "bm25|sky", "pool_index", [None]),
+    ("preconditioned_scores", "against-pool|sky", "influence_scores", ["sky"]),
+    ("preconditioned_scores", "against-pool|sky", "pool_index", [None]),
+    ("external_scores", "given|sky", "pool_index", [None]),
+    ("selected_subset", "against-pool|sky", "preconditioned_scores", ["against-pool|sky"]),
+    ("selected_subset", "against-pool|sky", "influence_scores", []),
+    ("selected_subset", "given|sky", "external_scores", ["given|sky"]),
     ("selected_subset", "rds|sky", "embedding_scores", ["rds|sky"]),
     ("selected_subset", "rds|sky", "text_scores", []),
     ("selected_subset", "dsir-seed0|sky", "text_scores", ["dsir-seed0|sky"]),
@@ -129,6 +137,8 @@ SOME_RECIPES = {
     "exact_scores": ["less"],
     "embedding_scores": ["rds", "mid"],
     "text_scores": ["bm25", "dsir-seed0"],
+    "preconditioned_scores": ["against-pool"],
+    "external_scores": ["given"],
     "token_attribution": ["less", "less-paper"],
     "selection_report": [recipe for recipe in RECIPES if recipe not in ("full", "base")],
 }
@@ -187,6 +197,8 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("selected_subset", "embedding_scores"): ["rds", "mid", "as-rds-seed0"],
         ("selected_subset", "text_scores"): ["bm25", "dsir-seed0"],
         ("selected_subset", "target_examples"): ["as-targets-seed0"],
+        ("selected_subset", "preconditioned_scores"): ["against-pool"],
+        ("selected_subset", "external_scores"): ["given"],
         ("embedding_scores", "target_embeddings"): ["rds"],
         ("selection_report", "influence_scores"): ["less", "less-paper"],
         ("selection_report", "token_attribution"): ["less", "less-paper"],
@@ -228,6 +240,8 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
     text = text.replace(b"strategy: less, fraction: 0.1, rescore: exact", b"strategy: full")
     for strategy in (b"rds", b"perplexity", b"bm25", b"dsir"):
         text = text.replace(b"strategy: " + strategy + b", fraction: 0.1", b"strategy: full")
+    text = text.replace(b"strategy: less, fraction: 0.1, precondition: pool", b"strategy: full")
+    text = text.replace(b"strategy: external, fraction: 0.1, scores: scores.csv", b"strategy: full")
     text = text.replace(b"match: less, ", b"").replace(b"match: rds, ", b"")
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
     assert dg.AssetKey("influence_scores") not in graph.get(dg.AssetKey("selected_subset")).parent_keys
@@ -236,6 +250,29 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
         graph.get_all_asset_keys()
     )
     assert optional == {dg.AssetKey("selection_report")}, "of the random recipes"
+
+
+def test_folds_are_keys_of_the_task_axis_that_only_the_tasks_results_read(instance):
+    text = PROJECT.replace(b"examples: {path: sky.jsonl}", b"examples: {path: sky.jsonl}, validation: {folds: 2}")
+    grown = build_definitions(parse_project(text)).resolve_asset_graph()
+    folds = ["sky.fold-1", "sky.fold-2"]
+    assert list(grown.get(dg.AssetKey("target_examples")).partitions_def.get_partition_keys()) == [
+        "sums",
+        "sky",
+        *folds,
+        "both",
+    ]
+    assert list(grown.get(dg.AssetKey("task_results")).partitions_def.get_partition_keys()) == TASKS
+    read = parents(grown, instance, "task_results", "sky", "eval_results")
+    assert set(read) == {f"{recipe}|{task}" for recipe in RECIPES for task in ["sky", *folds]}
+    assert set(parents(grown, instance, "task_results", "sums", "eval_results")) == {
+        f"{recipe}|sums" for recipe in RECIPES
+    }
+    assert parents(grown, instance, "selected_subset", "less|sky.fold-2", "influence_scores") == ["sky.fold-2"]
+    for asset in ("token_attribution", "selection_report"):
+        keys = grown.get(dg.AssetKey(asset)).partitions_def.get_partition_keys()
+        assert not any(".fold-" in key for key in keys)
+    grown.validate_partitions()
 
 
 def test_axes_are_those_of_the_assets_definitions(graph, instance):

@@ -254,6 +254,33 @@ WRONG = {
         "belongs to imported checkpoints",
         "give `import`",
     ),
+    "validation by nothing": (
+        with_line("recipes:", "    validation: {}\nrecipes:"),
+        10,
+        "names neither `path` nor `folds`",
+        "exactly one",
+    ),
+    "validation twice": (
+        with_line("recipes:", "    validation: {folds: 2, path: x}\nrecipes:"),
+        10,
+        "names both `path` and `folds`",
+        "exactly one",
+    ),
+    "validation of a group": (
+        with_line("recipes:", "  - {name: g, members: [bbh], validation: {folds: 2}}\nrecipes:"),
+        10,
+        "tasks[1].validation: a group is judged by its members' validations",
+        "leave it out",
+    ),
+    "a task called as a fold": (
+        with_line(
+            "recipes:",
+            "    validation: {folds: 2}\n  - {name: bbh.fold-1, examples: {path: x}}\nrecipes:",
+        ),
+        11,
+        "is what a fold of 'bbh' is called",
+        "another name",
+    ),
     "matching without gradients": (
         with_line("    fraction", "    aggregate: match\n    fraction").replace("strategy: less", "strategy: bm25"),
         13,
