@@ -7,17 +7,20 @@
 
 It writes a project file into the work folder and runs that project, as `less-assets run` would: interrupted, the same
 command goes on where it stopped, and `less-assets` or `dagster dev` with the printed project file shows everything.
-Figures go to `benchmarks/results/selection_quality.json` after each task, a list of {task, recipe, budget, seed, loss,
-score, tokens}; beside it as Markdown an overview of all variants against random, and the leaderboard.
+Figures go to `benchmarks/results/selection_quality.json` after each task, a list of {task, recipe, budget, seed,
+validation_loss, answer_loss, score, tokens}; beside it as Markdown an overview of all variants against random, and the
+leaderboard.
 
 The design. A pool of `--rows` rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
 GSM8K's own training source is not among them. Five forms of LESS from one backward pass, three aggregations, both rules
 for subtasks; bm25, dsir, rds, perplexity (middle and top), random rows, random rows as long as LESS's, the whole pool,
 the base model. Budgets of 5 and 10 %, several seeds of random. Prompts without worked examples unless `--few-shot`.
 
-How to read it. `loss` is the mean cross-entropy of the reference answers (lower is better), `score` the task's own
-metric; `seed` is that of the draw. Compare recipes of one budget, with the spread over seeds of random in mind: one
-model, one pool, one training seed. Models of 135M parameters hardly answer a GSM8K or MMLU question: look at the loss.
+How to read it. `answer_loss` is the mean cross-entropy of the reference answers (lower is better; on BBH they are of
+another form than the targets, and it decides nothing), `validation_loss` that of target examples no selection saw (null
+where the task has no `validation`), `score` the task's own metric; `seed` is that of the draw. Compare recipes of one
+budget, with the spread over seeds of random in mind: one model, one pool, one training seed. Models of 135M parameters
+hardly answer a GSM8K or MMLU question: look at the losses.
 """
 
 from __future__ import annotations
@@ -244,14 +247,15 @@ def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
             if lineage.status("eval_results", f"{key}|{task}").state != "fresh":
                 continue
             metrics = lineage.summary("eval_results", f"{key}|{task}")["metrics"]
-            scores = [value for name, value in metrics.items() if name != f"{task}/loss"]
+            scores = [value for name, value in metrics.items() if not name.endswith("loss")]
             found.append(
                 {
                     "task": task,
                     "recipe": recipe.name.rpartition(".")[0] if recipe.budget else recipe.name,
                     "budget": recipe.budget.amount if recipe.budget else None,
                     "seed": recipe.seed,
-                    "loss": metrics[f"{task}/loss"],
+                    "validation_loss": metrics.get(f"{task}/validation_loss"),
+                    "answer_loss": metrics[f"{task}/loss"],
                     "score": scores[0] if scores else None,
                     "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
                 }

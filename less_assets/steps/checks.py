@@ -12,6 +12,7 @@ from less_assets.compute.step import Log
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.method.evaluation import LOSSES
+from less_assets.method.evaluation.leaderboard import in_words
 from less_assets.steps.asset import Check
 from less_assets.steps.shown import Picture, Table, Verdict
 from less_assets.steps.validation import answers_of_another_form
@@ -77,7 +78,7 @@ def _compare_with_base(lineage: Lineage, key: str, models: ModelLoader, log: Log
 def _named(figure: str) -> str:
     """A figure of an evaluation's summary, `task/metric`, in words."""
     task, _, metric = figure.rpartition("/")
-    return f"{task} {'answer loss' if metric == 'loss' else metric.replace('_', ' ')}"
+    return f"{task} {in_words(metric)}"
 
 
 def check_dominance(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:

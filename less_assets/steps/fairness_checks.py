@@ -11,7 +11,7 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import Log
 from less_assets.lineage.lineage import Lineage
-from less_assets.method.evaluation.leaderboard import judging, of_number, with_named_numbers
+from less_assets.method.evaluation.leaderboard import in_words, judging, of_number, with_named_numbers
 from less_assets.project.sections import Task
 from less_assets.reading.files import BOARD, EXAMPLES, TARGETS
 from less_assets.steps.asset import Check
@@ -82,7 +82,7 @@ def _judge_control(lineage: Lineage, task_name: str, models: ModelLoader, log: L
     better = pl.when("higher_is_better").then(pl.col("vs_random_low") > 0).otherwise(pl.col("vs_random_high") < 0)
     profits = compared.filter(better)
     said = ", ".join(
-        f"{row['recipe']} ({row['metric']} {row['vs_random']:+.3f})" for row in profits.iter_rows(named=True)
+        f"{row['recipe']} ({in_words(row['metric'])} {row['vs_random']:+.3f})" for row in profits.iter_rows(named=True)
     )
     return Verdict(
         profits.is_empty(),
@@ -102,7 +102,7 @@ def _judge_recipes(lineage: Lineage, task_name: str, models: ModelLoader, log: L
     below = pl.when("higher_is_better").then(pl.col("vs_base_high") < 0).otherwise(pl.col("vs_base_low") > 0)
     worse = compared.filter(below | pl.col("vs_base").is_nan())
     said = ", ".join(
-        f"{row['recipe']} ({row['metric']} {row['vs_base']:+.3f} [{row['vs_base_low']:+.3f}, "
+        f"{row['recipe']} ({in_words(row['metric'])} {row['vs_base']:+.3f} [{row['vs_base_low']:+.3f}, "
         f"{row['vs_base_high']:+.3f}])"
         for row in worse.iter_rows(named=True)
     )

@@ -96,7 +96,7 @@ def test_a_selection_of_very_short_answers_is_told(checked):
 def test_a_control_that_profits_is_told(checked):
     passed, words = checked.said("task_results", "control_does_not_profit", "sums")
     assert not passed
-    assert "max (loss -" in words
+    assert "max (answer loss -" in words
     assert checked.said("task_results", "control_does_not_profit", "sky") == (
         True,
         "No recipe beats random on the control.",
@@ -107,8 +107,8 @@ def test_the_leaderboard_is_a_table_and_pictures_in_the_ui(checked):
     event = checked.instance.get_latest_materialization_event(dg.AssetKey("leaderboard"))
     shown = event.asset_materialization.metadata
     headings = re.findall(r"^\*\*([\w -]+?) ?[,(]", shown["results"].value, re.MULTILINE)
-    assert headings == ["Held-out loss", "Score", "Difference from random", "Difference from base", "Cost"]
-    for name in ("held_out_loss", "score", "loss_against_random", "score_against_random"):
+    assert headings == ["Answer loss", "Score", "Difference from random", "Difference from base", "Cost"]
+    for name in ("answer_loss", "score", "answer_loss_against_random", "score_against_random"):
         assert "data:image/png;base64," in shown[name].value
 
 
@@ -123,7 +123,7 @@ def test_a_model_below_the_base_is_told(checked):
     checked.run(Request(until="task_results"))
     passed, words = checked.said("eval_results", "not_worse_than_base", "max|sums")
     assert not passed
-    assert "Worse than the base model: sums/loss" in words
+    assert "Worse than the base model: sums answer loss" in words
     passed, words = checked.said("task_results", "no_recipe_below_base", "sums")
     assert not passed
     assert words.startswith("Worse than the base model on the same samples: max (loss +")

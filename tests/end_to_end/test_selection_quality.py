@@ -58,23 +58,25 @@ def test_the_small_design_runs_and_its_figures_are_complete(benchmark, data, tin
 
     benchmark.main(options)
     found = json.loads(results.read_text())
-    assert {tuple(each) for each in found} == {("task", "recipe", "budget", "seed", "loss", "score", "tokens")}
+    assert {tuple(each) for each in found} == {
+        ("task", "recipe", "budget", "seed", "validation_loss", "answer_loss", "score", "tokens")
+    }
     names = [(each["recipe"], each["seed"]) for each in found]
     less = [("less-adamw-max", None), ("less-marginal-round_robin", None), ("less-sgd-round_robin", None)]
     assert names == [("base", None), *less, ("random", 0), ("random", 1), ("bm25", None), ("rds", None), ("as-long", 0)]
     assert all(each["budget"] == 0.1 and each["tokens"] > 0 for each in found[1:])
     assert found[0]["budget"] is None
-    assert all(0 < each["loss"] < 10 and each["score"] in (0, 0.5, 1) for each in found)
+    assert all(0 < each["answer_loss"] < 10 and each["score"] in (0, 0.5, 1) for each in found)
     sources = {path.stem for path in (work / "small/pool").iterdir()}
     assert sources == {"cot", "dolly"}, "GSM8K's own training source is left out"
     board = results.with_suffix(".md").read_text()
     assert "| less-marginal-round_robin.10 |" in board
-    random = [each["loss"] for each in found if each["recipe"] == "random"]
+    random = [each["answer_loss"] for each in found if each["recipe"] == "random"]
     for each in found[1:]:
         if each["recipe"] != "random":
             (line,) = (line for line in board.splitlines() if line.startswith(f"| {each['recipe']} |"))
             difference = float(line.split("|")[3].strip(" *†"))
-            assert difference == pytest.approx(each["loss"] - sum(random) / len(random), abs=1e-3)
+            assert difference == pytest.approx(each["answer_loss"] - sum(random) / len(random), abs=1e-3)
     assert "| random, over its seeds |" in board
     assert "to make" in capsys.readouterr().out
 

@@ -84,7 +84,7 @@ class EvaluationExample:
         assistant_prefix: How the answer begins, given to the model; may be empty.
         answers: Accepted answers, at least one.
         metric: Name of the rule in `answers.RULES` that grades a generated answer.
-        completion: What a right continuation of the prompt looks like, for the held-out loss: the worked answer where
+        completion: What a right continuation of the prompt looks like, for the answer loss: the worked answer where
             the file has one, else the first answer in the form of the task's target examples.
         choices: Continuations to compare by likelihood, in the order A, B, …; empty where an answer is generated.
         tools: As in `TargetExample`.

@@ -1,4 +1,4 @@
-"""How good a model is on a task: held-out loss, graded answers, and what the numbers are worth.
+"""How good a model is on a task: answer loss, graded answers, and what the numbers are worth.
 
 Belongs here: evaluation examples, the harness task made from them, and the tables of samples and metrics. Running the
 model lives in `generation.py` and `harness.py`, grading in `answers.py`, the bootstrap in `intervals.py`.

@@ -165,6 +165,11 @@ def with_named_numbers(board: pl.DataFrame) -> pl.DataFrame:
     return board.with_columns(renamed, *decides).select(LEADERBOARD_SCHEMA.names())
 
 
+def in_words(metric: str) -> str:
+    """A metric's name for sentences; `loss` is what evaluations call the answer loss."""
+    return "answer loss" if metric == "loss" else metric.replace("_", " ")
+
+
 def of_number(board: pl.DataFrame, number: Number) -> pl.DataFrame:
     """The rows of a leaderboard that hold one of `NUMBERS`."""
     return board.filter(pl.col("primary") if number == "score" else pl.col("metric") == number)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import groupby
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import polars as pl
 from threadpoolctl import threadpool_limits
 
 from less_assets.errors import TargetFormatError
+from less_assets.method.gradients.quantization import decode
 from less_assets.method.selection.coded_directions import ROWS_AT_A_TIME, CodedDirections
 
 SUBTASK_RULES = ("mean_cosine", "cosine_of_mean")
@@ -33,6 +35,7 @@ class FeatureSource(Protocol):
 
     rows: int
     storage: str
+    dimension: int
 
     @property
     def code_blocks(self) -> int:
@@ -46,10 +49,6 @@ class FeatureSource(Protocol):
 
     def codes(self, form: str, index: int, buffer: np.ndarray | None = None) -> tuple[int, np.ndarray, np.ndarray]:
         """First row, codes (maybe in the buffer) and float32 scales of a stored block; called from several threads."""
-        ...
-
-    def blocks(self, form: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, float32 (n, k)) for all rows in order."""
         ...
 
 
@@ -235,15 +234,28 @@ def similarity_vectors(
     """
     parts = []
     for checkpoint, source in sources.items():
-        found = []
-        for first, block in source.blocks(form):
-            here = rows[(rows >= first) & (rows < first + len(block))] - first
-            if len(here):
-                found.append(_folded(block[here], dimension))
-        folded = np.concatenate(found)
+        folded = _folded_rows(source, form, rows, dimension)
         with np.errstate(divide="ignore", invalid="ignore"):
             parts.append(np.sqrt(weights[checkpoint]) * folded / np.linalg.norm(folded, axis=1, keepdims=True))
     return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _folded_rows(source: FeatureSource, form: str, rows: np.ndarray, dimension: int) -> np.ndarray:
+    """Some rows of a source, folded: blocks are read on all cores at once, and only these rows decoded."""
+    own = threading.local()
+
+    def fold(index: int) -> list[np.ndarray]:
+        if not hasattr(own, "buffer"):
+            own.buffer = np.empty(source.code_block_bytes, dtype=np.uint8)
+        first, codes, scale = source.codes(form, index, own.buffer)
+        wanted = rows[(rows >= first) & (rows < first + len(codes))] - first
+        parts = [wanted[start : start + ROWS_AT_A_TIME] for start in range(0, len(wanted), ROWS_AT_A_TIME)]
+        return [
+            _folded(decode(codes[part], scale[part], source.storage, source.dimension), dimension) for part in parts
+        ]
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        return np.concatenate([part for parts in threads.map(fold, range(source.code_blocks)) for part in parts])
 
 
 def _folded(features: np.ndarray, dimension: int) -> np.ndarray:
@@ -251,10 +263,14 @@ def _folded(features: np.ndarray, dimension: int) -> np.ndarray:
     count, width = features.shape
     if width <= dimension:
         return features
-    signs = np.random.default_rng(0).choice(np.array([-1, 1], dtype=np.float32), width)
     padded = np.zeros((count, -(-width // dimension) * dimension), dtype=np.float32)
-    padded[:, :width] = features * signs
+    np.multiply(features, _signs(width), out=padded[:, :width])
     return padded.reshape(count, -1, dimension).sum(axis=1)
+
+
+@lru_cache(maxsize=1)
+def _signs(width: int) -> np.ndarray:
+    return np.random.default_rng(0).choice(np.array([-1, 1], dtype=np.float32), width)
 
 
 def score_table(rows: pl.DataFrame, scores: ScoreArrays) -> pl.DataFrame:

@@ -237,12 +237,16 @@ def test_influence_agrees_with_the_published_code(form):
 class Blocks:
     """Features in memory, read in blocks of five rows."""
 
-    def __init__(self, features: np.ndarray) -> None:
-        self.features = features
+    storage = "float16"
+    code_block_bytes = 0
 
-    def blocks(self, form):
-        for first in range(0, len(self.features), 5):
-            yield first, self.features[first : first + 5]
+    def __init__(self, features: np.ndarray) -> None:
+        self.features, (self.rows, self.dimension) = features, features.shape
+        self.code_blocks = -(-self.rows // 5)
+
+    def codes(self, form, index, buffer=None):
+        block = self.features[5 * index : 5 * index + 5]
+        return 5 * index, block, np.ones(len(block), dtype=np.float32)
 
 
 @pytest.mark.parametrize("width", [40, 3 * SIMILARITY_DIMENSION + 7])
