@@ -138,8 +138,8 @@ def _recipe_settings(lineage: Lineage, recipe: ResolvedRecipe) -> Mapping[str, A
 
 
 def _certificate(lineage: Lineage, recipe: ResolvedRecipe, task: str, subset: pl.DataFrame) -> str:
-    if recipe.strategy != "less":
-        return "The recipe does not select by influence, so that there is nothing to certify."
+    if not recipe.ranks_by_influence:
+        return "The recipe does not take the rows of the highest influence, so that there is nothing to certify."
     judged = judge_selection(lineage, f"{recipe.key}|{task}", subset)
     if judged is None:
         return "No certificate was made for these scores."
@@ -151,8 +151,10 @@ def _certificate(lineage: Lineage, recipe: ResolvedRecipe, task: str, subset: pl
 
 
 def _comparison(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> str:
+    from less_assets.method.evaluation.leaderboard import OTHER_FORM_NOTE, in_words, with_named_numbers
+
     try:
-        board = read_parquet(lineage.folder("task_results", task), BOARD)
+        board = with_named_numbers(read_parquet(lineage.folder("task_results", task), BOARD))
     except (MissingArtifactError, StaleArtifactError):
         return "Not evaluated: the project's evaluation was not run, or is out of date."
     compared = board.filter(pl.col("recipe") == recipe.name, pl.col("vs_random").is_not_null())
@@ -160,15 +162,19 @@ def _comparison(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> str:
         return "No comparison: the project has no evaluation of this task, or no random recipe of the same budget."
     heading = "| task | metric | value | difference from random | samples |\n|---|---|---:|---:|---:|"
     lines = [
-        f"| {_text(row['task'])} | {_text(row['metric'])} | {row['value']:.3f} | {row['vs_random']:+.3f} "
+        f"| {_text(row['task'])} | {in_words(row['metric'])}{'' if row['decides'] else ' °'} | {row['value']:.3f} | "
+        f"{row['vs_random']:+.3f} "
         f"[{row['vs_random_low']:+.3f}, {row['vs_random_high']:+.3f}] | {row['n']} |"
         for row in compared.iter_rows(named=True)
     ]
     note = (
         "A model trained on these rows, compared with one trained on as many random rows, on the same held-out "
-        "samples. Brackets: 95 % bootstrap interval over samples. `loss` is in nats per token, lower is better; other "
-        "metrics: higher is better."
+        "samples. Brackets: 95 % bootstrap interval over samples. Losses are in nats per token, lower is better; other "
+        "metrics: higher is better. Validation loss: examples of the target's form that no selection saw; answer loss: "
+        "the evaluation's reference answers."
     )
+    if not compared["decides"].all():
+        note += f" {OTHER_FORM_NOTE}."
     if recipe.seed is not None:
         note += " Values are means over the recipe's seeds."
     return "\n".join([note, "", heading, *lines])

@@ -126,5 +126,5 @@ def test_a_model_below_the_base_is_told(checked):
     assert "Worse than the base model: sums answer loss" in words
     passed, words = checked.said("task_results", "no_recipe_below_base", "sums")
     assert not passed
-    assert words.startswith("Worse than the base model on the same samples: max (loss +")
+    assert words.startswith("Worse than the base model on the same samples: max (answer loss +")
     assert checked.said("task_results", "control_does_not_profit", "sums") == (True, "The task is no control.")

@@ -212,7 +212,7 @@ def test_the_card_says_what_was_selected_from_what(lineage, tmp_path):
     assert manifest.fingerprint in text
     assert f"{exported.rows:,} rows, selected from 43 different usable rows" in text
     assert "are expected to be selected by exact scores as well" in text
-    board = [line for line in text.splitlines() if line.startswith("| sums | loss |")]
+    board = [line for line in text.splitlines() if line.startswith("| sums | answer loss |")]
     assert len(board) == 1
     assert "[" in board[0]
     assert str(lineage.project.folder) not in text
