@@ -12,7 +12,7 @@ from pathlib import Path
 
 from less_assets.errors import LessAssetsError
 from less_assets.project.project import Project
-from less_assets.project.sections import Evaluation, Recipe, Source, TargetExamples
+from less_assets.project.sections import Evaluation, Recipe, Source, TargetExamples, Task
 from less_assets.project.yaml_file import Problem
 
 PEEK_ROWS = 256
@@ -57,6 +57,8 @@ def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None)
     for task in project.tasks:
         if task.examples:
             problems += _targets(project, task.name, task.examples)
+        if task.validation:
+            problems += _validation(project, task)
         if task.evaluation:
             problems += _evaluation(project, task.name, task.evaluation, task.examples)
     for recipe in project.recipes:
@@ -189,6 +191,23 @@ def _targets(project: Project, task: str, examples: TargetExamples) -> Iterator[
         read_targets(examples.format, examples.path)
     except _TROUBLE as error:
         yield _told(f"task {task}, examples ({project.as_written(examples.path)})", error)
+
+
+def _validation(project: Project, task: Task) -> Iterator[Problem]:
+    """The file must be readable, or there must be as many target examples as folds."""
+    from less_assets.method.data.folds import folds_of
+    from less_assets.method.data.targets import read_targets
+
+    examples, validation = task.examples, task.validation
+    assert examples is not None
+    assert validation is not None
+    path = validation.path or examples.path
+    try:
+        found = read_targets(examples.format, path)
+        if validation.folds:
+            folds_of([example.subtask for example in found], validation.folds)
+    except _TROUBLE as error:
+        yield _told(f"task {task.name}, validation ({project.as_written(path)})", error)
 
 
 def _evaluation(

@@ -190,3 +190,17 @@ def test_keys_that_are_not_used_are_counted_by_source(folder: Path):
     result = CliRunner().invoke(app, ["check", "--project", str(folder / "project.yaml")])
     assert result.exit_code == 0, result.output
     assert line in result.output
+
+
+def test_more_folds_than_target_examples_are_told(folder: Path):
+    (told,) = problems(folder, "    evaluation: {", "    validation: {folds: 2}\n    evaluation: {")
+    assert told.startswith("task sums, validation (targets.jsonl)")
+    assert "1 target examples for 2 folds" in told
+
+
+def test_missing_files_of_validation_examples_and_of_scores_are_told(folder: Path):
+    (told,) = problems(folder, "    evaluation: {", "    validation: {path: none.jsonl}\n    evaluation: {")
+    assert told.startswith("task sums, validation (none.jsonl)")
+    (told,) = problems(folder, "strategy: full", "strategy: external, rows: 1, scores: none.csv")
+    assert told.startswith("recipe all, scores (none.csv)")
+    assert "to do:" in told
