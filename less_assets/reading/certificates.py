@@ -10,12 +10,12 @@ artifact, and counts only while the scores that it was made for are in force.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.plan import ArtifactPlan
+from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.store.artifacts import ArtifactFolder
@@ -119,7 +119,11 @@ def scored_sample(folder: ArtifactFolder, recipe: ResolvedRecipe) -> "ScoredSamp
     column = f"{recipe.form}.{recipe.subtask}"
     if column not in pool.columns or sample.height < FEWEST:
         return None
-    arrays = (_matrix(sample[f"sketched.{column}"]), _matrix(sample[f"exact.{column}"]), _matrix(pool[column]))
+    arrays = (
+        score_matrix(sample[f"sketched.{column}"]),
+        score_matrix(sample[f"exact.{column}"]),
+        score_matrix(pool[column]),
+    )
     rows: Any = folder.manifest().summary["pool_rows"]
     return ScoredSample(*arrays, pool_rows=int(rows))
 
@@ -139,7 +143,3 @@ def recipe_queues(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> "list[
             for name in members
         }
     return queues_of(tasks, str(recipe.aggregate))
-
-
-def _matrix(column: pl.Series) -> np.ndarray:
-    return column.to_numpy().reshape(len(column), -1)

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.files import EXACT, EXACT_COLUMN, SUBSET, score_file
 from less_assets.reading.rows import score_column, scores_of, subtask_label
@@ -140,11 +141,3 @@ class Cuts:
     def by_label(self) -> dict[str, float]:
         """The lowest selected score for each subtask that has a cut of its own, or for all that share one."""
         return {self.labels[place]: queue.cut for queue in self.queues for place in queue.places}
-
-
-def score_matrix(column: pl.Series) -> np.ndarray:
-    """A score column as float32 (n, J); null rows are NaN."""
-    width = column.dtype.shape[0] if isinstance(column.dtype, pl.Array) else 1
-    scores = np.full((len(column), width), np.nan, dtype=np.float32)
-    scores[column.is_not_null().to_numpy()] = column.drop_nulls().to_numpy().reshape(-1, width)
-    return scores

@@ -18,6 +18,7 @@ from less_assets.compute.step import Compute, Log, StepInputs, StepResult, mater
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
+from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import (
     CERTIFICATE,
@@ -33,6 +34,7 @@ from less_assets.reading.certificates import (
     steps_plan,
 )
 from less_assets.reading.files import INDEX, score_file
+from less_assets.reading.rows import checkpoint_weights, mean_learning_rates
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.ranking import budget_of
 from less_assets.steps.rescoring import encode_rows
@@ -99,16 +101,13 @@ def _make(lineage: Lineage, models: ModelLoader, plan: ArtifactPlan, compute: Co
 def score_sample(work: StepInputs) -> StepResult:
     """Score a random sample of the pool exactly, and keep an even sample of the pool's own scores."""
     from less_assets.method.gradients.exact import exact_influence
-    from less_assets.method.selection.influence import normalised_weights
 
     lineage, task = work.lineage, work.partition
     checkpoints, forms = work.project.checkpoints, work.project.gradients.forms
     rules = certified_rules(work.project)
     sample = draw_sample(lineage, task, work.project.gradients.certificate_rows)
     examples = encode_rows(work, sample)
-    weights = normalised_weights(
-        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
-    )
+    weights = checkpoint_weights(lineage)
     columns = [f"{form}.{rule}" for form in forms for rule in rules]
     exact: dict[str, Any] = dict.fromkeys(columns, np.float32(0))
     errors: dict[str, list[float]] = {column: [] for column in columns}
@@ -136,7 +135,7 @@ def score_sample(work: StepInputs) -> StepResult:
             for form in forms:
                 column = f"{form}.{rule}"
                 exact[column] = exact[column] + np.float32(weights[checkpoint]) * scores[form]
-                sketched = _matrix(sample[f"{column}.{checkpoint}"])
+                sketched = score_matrix(sample[f"{column}.{checkpoint}"])
                 errors[column].append(float(np.nanmean(np.square(sketched - scores[form], dtype=np.float64))))
     width = sample[columns[0]].dtype.shape[0]  # type: ignore[attr-defined]
     kept = sample.select(
@@ -205,10 +204,6 @@ def _hash(example_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(example_id.encode(), digest_size=8, key=SALT).digest(), "big")
 
 
-def _matrix(column: pl.Series) -> np.ndarray:
-    return column.to_numpy().reshape(len(column), -1)
-
-
 def recipe_fidelity(
     lineage: Lineage, folder: ArtifactFolder, recipe: ResolvedRecipe, task: str
 ) -> RecipeFidelity | None:
@@ -259,9 +254,7 @@ def measure_steps(work: StepInputs) -> StepResult:
     from less_assets.method.selection.fidelity import pearson, spearman, step_effects
 
     lineage, task, settings = work.lineage, work.partition, work.project.gradients
-    rates = {
-        name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in work.project.checkpoints
-    }
+    rates = mean_learning_rates(lineage)
     checkpoint = max(rates, key=lambda name: rates[name])
     sample = draw_sample(lineage, task, settings.real_step_rows)
     loaded = work.models.checkpoint(lineage, checkpoint)

@@ -97,7 +97,7 @@ def check_short_rows(lineage: Lineage, key: str, models: ModelLoader, log: Log) 
     )
 
 
-def check_sketch(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> Verdict:
+def check_sketch_fidelity(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> Verdict:
     """Certify a task's scores, unless that was done, and tell how far they can be trusted."""
     from less_assets.reading.certificates import certified_recipes
     from less_assets.steps.certificates import certified_on, certify
@@ -189,7 +189,7 @@ not_worse_than_base = Check(
 sketch_is_faithful = Check(
     "sketch_is_faithful",
     "Exact scores would select nearly the same rows: a random sample of the pool is scored exactly.",
-    check_sketch,
+    check_sketch_fidelity,
     loads_model=True,
 )
 influence_is_real = Check(

@@ -139,7 +139,7 @@ def close_datastore(work: StepInputs) -> StepResult:
     for shard in work.lineage.shards():
         key = f"{checkpoint}|{shard}"
         found = work.lineage.summary("train_gradients", key)
-        check_sketch(sketches, f"train_gradients {key}", found["sketch_digest"])
+        require_same_sketch(sketches, f"train_gradients {key}", found["sketch_digest"])
         open_features(work.lineage.folder("train_gradients", key), FEATURES)
         rows[shard] = found["rows"]
         usable += found["usable"]
@@ -155,7 +155,7 @@ def close_datastore(work: StepInputs) -> StepResult:
     return StepResult(summary)
 
 
-def check_sketch(known: dict[str, str], name: str, digest: str) -> None:
+def require_same_sketch(known: dict[str, str], name: str, digest: str) -> None:
     """Remember an artifact's sketch, and refuse one that is not like those before.
 
     Equal settings give another sketch if a library has changed the order of the model's parameters, which no setting

@@ -12,8 +12,10 @@ import polars as pl
 
 from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES, FEATURES, INDEX, score_file
+from less_assets.reading.rows import checkpoint_weights
 from less_assets.steps import baselines
 from less_assets.steps.gradients import encode_targets
 from less_assets.store.features import open_features
@@ -184,7 +186,9 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
         def read() -> Iterator[pl.DataFrame]:
             for shard in work.lineage.shards():
                 table = read_parquet(folder, baselines.score_file(shard)).drop("loss_tokens", strict=False)
-                scores = pl.Series("score", final(table["example_id"].to_list(), _matrix(table))[:, wanted], dtype=kind)
+                scores = pl.Series(
+                    "score", final(table["example_id"].to_list(), score_matrix(table["score"]))[:, wanted], dtype=kind
+                )
                 rows = pool.rows(shard, tokens=counted).drop("example_id", "source", "shard", "copies", "status")
                 joined = table.with_columns(scores).join(rows, on="row", how="left", maintain_order="left")
                 yield joined.with_columns(pl.col("canonical").fill_null(False))
@@ -210,7 +214,7 @@ def _final_scores(
     if recipe.strategy == "perplexity":
         # Four bytes a row of the pool, far less than its index, which is in memory too.
         tables = (read_parquet(folder, baselines.score_file(shard), ["score"]) for shard in work.lineage.shards())
-        losses = np.concatenate([_matrix(table)[:, 0] for table in tables])
+        losses = np.concatenate([score_matrix(table["score"])[:, 0] for table in tables])
         keep = recipe.keep or "mid"
         return lambda _, scores: perplexity_scores(scores[:, 0], keep, losses)[:, None]
     if recipe.strategy == "dsir":
@@ -219,14 +223,6 @@ def _final_scores(
             [with_gumbel_noise(column, ids, seed, recipe.strategy) for column in scores.T], axis=1
         )
     return lambda _, scores: scores
-
-
-def _matrix(table: pl.DataFrame) -> np.ndarray:
-    """The column `score` as float32 (n, J); null rows are NaN."""
-    column = table["score"]
-    scores = np.full((table.height, column.dtype.shape[0]), np.nan, dtype=np.float32)  # type: ignore[attr-defined]
-    scores[column.is_not_null().to_numpy()] = column.drop_nulls().to_numpy()
-    return scores
 
 
 def _length_weights(
@@ -256,15 +252,13 @@ def _matched_lengths(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
 
 def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Any:
     """A recipe's quotas, and its near-duplicates by the cosine of gradient features."""
-    from less_assets.method.selection.influence import normalised_weights, similarity_vectors
+    from less_assets.method.selection.influence import similarity_vectors
     from less_assets.method.selection.selection import Restraints
 
     if recipe.near_duplicates is None:
         return Restraints(recipe.quotas)
     lineage, checkpoints = work.lineage, work.project.checkpoints
-    weights = normalised_weights(
-        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
-    )
+    weights = checkpoint_weights(lineage)
 
     def vectors(rows: pl.DataFrame) -> np.ndarray:
         """Vectors of rows that come sorted by shard and row."""

@@ -15,6 +15,7 @@ from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.declaration import Input
 from less_assets.lineage.lineage import split
 from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES
+from less_assets.reading.rows import checkpoint_weights
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.ranking import budget_of, candidates_of
@@ -25,7 +26,6 @@ from less_assets.store.tables import read_parquet, write_parquet
 def rescore(work: StepInputs) -> StepResult:
     """Take the candidates' gradients again and score them without projection."""
     from less_assets.method.gradients.exact import exact_influence
-    from less_assets.method.selection.influence import normalised_weights
     from less_assets.method.selection.selection import select_by_score
 
     lineage = work.lineage
@@ -38,9 +38,7 @@ def rescore(work: StepInputs) -> StepResult:
     ranked = found.table.sort("shard", "row")
     examples = encode_rows(work, ranked)
     checkpoints = work.project.checkpoints
-    weights = normalised_weights(
-        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
-    )
+    weights = checkpoint_weights(lineage)
     total: Any = None
     tokens = 0
     targets = lineage.summary("target_examples", task)["examples"]

@@ -18,6 +18,7 @@ import polars as pl
 
 from less_assets.errors import PoolFormatError, ProjectFileError
 from less_assets.method.selection.baselines import draw_key, with_gumbel_noise
+from less_assets.method.selection.ranking import score_matrix
 
 AGGREGATES = ("max", "mean", "round_robin")
 
@@ -201,7 +202,7 @@ def _rank(member: Candidates, aggregate: str, reach: "_Limit") -> tuple[list["_Q
     lost = 0
     for frame in member.shards():
         frame = _usable(frame)
-        scores = _score_matrix(frame, member)
+        scores = _scores(frame, member)
         scored = ~np.isnan(scores).any(axis=1)
         lost += int((~scored).sum())
         frame, scores = frame.filter(scored), scores[scored]
@@ -306,15 +307,13 @@ def _usable(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter((pl.col("status") == "ok") & pl.col("canonical"))
 
 
-def _score_matrix(frame: pl.DataFrame, member: Candidates) -> np.ndarray:
+def _scores(frame: pl.DataFrame, member: Candidates) -> np.ndarray:
     """Scores as float32 (n, J); null rows are NaN."""
-    column = frame[member.column]
-    width = column.dtype.shape[0] if isinstance(column.dtype, pl.Array) else 1
-    if width != len(member.labels):
-        raise ValueError(f"column {member.column} holds {width} scores a row for {len(member.labels)} subtasks")
-    scores = np.full((len(frame), width), np.nan, dtype=np.float32)
-    present = column.is_not_null().to_numpy()
-    scores[present] = column.drop_nulls().to_numpy().reshape(-1, width)
+    scores = score_matrix(frame[member.column])
+    if scores.shape[1] != len(member.labels):
+        raise ValueError(
+            f"column {member.column} holds {scores.shape[1]} scores a row for {len(member.labels)} subtasks"
+        )
     return scores + np.float32(0)  # -0.0 and 0.0 are equal, and equal scores rank by id
 
 
