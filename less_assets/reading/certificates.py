@@ -7,7 +7,6 @@ A certificate is no asset: nothing is computed from it, and a selection without 
 artifact, and counts only while the scores that it was made for are in force.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -18,11 +17,12 @@ from less_assets.lineage.plan import ArtifactPlan
 from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
+from less_assets.reading.scores import recipe_queues
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
-    from less_assets.method.selection.fidelity import Judgement, Queue, ScoredSample
+    from less_assets.method.selection.fidelity import Judgement, ScoredSample
 
 CERTIFICATE, REAL_STEPS = "fidelity_certificate", "real_steps"
 SAMPLE, POOL, STEPS = "sample.parquet", "pool.parquet", "steps.parquet"
@@ -126,20 +126,3 @@ def scored_sample(folder: ArtifactFolder, recipe: ResolvedRecipe) -> "ScoredSamp
     )
     rows: Any = folder.manifest().summary["pool_rows"]
     return ScoredSample(*arrays, pool_rows=int(rows))
-
-
-def recipe_queues(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> "list[Queue]":
-    """The orders in which a recipe ranks the pool for a task, or for the members of a group."""
-    from less_assets.method.selection.fidelity import queues_of
-
-    labels: Sequence[str] = lineage.summary("influence_scores", task)["subtasks"]
-    places = list(enumerate(labels))
-    if lineage.project.task(task).members is None:
-        tasks = {task: [(label, place) for place, label in places]}
-    else:
-        members = [member.name for member in lineage.project.member_tasks(task)]
-        tasks = {
-            name: [(label.removeprefix(f"{name}/"), place) for place, label in places if label.startswith(f"{name}/")]
-            for name in members
-        }
-    return queues_of(tasks, str(recipe.aggregate))

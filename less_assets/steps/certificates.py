@@ -18,7 +18,7 @@ from less_assets.compute.step import Compute, Log, StepInputs, StepResult, mater
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
-from less_assets.method.selection.ranking import score_matrix
+from less_assets.method.selection.ranking import Queue, score_matrix, select_from_sample
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import (
     CERTIFICATE,
@@ -29,12 +29,12 @@ from less_assets.reading.certificates import (
     certificate_plan,
     certified_recipes,
     certified_rules,
-    recipe_queues,
     scored_sample,
     steps_plan,
 )
 from less_assets.reading.files import INDEX, score_file
 from less_assets.reading.rows import checkpoint_weights, mean_learning_rates
+from less_assets.reading.scores import recipe_queues
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.ranking import budget_of
 from less_assets.steps.rescoring import encode_rows
@@ -208,20 +208,19 @@ def recipe_fidelity(
     lineage: Lineage, folder: ArtifactFolder, recipe: ResolvedRecipe, task: str
 ) -> RecipeFidelity | None:
     """What a certificate says of a recipe, on the pool's even sample; None if it does not cover the recipe's scores."""
-    from less_assets.method.selection.fidelity import calibrate, judge, spearman, take_in_turn, top_overlap
+    from less_assets.method.selection.fidelity import calibrate, judge, spearman, top_overlap
 
     sample = scored_sample(folder, recipe)
     if sample is None:
         return None
     queues = recipe_queues(lineage, recipe, task)
     share = budget_share(lineage, recipe, read_parquet(folder, POOL, ["loss_tokens"])["loss_tokens"], sample.pool_rows)
-    selected = take_in_turn(sample.pool, queues, max(1, round(share * len(sample.pool))))
+    selected = select_from_sample(sample.pool, queues, max(1, round(share * len(sample.pool))))
     judged = judge(sample, queues, selected)
     sketched, exact = queues[0].scores(sample.sketched), queues[0].scores(sample.exact)
     best_sketched, best_exact = (_over_queues(queues, array) for array in (sample.sketched, sample.exact))
-    own = selected.filter(pl.col("task") == queues[0].task)
-    own = own if queues[0].subtask is None else own.filter(pl.col("subtask") == queues[0].subtask)
-    cut = float(own["score"].min()) if own.height else float(sketched.max())  # type: ignore[arg-type]
+    taken = queues[0].taken(selected)
+    cut = float(taken["score"].min()) if taken.height else float(sketched.max())  # type: ignore[arg-type]
     pool = queues[0].scores(sample.pool)
     exact_cut = calibrate(sketched, exact).exact_cut(pool, max(float((pool >= cut).mean()), 1 / len(pool)))
     bands = [band for band in judged.bands if band is not None]
@@ -236,7 +235,7 @@ def recipe_fidelity(
     )
 
 
-def _over_queues(queues: list[Any], array: np.ndarray) -> np.ndarray:
+def _over_queues(queues: list[Queue], array: np.ndarray) -> np.ndarray:
     """One score a row: the best over the recipe's orders."""
     return np.max([queue.scores(array) for queue in queues], axis=0)
 

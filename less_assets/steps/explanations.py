@@ -30,11 +30,12 @@ from less_assets.reading.rows import (
     subtask_label,
     target_influence,
 )
+from less_assets.reading.scores import candidates_of
 from less_assets.reading.subsets import chooses_rows, other_subsets
 from less_assets.report.page import page_digest
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
-from less_assets.steps.ranking import aggregate_of, candidates_of, restraints_of
+from less_assets.steps.ranking import aggregate_of, restraints_of
 from less_assets.steps.shown import TABLE_ROWS, File, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
 

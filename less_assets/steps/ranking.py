@@ -12,10 +12,11 @@ import polars as pl
 
 from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
-from less_assets.method.selection.ranking import score_matrix
+from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES, FEATURES, INDEX, score_file
+from less_assets.reading.files import EXACT, EXAMPLES, FEATURES, INDEX
 from less_assets.reading.rows import checkpoint_weights
+from less_assets.reading.scores import candidates_of
 from less_assets.steps import baselines
 from less_assets.steps.gradients import encode_targets
 from less_assets.store.features import open_features
@@ -123,53 +124,6 @@ def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str)
     return _baseline_candidates(work, pool, recipe, task)
 
 
-def candidates_of(lineage: Lineage, recipe: ResolvedRecipe, task: str, exact: pl.DataFrame | None = None) -> list[Any]:
-    """The scored pool: once for a task, once for each member of a group (whose labels are `member/subtask`).
-
-    Args:
-        lineage: Reads the scores.
-        recipe: Says which of the scores.
-        task: The task or group.
-        exact: Rows with exact scores, instead of the whole pool with sketched ones.
-    """
-    from less_assets.method.selection.selection import Candidates
-
-    folder = lineage.folder("influence_scores", task)
-    labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
-    column = f"{recipe.form}.{recipe.subtask}" if exact is None else EXACT_COLUMN
-    canonical = read_parquet(lineage.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
-
-    def tables() -> Iterator[pl.DataFrame]:
-        if exact is not None:
-            yield exact
-            return
-        columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
-        for shard in lineage.shards():
-            table = read_parquet(folder, score_file(shard), columns)
-            yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
-                pl.col("canonical").fill_null(False)
-            )
-
-    def shards(places: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
-        def read() -> Iterator[pl.DataFrame]:
-            for table in tables():
-                if len(places) < len(labels):
-                    part = pl.concat_arr(pl.col(column).arr.get(place) for place in places)
-                    table = table.with_columns(pl.when(pl.col(column).is_not_null()).then(part).alias(column))
-                yield table
-
-        return read
-
-    if lineage.project.task(task).members is None:
-        return [Candidates(task, column, tuple(labels), shards(list(range(len(labels)))))]
-    members = []
-    for member in lineage.project.member_tasks(task):
-        places = [place for place, label in enumerate(labels) if label.startswith(f"{member.name}/")]
-        own = tuple(labels[place].removeprefix(f"{member.name}/") for place in places)
-        members.append(Candidates(member.name, column, own, shards(places)))
-    return members
-
-
 def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
     """The pool scored by a baseline: once for a task, once for each member of a group."""
     from less_assets.method.selection.selection import Candidates
@@ -250,10 +204,9 @@ def _matched_lengths(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
     return pl.concat(parts).to_numpy()
 
 
-def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Any:
+def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Restraints:
     """A recipe's quotas, and its near-duplicates by the cosine of gradient features."""
     from less_assets.method.selection.influence import similarity_vectors
-    from less_assets.method.selection.selection import Restraints
 
     if recipe.near_duplicates is None:
         return Restraints(recipe.quotas)

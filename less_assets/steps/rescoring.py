@@ -16,9 +16,10 @@ from less_assets.lineage.declaration import Input
 from less_assets.lineage.lineage import split
 from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES
 from less_assets.reading.rows import checkpoint_weights
+from less_assets.reading.scores import candidates_of
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
-from less_assets.steps.ranking import budget_of, candidates_of
+from less_assets.steps.ranking import budget_of
 from less_assets.steps.shown import one_table
 from less_assets.store.tables import read_parquet, write_parquet
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from less_assets.method.selection.ranking import score_matrix
-from less_assets.method.selection.selection import SELECTION_SCHEMA, Budget, Candidates, Restraints, select_by_score
+from less_assets.method.selection.ranking import Restraints, score_matrix
+from less_assets.method.selection.selection import SELECTION_SCHEMA, Budget, Candidates, select_by_score
 
 GROUPS = ("selected", "below_cut", "most_negative")
 

@@ -11,7 +11,7 @@ exact score the cut lies at, and what chance each selected row has of lying abov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.exact import mean_target_directions, score_exactly
 from less_assets.method.gradients.features import Batching
 from less_assets.method.gradients.per_example import lora_slices
+from less_assets.method.selection.ranking import Queue
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -108,73 +109,6 @@ def calibrate(sketched: np.ndarray, exact: np.ndarray) -> Calibration:
 
 
 @dataclass(frozen=True)
-class Queue:
-    """One order in which a recipe ranks the pool: that of a task or, with `round_robin`, of a subtask.
-
-    Attributes:
-        task: The task that takes rows in this order.
-        subtask: The subtask, where each has an order of its own.
-        places: Columns of the score arrays that count.
-        aggregate: `max` or `mean` over these columns.
-    """
-
-    task: str
-    subtask: str | None
-    places: tuple[int, ...]
-    aggregate: str
-
-    def scores(self, array: np.ndarray) -> np.ndarray:
-        """Scores (n,) by which this order ranks, from the scores (n, J) per subtask."""
-        own = np.asarray(array)[:, list(self.places)]
-        return own.max(axis=1) if self.aggregate == "max" else own.mean(axis=1, dtype=np.float64)
-
-
-def queues_of(tasks: Mapping[str, Sequence[tuple[str, int]]], aggregate: str) -> list[Queue]:
-    """The orders in which a recipe ranks the pool.
-
-    Args:
-        tasks: Task (or member of a group) -> its subtasks, each with its place in the score arrays.
-        aggregate: `max`, `mean` or `round_robin`.
-    """
-    if aggregate == "round_robin":
-        return [Queue(task, label, (place,), "max") for task, parts in tasks.items() for label, place in parts]
-    return [Queue(task, None, tuple(place for _, place in parts), aggregate) for task, parts in tasks.items()]
-
-
-def take_in_turn(scores: np.ndarray, queues: Sequence[Queue], rows: int) -> pl.DataFrame:
-    """What a recipe would select from a few thousand rows: tasks in turn, each from its queues in turn, as `selection`.
-
-    Args:
-        scores: Scores (m, J).
-        queues: `queues_of` the recipe.
-        rows: How many to take.
-
-    Returns:
-        Rank, example_id (the row's place as text), score, task and subtask of each selected row.
-    """
-    ranked = [
-        (queue, values, iter(np.argsort(-values, kind="stable").tolist()))
-        for queue in queues
-        for values in [queue.scores(scores)]
-    ]
-    turns = [[entry for entry in ranked if entry[0].task == task] for task in dict.fromkeys(q.task for q in queues)]
-    taken: dict[int, tuple[float, str, str | None]] = {}
-    while len(taken) < min(rows, len(scores)):
-        for entries in turns:
-            queue, values, order = entries.pop(0)
-            entries.append((queue, values, order))
-            row = next((row for row in order if row not in taken), None)
-            if row is not None and len(taken) < rows:
-                taken[row] = (float(values[row]), queue.task, queue.subtask)
-    parts = zip(*taken.values(), strict=True)
-    columns = dict(zip(("score", "task", "subtask"), parts, strict=True))
-    return pl.DataFrame(
-        {"rank": range(1, len(taken) + 1), "example_id": [str(row) for row in taken], **columns},
-        schema_overrides={"score": pl.Float32, "subtask": pl.String},
-    )
-
-
-@dataclass(frozen=True)
 class ScoredSample:
     """What a certificate rests on, for one direction form and subtask rule.
 
@@ -224,7 +158,7 @@ def judge(
 
     Args:
         sample: Scores of the recipe's form and subtask rule.
-        queues: `queues_of` the recipe.
+        queues: `ranking.queues_of` the recipe.
         selected: `selection.SELECTION_SCHEMA`, every row with task and score.
         candidates: The rows were scored again exactly, this many times the budget of them: then a row is in doubt only
             if better ones may have been left out of the candidates.
