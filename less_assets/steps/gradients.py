@@ -35,7 +35,7 @@ REASONS = 20
 def extract_train_gradients(work: StepInputs) -> StepResult:
     """Extract a shard's features block by block; blocks that an interrupted run finished are kept."""
     from less_assets.method.data.chat import encode_messages
-    from less_assets.method.gradients.features import RowStatus, extract_features
+    from less_assets.method.gradients.features import RowStatus
 
     checkpoint, shard = split(work.partition)
     table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages", "status"])
@@ -61,38 +61,47 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
         settings.storage,
         min(settings.block_rows, max(1, len(examples))),
     )
-    longest = max((len(example.input_ids) for example in examples if example), default=1)
-    budget = _token_budget(work, loaded, longest)
-    finished = writer.finished_blocks()
-    done = sum(stop - start for start, stop in map(writer.bounds, finished))
-    progress = work.progress(len(examples), "rows", done)
-    lengths = [len(example.input_ids) for example in examples if example]
-    mean_tokens = sum(lengths) / max(1, len(lengths))
-    extracted = 0
-    for block in range(writer.blocks):
-        if block not in finished:
-            start, stop = writer.bounds(block)
-            features = extract_features(
-                loaded.model,
-                examples[start:stop],
-                forms=settings.forms,
-                moments=loaded.moments,
-                sketch=loaded.sketch(settings),
-                token_budget=budget,
-                pad_token_id=loaded.pad_token_id,
-                gradient_checkpointing=settings.gradient_checkpointing,
-                on_progress=lambda rows: progress(rows, round(rows * mean_tokens)),
-            )
-            writer.write_block(block, features)
-            extracted += _tokens(examples[start:stop])
+    extracted = _extract_blocks(work, loaded, writer, examples)
     reasons = Counter(example.problem for example in examples if example and example.problem)
     refused: dict[str, Any] = {"template_refused": dict(reasons.most_common(REASONS))} if reasons else {}
     sketch = {"sketch_digest": loaded.sketch(settings).fingerprint}
-    summary = _feature_summary(work, RowStatus, _tokens(examples)) | sketch | refused
+    summary = _feature_summary(work, RowStatus, total_tokens(examples)) | sketch | refused
     return StepResult(summary, units=extracted)
 
 
-def _tokens(examples: Iterable[Any]) -> int:
+def _extract_blocks(work: StepInputs, loaded: LoadedCheckpoint, writer: FeatureWriter, examples: Sequence[Any]) -> int:
+    """Extract the blocks that are not there yet; returns their tokens."""
+    from less_assets.method.gradients.features import extract_features
+
+    settings, finished = work.project.gradients, writer.finished_blocks()
+    lengths = [len(example.input_ids) for example in examples if example]
+    mean_tokens = sum(lengths) / max(1, len(lengths))
+    budget = _token_budget(work, loaded, max(lengths, default=1))
+    done = sum(stop - start for start, stop in map(writer.bounds, finished))
+    progress = work.progress(len(examples), "rows", done)
+    extracted = 0
+    for block in range(writer.blocks):
+        if block in finished:
+            continue
+        start, stop = writer.bounds(block)
+        features = extract_features(
+            loaded.model,
+            examples[start:stop],
+            forms=settings.forms,
+            moments=loaded.moments,
+            sketch=loaded.sketch(settings),
+            token_budget=budget,
+            pad_token_id=loaded.pad_token_id,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            on_progress=lambda rows: progress(rows, round(rows * mean_tokens)),
+        )
+        writer.write_block(block, features)
+        extracted += total_tokens(examples[start:stop])
+    return extracted
+
+
+def total_tokens(examples: Iterable[Any]) -> int:
+    """Tokens of encoded examples; None is a row that could not be encoded."""
     return sum(len(example.input_ids) for example in examples if example is not None)
 
 
@@ -215,11 +224,11 @@ def extract_target_gradients(work: StepInputs) -> StepResult:
             "examples": table.height,
             "subtasks": subtasks,
             "mean_loss": float(block.loss.mean()),
-            "tokens": _tokens(examples),
+            "tokens": total_tokens(examples),
             "loss_tokens": int(block.loss_tokens.sum()),
             "sketch_digest": loaded.sketch(settings).fingerprint,
         },
-        units=_tokens(examples),
+        units=total_tokens(examples),
     )
 
 
