@@ -14,8 +14,7 @@ from less_assets.compute.speeds import rate_name
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.timings import cost_of, cost_with_inputs
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Input, Keys
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.project.sections import Task

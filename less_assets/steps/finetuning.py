@@ -14,9 +14,8 @@ from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
-from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.file_digests import model_stamp
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.reading.files import CURVE, SUBSET
 from less_assets.steps.asset import Asset

@@ -14,8 +14,7 @@ import polars as pl
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Input
-from less_assets.lineage.lineage import split
+from less_assets.lineage.lineage import Input, split
 from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES
 from less_assets.reading.rows import checkpoint_weights
 from less_assets.reading.scores import candidates_of

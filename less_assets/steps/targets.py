@@ -10,9 +10,8 @@ import polars as pl
 
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import TargetFormatError
-from less_assets.lineage.declaration import Keys
 from less_assets.lineage.file_digests import files_digest
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Keys, Lineage
 from less_assets.lineage.plan import Versions, digest
 from less_assets.project.sections import Task
 from less_assets.reading.files import TARGETS

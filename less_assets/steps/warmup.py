@@ -19,9 +19,8 @@ from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, TrainingError
-from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.file_digests import files_digest
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Input, Keys, Lineage
 from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.warmup_draw import sample_draw
 from less_assets.project.project import Project
