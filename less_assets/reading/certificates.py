@@ -30,7 +30,7 @@ SAMPLE, POOL, STEPS = "sample.parquet", "pool.parquet", "steps.parquet"
 
 def certified_recipes(project: Project) -> list[ResolvedRecipe]:
     """The recipes whose selections a certificate is about."""
-    return [recipe for recipe in project.recipe_keys.values() if recipe.strategy == "less"]
+    return [recipe for recipe in project.recipe_keys.values() if recipe.traits.scores == "influence"]
 
 
 def certified_rules(project: Project) -> list[str]:
@@ -103,7 +103,7 @@ def judge_selection(lineage: Lineage, key: str, selected: pl.DataFrame) -> "Judg
 
     recipe_key, task = split(key)
     recipe = lineage.project.recipe(recipe_key)
-    if recipe.strategy != "less" or (folder := read_certificate(lineage, task)) is None:
+    if recipe.traits.scores != "influence" or (folder := read_certificate(lineage, task)) is None:
         return None
     sample = scored_sample(folder, recipe)
     if sample is None or selected.is_empty():

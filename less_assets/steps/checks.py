@@ -51,7 +51,7 @@ def _compare_with_base(lineage: Lineage, key: str, models: ModelLoader, log: Log
     bases = [
         name
         for name, other in lineage.project.recipe_keys.items()
-        if other.strategy == "none" and other.model == model and name != recipe
+        if not other.traits.chooses_rows and other.model == model and name != recipe
     ]
     known = [name for name in bases if lineage.status("eval_results", f"{name}|{task}").state == "fresh"]
     ours = lineage.summary("eval_results", key).get("metrics") or {}

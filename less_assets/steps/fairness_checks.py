@@ -11,6 +11,7 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import Log
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.evaluation.leaderboard import REFERENCES
 from less_assets.project.sections import Task
 from less_assets.reading.files import BOARD, EXAMPLES, TARGETS
 from less_assets.steps.asset import Check
@@ -69,7 +70,7 @@ def _judge_control(lineage: Lineage, task_name: str, models: ModelLoader, log: L
     if not lineage.project.task(task_name).control:
         return Verdict(True, "The task is no control.", {})
     board = read_parquet(lineage.folder("task_results", task_name), BOARD)
-    compared = board.filter(pl.col("vs_random").is_not_null(), ~pl.col("strategy").is_in(["none", "full", "random"]))
+    compared = board.filter(pl.col("vs_random").is_not_null(), ~pl.col("strategy").is_in(list(REFERENCES.values())))
     if compared.is_empty():
         return Verdict(True, "There is no recipe to compare with random.", {})
     better = pl.when("higher_is_better").then(pl.col("vs_random_low") > 0).otherwise(pl.col("vs_random_high") < 0)

@@ -14,11 +14,11 @@ from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXACT, EXAMPLES, FEATURES, INDEX
+from less_assets.reading.files import EXACT, EXAMPLES, FEATURES, INDEX, PLACES, score_file
 from less_assets.reading.rows import checkpoint_weights
 from less_assets.reading.scores import candidates_of
-from less_assets.steps import baselines
 from less_assets.steps.gradients import encode_targets
+from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_json, read_parquet
 
@@ -107,19 +107,20 @@ def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -
 
     budget, restraints = budget_of(work.lineage, recipe), restraints_of(work, recipe)
     assert recipe.seed is not None
-    if recipe.strategy == "random":
-        rows = pool.shards(tokens=budget.kind == "tokens")
-        return select_at_random(rows, budget, recipe.seed, stream=recipe.strategy, restraints=restraints)
-    weights = _length_weights(work, pool, recipe, task)
-    rows = pool.shards(tokens=True)
+    by_length = recipe.traits.draws_by_length
     return select_at_random(
-        rows, budget, recipe.seed, stream=recipe.strategy, log_weights=weights, restraints=restraints
+        pool.shards(tokens=by_length or budget.kind == "tokens"),
+        budget,
+        recipe.seed,
+        stream=recipe.strategy,
+        log_weights=_length_weights(work, pool, recipe, task) if by_length else None,
+        restraints=restraints,
     )
 
 
 def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
     """The whole pool as a recipe scores it, by influence, text or embeddings; see `candidates_of`."""
-    if recipe.strategy == "less":
+    if recipe.traits.scores == "influence":
         return candidates_of(work.lineage, recipe, task)
     return _baseline_candidates(work, pool, recipe, task)
 
@@ -130,8 +131,8 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
 
     asset = "text_scores" if recipe.traits.scores == "text" else "embedding_scores"
     folder = work.lineage.folder(asset, f"{recipe.key}|{task}")
-    places: Any = read_json(folder, baselines.PLACES)
-    final = _final_scores(work, recipe, folder)
+    places: Any = read_json(folder, PLACES)
+    ranked_scores = _ranked_scores(work, recipe, folder)
     counted = recipe.budget is not None and recipe.budget.unit == "tokens"
 
     def shards(wanted: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
@@ -139,12 +140,12 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
 
         def read() -> Iterator[pl.DataFrame]:
             for shard in work.lineage.shards():
-                table = read_parquet(folder, baselines.score_file(shard)).drop("loss_tokens", strict=False)
-                scores = pl.Series(
-                    "score", final(table["example_id"].to_list(), score_matrix(table["score"]))[:, wanted], dtype=kind
-                )
+                table = read_parquet(folder, score_file(shard)).drop("loss_tokens", strict=False)
+                scores = ranked_scores(table["example_id"].to_list(), score_matrix(table["score"]))[:, wanted]
                 rows = pool.rows(shard, tokens=counted).drop("example_id", "source", "shard", "copies", "status")
-                joined = table.with_columns(scores).join(rows, on="row", how="left", maintain_order="left")
+                joined = table.with_columns(pl.Series("score", scores, dtype=kind)).join(
+                    rows, on="row", how="left", maintain_order="left"
+                )
                 yield joined.with_columns(pl.col("canonical").fill_null(False))
 
         return read
@@ -159,24 +160,27 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
     ]
 
 
-def _final_scores(
-    work: StepInputs, recipe: ResolvedRecipe, folder: Any
+def _ranked_scores(
+    work: StepInputs, recipe: ResolvedRecipe, folder: ArtifactFolder
 ) -> Callable[[list[str], np.ndarray], np.ndarray]:
-    """From the stored scores (n, J) of rows to those that a recipe ranks by."""
-    from less_assets.method.selection.baselines import perplexity_scores, with_gumbel_noise
+    """From the ids and stored scores (n, J) of rows to the scores that a recipe ranks by, as its strategy says."""
+    from less_assets.method.selection.baselines import with_gumbel_noise
 
-    if recipe.strategy == "perplexity":
-        # Four bytes a row of the pool, far less than its index, which is in memory too.
-        tables = (read_parquet(folder, baselines.score_file(shard), ["score"]) for shard in work.lineage.shards())
-        losses = np.concatenate([score_matrix(table["score"])[:, 0] for table in tables])
-        keep = recipe.keep or "mid"
-        return lambda _, scores: perplexity_scores(scores[:, 0], keep, losses)[:, None]
-    if recipe.strategy == "dsir":
+    traits = recipe.traits
+    if traits.draws:
         seed = int(recipe.seed or 0)
         return lambda ids, scores: np.stack(
             [with_gumbel_noise(column, ids, seed, recipe.strategy) for column in scores.T], axis=1
         )
-    return lambda _, scores: scores
+    if (ranks_by := traits.load_ranks_by()) is None:
+        return lambda _, scores: scores
+    # A score takes four bytes a row of the pool, far less than its index, which is in memory too.
+    tables = [read_parquet(folder, score_file(shard), ["score"]) for shard in work.lineage.shards()]
+    pool = np.concatenate([score_matrix(table["score"]) for table in tables])
+    keys = {key: getattr(recipe, key) for key in traits.keys if key not in ("aggregate", "seeds")}
+    return lambda _, scores: np.stack(
+        [ranks_by(column, pool=whole, **keys) for column, whole in zip(scores.T, pool.T, strict=True)], axis=1
+    )
 
 
 def _length_weights(

@@ -160,14 +160,14 @@ def select_subset(work: StepInputs) -> StepResult:
 
 
 def _select(work: StepInputs, recipe: ResolvedRecipe, task: str) -> Any:
-    from less_assets.method.selection import selection
+    from less_assets.method.selection.selection import select_all
 
-    if recipe.strategy == "none":
+    if not recipe.traits.chooses_rows:
         return None
     pool = Pool(work)
-    if recipe.strategy == "full":
-        return selection.select_all(pool.shards(tokens=False))
-    if recipe.strategy in ("random", "length_matched"):
+    if not recipe.traits.has_budget:
+        return select_all(pool.shards(tokens=False))
+    if recipe.traits.scores is None:
         return draw_rows(work, pool, recipe, task)
     _keep_pool_scores(work, scored_pool(work, pool, recipe, task), aggregate_of(recipe))
     return select_by_recipe(work, pool, recipe, task)

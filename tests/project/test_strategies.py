@@ -1,6 +1,5 @@
 """The table of strategies says of each what is true: in the code it names, in the README, in what a project accepts."""
 
-import importlib
 import re
 from pathlib import Path
 
@@ -32,8 +31,8 @@ def test_a_strategys_function_is_where_its_entry_says(strategy: Strategy):
     if strategy.function is None:
         assert strategy.name == "none"
         return
-    module, _, function = strategy.function.partition(":")
-    assert callable(getattr(importlib.import_module(f"less_assets.method.selection.{module}"), function))
+    assert callable(strategy.load())
+    assert strategy.ranks_by is None or callable(strategy.load_ranks_by())
 
 
 def test_the_readmes_table_of_recipes_is_the_table_of_strategies():

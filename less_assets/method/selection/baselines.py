@@ -2,7 +2,8 @@
 
 Belongs here: pure functions from texts, embeddings, losses or lengths to scores, higher is better. Ranking and budgets
 are those of `selection.py`: a matrix (n, J) with one column per subtask or target example goes there with its labels,
-so the same aggregations serve every strategy. Random and full need no score; they live there too.
+so the same aggregations serve every strategy. Random and full need no score; they live there too. The functions that
+the table of strategies (`project/strategies.py`) names for text and embeddings are `bm25`, `dsir`, `rds`, `perplexity`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from less_assets.errors import UnsupportedModelError
 from less_assets.method.data.chat import IGNORED
+from less_assets.method.selection.scorers import EmbeddedRows, PoolScorer, PoolTexts, TargetExamples, Texts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -123,6 +125,18 @@ def bm25_scores(
     return labels, scores
 
 
+def bm25(targets: TargetExamples, pool: PoolTexts) -> PoolScorer[Texts]:
+    """The rule `bm25`: one score a subtask."""
+    statistics = WordStatistics.of(targets.texts)
+    for texts in pool():
+        statistics.count(texts)
+    column = dict(zip(targets.subtasks, targets.columns, strict=True))
+    return PoolScorer(
+        [column[label] for label in sorted(column)],
+        lambda texts: bm25_scores(texts, targets.texts, targets.subtasks, statistics)[1],
+    )
+
+
 def _bm25_words(text: str) -> list[str]:
     return _WORDS.findall(text.lower())
 
@@ -168,6 +182,22 @@ def dsir_log_weights(
     log_target, log_pool = (np.log(counts / max(1, counts.sum()) + floor) for counts in (target_counts, pool_counts))
     difference = log_target - log_pool
     return np.array([difference[_ngram_buckets(text, len(difference))].sum() for text in texts], dtype=np.float32)
+
+
+def dsir(targets: TargetExamples, pool: PoolTexts) -> PoolScorer[Texts]:
+    """The rule `dsir`: one log weight a task; rows are drawn by it."""
+    members = list(dict.fromkeys(targets.members))
+    wanted = [
+        ngram_counts(text for text, member in zip(targets.texts, targets.members, strict=True) if member == name)
+        for name in members
+    ]
+    counts = np.zeros(NGRAM_BUCKETS, dtype=np.int64)
+    for texts in pool():
+        counts += ngram_counts(texts)
+    return PoolScorer(
+        [(member, "all") for member in members],
+        lambda texts: np.stack([dsir_log_weights(texts, target_counts, counts) for target_counts in wanted], axis=1),
+    )
 
 
 def _ngram_buckets(text: str, buckets: int) -> np.ndarray:
@@ -380,7 +410,17 @@ def cosine_scores(pool: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return pool @ targets.T
 
 
+def rds(targets: TargetExamples) -> PoolScorer[EmbeddedRows]:
+    """The rule `rds`: one cosine a target example."""
+    return PoolScorer(targets.columns, lambda column: cosine_scores(column("embedding"), targets.embeddings))
+
+
 # ---- perplexity and length ----
+
+
+def perplexity(targets: TargetExamples) -> PoolScorer[EmbeddedRows]:
+    """The rule `perplexity`: the base model's loss; rows rank by `perplexity_scores` of it."""
+    return PoolScorer([(targets.task, "all")], lambda column: column("loss")[:, None])
 
 
 def perplexity_scores(losses: np.ndarray, keep: Literal["mid", "top"], pool: np.ndarray) -> np.ndarray:

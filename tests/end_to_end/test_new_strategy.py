@@ -1,0 +1,74 @@
+"""A rule that is one function and one entry of the table: project file, graph, ranking and reference page know it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support.tiny import TinyProject
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json
+import sys
+
+import dagster as dg
+import numpy as np
+
+from less_assets.method.selection import baselines
+from less_assets.method.selection.scorers import PoolScorer
+from less_assets.project.strategies import STRATEGIES, Strategy
+
+
+def longest(targets, pool):
+    most = max(len(text) for texts in pool() for text in texts)
+    return PoolScorer([(targets.task, "all")], lambda texts: np.array([[len(text) / most] for text in texts]))
+
+
+baselines.longest = longest
+STRATEGIES["longest"] = Strategy("longest", "the longest rows", "baselines:longest", "text", same_for_every_task=True)
+
+from support.graph import run  # after the entry, as if it stood in the table
+
+from less_assets.project.project import load_project
+from less_assets.project.reference_page import describe_project_file
+from less_assets.reading.files import SUBSET
+from less_assets.running.runner import Request
+from less_assets.steps.registry import open_lineage, open_store
+from less_assets.store.tables import read_parquet
+
+path = sys.argv[1]
+with dg.DagsterInstance.ephemeral() as instance:
+    made = run(path, instance, Request(tasks=("sums",), until="selected_subset")).materialized
+project = load_project(path)
+subset = read_parquet(open_lineage(project, open_store(project)).folder("selected_subset", "longest|sums"), SUBSET)
+print(json.dumps({
+    "made": sorted(made),
+    "scores": subset["score"].to_list(),
+    "texts": [" ".join(m["content"] for m in messages) for messages in subset["messages"]],
+    "documented": "`longest`: the longest rows" in describe_project_file(),
+}))
+"""
+
+
+def test_a_rule_of_one_function_and_one_entry_selects_rows(tmp_path, tiny_model):
+    project = TinyProject(tmp_path, tiny_model)
+    project.settings["recipes"] = [{"name": "longest", "strategy": "longest", "fraction": 0.2}]
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(project.path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.splitlines()[-1])
+    lengths = list(map(len, told["texts"]))
+    assert len(lengths) == 8
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
+    assert told["scores"][0] == 1.0
+    assert "text_scores" in told["made"]
+    assert not {"influence_scores", "pool_embeddings"} & set(told["made"])
+    assert told["documented"]
