@@ -12,7 +12,7 @@ import polars as pl
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Queue, queues_of
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXACT_COLUMN, INDEX, score_file
+from less_assets.reading.files import EXACT, EXACT_COLUMN, INDEX, score_file
 from less_assets.reading.rows import score_column
 from less_assets.store.tables import read_parquet
 
@@ -43,6 +43,13 @@ def subtasks_by_member(lineage: Lineage, task: str) -> dict[str, list[tuple[str,
 def recipe_queues(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> list[Queue]:
     """The orders in which a recipe ranks the pool for a task, or for the members of a group."""
     return queues_of(subtasks_by_member(lineage, task), str(recipe.aggregate))
+
+
+def exact_scores_of(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> pl.DataFrame | None:
+    """A recipe's candidates with exact scores (`EXACT`); None if it ranks by the stored ones."""
+    if recipe.candidates is None:
+        return None
+    return read_parquet(lineage.folder("exact_scores", f"{recipe.key}|{task}"), EXACT)
 
 
 def candidates_of(

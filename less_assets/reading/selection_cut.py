@@ -13,9 +13,9 @@ import polars as pl
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Queue, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXACT, EXACT_COLUMN, SUBSET, score_file
+from less_assets.reading.files import EXACT_COLUMN, SUBSET, score_file
 from less_assets.reading.rows import score_column, scores_of
-from less_assets.reading.scores import candidates_of, recipe_queues
+from less_assets.reading.scores import candidates_of, exact_scores_of, recipe_queues
 from less_assets.store.tables import read_parquet
 
 
@@ -51,7 +51,7 @@ class Cuts:
         """Find the cuts in the selected rows."""
         key = f"{recipe.key}|{task}"
         labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
-        exact = read_parquet(lineage.folder("exact_scores", key), EXACT) if recipe.candidates is not None else None
+        exact = exact_scores_of(lineage, recipe, task)
         subset = read_parquet(lineage.folder("selected_subset", key), SUBSET, ["score", "subtask", "task"])
         queues = []
         for queue in recipe_queues(lineage, recipe, task):

@@ -14,9 +14,9 @@ from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXACT, EXAMPLES, FEATURES, INDEX, PLACES, score_file
+from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, PLACES, score_file
 from less_assets.reading.rows import checkpoint_weights
-from less_assets.reading.scores import candidates_of
+from less_assets.reading.scores import candidates_of, exact_scores_of
 from less_assets.steps.gradients import encode_targets
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.features import open_features
@@ -91,11 +91,11 @@ def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
     """The rows that a recipe with scores selects for a task."""
     from less_assets.method.selection.selection import select_by_score
 
-    if recipe.candidates is not None:
-        exact = read_parquet(work.lineage.folder("exact_scores", f"{recipe.key}|{task}"), EXACT)
-        candidates = candidates_of(work.lineage, recipe, task, exact=exact)
-    else:
+    exact = exact_scores_of(work.lineage, recipe, task)
+    if exact is None:
         candidates = scored_pool(work, pool, recipe, task)
+    else:
+        candidates = candidates_of(work.lineage, recipe, task, exact=exact)
     return select_by_score(
         candidates, budget_of(work.lineage, recipe), aggregate_of(recipe), restraints_of(work, recipe)
     )

@@ -211,16 +211,21 @@ def root_mean_square_error(sketched: np.ndarray, exact: np.ndarray) -> float:
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of two (n,) arrays; NaN if one is constant."""
-    x, y = (np.asarray(each, np.float64) - np.mean(each, dtype=np.float64) for each in (a, b))
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale else float("nan")
+    """Correlation of two (n,) arrays (`scipy.stats.pearsonr`); NaN if one is constant."""
+    from scipy.stats import pearsonr
+
+    return float("nan") if _is_constant(a) or _is_constant(b) else float(pearsonr(a, b).statistic)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (n,) arrays, ties sharing their mean rank; NaN if one is constant."""
-    ranks = [pl.Series(np.asarray(each, np.float64)).rank("average").to_numpy() for each in (a, b)]
-    return pearson(*ranks)
+    """Rank correlation of two (n,) arrays (`scipy.stats.spearmanr`): ties share their rank; NaN if one is constant."""
+    from scipy.stats import spearmanr
+
+    return float("nan") if _is_constant(a) or _is_constant(b) else float(spearmanr(a, b).statistic)
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    return np.unique(values).size < 2
 
 
 def top_overlap(a: np.ndarray, b: np.ndarray, share: float) -> float:
