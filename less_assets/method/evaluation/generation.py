@@ -172,7 +172,8 @@ class _Run:
             **({"logits_to_keep": kept} if keeps_logits(self.model) else {}),
         )
         self.cache = result.past_key_values
-        return result.logits
+        logits: torch.Tensor = result.logits
+        return logits
 
     def continue_greedily(
         self, tokenizer: Any, max_new_tokens: int, end_ids: Sequence[int], stop: Sequence[str]

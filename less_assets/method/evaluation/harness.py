@@ -31,7 +31,7 @@ from less_assets.method.evaluation.generation import generate_and_score, inferen
 Encoding = tuple[Sequence[int], Sequence[int]]
 
 
-class HarnessModel(HFLM):
+class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
     """A loaded model as the harness wants it: HFLM's tokenization and chat templates, our batching.
 
     HFLM takes a fixed number of rows per batch and sends every position through the language-model head; both are
@@ -191,7 +191,8 @@ def load_task(task: str | Path | Mapping[str, Any], include_path: str | Path | N
         try:
             with _quiet():
                 manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
-                return manager.load([spec])["tasks"]
+                tasks: dict[str, Any] = manager.load([spec])["tasks"]
+                return tasks
         except KeyError as error:
             missing = error
         except Exception as error:
@@ -237,7 +238,7 @@ def run_tasks(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     with inference(lm.model), _quiet():
-        result = evaluate(
+        result: dict[str, Any] | None = evaluate(
             lm=lm,
             task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
             limit=limit,

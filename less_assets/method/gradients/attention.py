@@ -35,7 +35,7 @@ def keeps_weights(tensor: Tensor) -> bool:
 @cache
 def _has_products() -> bool:
     """Whether oneDNN has products in bfloat16 for this processor."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class FastAttention(TorchFunctionMode):
@@ -48,12 +48,13 @@ class FastAttention(TorchFunctionMode):
     calls = 0
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is scaled_dot_product_attention and _is_served(*args, **(kwargs or {})):
             self.calls += 1
             query, key, value = args
-            return _Attention.apply(query, key, value, (kwargs or {}).get("scale") or query.shape[-1] ** -0.5)
+            scale = (kwargs or {}).get("scale") or query.shape[-1] ** -0.5
+            return _Attention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -114,7 +115,7 @@ class _Attention(torch.autograd.Function):
         return out.view(query.shape)
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple:
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         e = error.reshape(q.shape)
         of_q, of_k, of_v = (torch.empty_like(each) for each in (q, k, v))

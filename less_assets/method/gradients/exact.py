@@ -72,7 +72,8 @@ class MeanDirections:
         """Directions D (J, P) such that a unit row's inner products with D are its influence under a subtask rule."""
         if name == "mean_cosine":
             return self.unit_mean
-        return self.mean / np.linalg.norm(self.mean, axis=1, keepdims=True)
+        unit: np.ndarray = self.mean / np.linalg.norm(self.mean, axis=1, keepdims=True)
+        return unit
 
 
 def mean_target_directions(

@@ -195,7 +195,7 @@ def resolve_token_budget(
             fix="Lower the maximum length, switch gradient checkpointing on, or use a larger machine.",
         )
     most = 4096 if device.type == "cpu" else 65536
-    return max(longest, min(most, free // 2 // per_token))
+    return int(max(longest, min(most, free // 2 // per_token)))
 
 
 def _free_memory(device: torch.device) -> int:
@@ -205,10 +205,10 @@ def _free_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     import psutil
 
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)
 
 
-def _first_difference(found: list, expected: list) -> str:
+def _first_difference(found: Sequence[object], expected: Sequence[object]) -> str:
     for index, (a, b) in enumerate(zip(found, expected, strict=False)):
         if a != b:
             return f"parameter {index}: model has {a}, sketch has {b}"

@@ -407,7 +407,8 @@ def cosine_scores(pool: np.ndarray, targets: np.ndarray) -> np.ndarray:
         pool, targets = (
             np.asarray(each, dtype=np.float32) / np.linalg.norm(each, axis=1, keepdims=True) for each in (pool, targets)
         )
-        return pool @ targets.T
+        cosines: np.ndarray = pool @ targets.T
+    return cosines
 
 
 def rds(targets: TargetExamples) -> PoolScorer[EmbeddedRows]:
@@ -479,8 +480,10 @@ def length_matched_log_weights(lengths: np.ndarray, pool: np.ndarray, reference:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log((reference / max(1, reference.sum())) / (pool / max(1, pool.sum())))
     # Far below any Gumbel noise (at most 37), yet finite, so that a budget larger than the match can be filled.
-    return np.maximum(np.nan_to_num(ratio, nan=-1000.0), -1000.0)[_length_bins(lengths)]
+    weights: np.ndarray = np.maximum(np.nan_to_num(ratio, nan=-1000.0), -1000.0)[_length_bins(lengths)]
+    return weights
 
 
 def _length_bins(lengths: np.ndarray) -> np.ndarray:
-    return np.floor(np.log2(np.maximum(1, np.asarray(lengths))) * BINS_PER_OCTAVE).astype(np.int64)
+    bins: np.ndarray = np.floor(np.log2(np.maximum(1, np.asarray(lengths))) * BINS_PER_OCTAVE).astype(np.int64)
+    return bins

@@ -76,7 +76,7 @@ class CodedDirections:
             products = np.concatenate([values @ group for group in self._groups], axis=1)
             squares = np.vecdot(values, values)
         with np.errstate(divide="ignore", invalid="ignore"):
-            scores = (products / np.sqrt(squares)[:, None]).astype(np.float32)
+            scores: np.ndarray = (products / np.sqrt(squares)[:, None]).astype(np.float32)
         scores[~(np.isfinite(squares) & (squares > 0) & np.isfinite(scale) & (scale > 0))] = np.nan
         return scores
 

@@ -12,7 +12,7 @@ exact score the cut lies at, and what chance each selected row has of lying abov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,7 +70,8 @@ class Calibration:
         distance = self.intercept + self.slope * sketched - exact_score
         with np.errstate(divide="ignore", invalid="ignore"):
             sigmas = np.where(deviation > 0, distance / deviation, np.sign(distance) * np.inf)
-        return torch.special.ndtr(torch.from_numpy(np.nan_to_num(sigmas, nan=0.0))).numpy()
+        chances: np.ndarray = torch.special.ndtr(torch.from_numpy(np.nan_to_num(sigmas, nan=0.0))).numpy()
+        return chances
 
     def exact_cut(self, sketched: np.ndarray, share: float) -> float:
         """The exact score above which a share of the rows is expected, given the pool's sketched scores (m,)."""
@@ -202,7 +203,8 @@ def _chance_of_staying(
     missed = [calibration.chance_above(left_out, score).sum() * pool_rows / len(pool) for score in grid]
     expected = np.interp(exact, grid, missed)
     from_below = exact.argsort(kind="stable").argsort(kind="stable") + 1.0
-    return torch.special.gammaincc(torch.from_numpy(from_below), torch.from_numpy(expected)).numpy()
+    chances: np.ndarray = torch.special.gammaincc(torch.from_numpy(from_below), torch.from_numpy(expected)).numpy()
+    return chances
 
 
 def root_mean_square_error(sketched: np.ndarray, exact: np.ndarray) -> float:
@@ -312,7 +314,7 @@ def _mean_loss(model: PeftModel, targets: Sequence[EncodedExample], batching: Ba
 
 
 @contextmanager
-def _trainable_adapter(model: PeftModel, moments: AdamMoments) -> Iterator[Callable]:
+def _trainable_adapter(model: PeftModel, moments: AdamMoments) -> Iterator[Callable[..., AbstractContextManager[None]]]:
     """Gives a context manager that takes one AdamW step on one row and takes it back."""
     weights = {
         name: weight

@@ -95,7 +95,8 @@ def _units(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
             f"The gradient is zero or not finite, so nothing can point along it: {', '.join(bad[:5])}.",
             fix="Look at those examples' completions, or train the warm-up in a wider number format.",
         )
-    return rows / norms[:, None]
+    unit: np.ndarray = rows / norms[:, None]
+    return unit
 
 
 def normalised_weights(learning_rates: Mapping[str, float]) -> dict[str, float]:
@@ -122,7 +123,7 @@ def score_block(features: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """
     norms = np.sqrt(np.einsum("nk,nk->n", features, features))
     with np.errstate(divide="ignore", invalid="ignore"):
-        scores = (features @ directions.T) / norms[:, None]
+        scores: np.ndarray = (features @ directions.T) / norms[:, None]
     scores[~(np.isfinite(norms) & (norms > 0))] = np.nan
     return scores
 
@@ -249,7 +250,8 @@ def _folded(features: np.ndarray) -> np.ndarray:
     signs = np.random.default_rng(0).choice(np.array([-1, 1], dtype=np.float32), width)
     padded = np.zeros((count, -(-width // SIMILARITY_DIMENSION) * SIMILARITY_DIMENSION), dtype=np.float32)
     padded[:, :width] = features * signs
-    return padded.reshape(count, -1, SIMILARITY_DIMENSION).sum(axis=1)
+    sums: np.ndarray = padded.reshape(count, -1, SIMILARITY_DIMENSION).sum(axis=1)
+    return sums
 
 
 def score_table(rows: pl.DataFrame, scores: ScoreArrays) -> pl.DataFrame:

@@ -67,8 +67,10 @@ class Queue:
     def scores(self, array: np.ndarray) -> np.ndarray:
         """Scores float32 (n,) by which this order ranks, from the scores (n, J) per subtask; NaN where one is NaN."""
         counted = np.asarray(array)[:, list(self.columns)]
-        best = counted.max(axis=1) if self.aggregate == "max" else counted.mean(axis=1, dtype=np.float64)
-        return best.astype(np.float32) + np.float32(0)  # -0.0 and 0.0 are equal, and equal scores rank by id
+        best: np.ndarray = counted.max(axis=1) if self.aggregate == "max" else counted.mean(axis=1, dtype=np.float64)
+        best = best.astype(np.float32)
+        best += 0  # -0.0 and 0.0 are equal, and equal scores rank by id
+        return best
 
     def taken(self, selected: pl.DataFrame) -> pl.DataFrame:
         """The rows of a selection (columns task and subtask) that were taken in this order."""

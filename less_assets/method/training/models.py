@@ -386,7 +386,8 @@ def load_adapter(
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's weights by their names in a file, which lack the adapter's name."""
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

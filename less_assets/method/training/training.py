@@ -20,7 +20,7 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -295,7 +295,7 @@ class _EpochTrainer(Trainer):
         self.rows: list[EncodedExample] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(cast(list, self.train_dataset))
+        return SequentialSampler(cast(Sized, self.train_dataset))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Gradient of the mean loss over all loss tokens of a batch; returns that loss."""
@@ -485,4 +485,5 @@ def _fingerprint(
         "settings": dataclasses.asdict(settings),
         "lora": dataclasses.asdict(lora),
     }
-    return json.loads(json.dumps(described))
+    as_stored: dict[str, Any] = json.loads(json.dumps(described))
+    return as_stored
