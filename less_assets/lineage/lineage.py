@@ -8,7 +8,9 @@ what each asset computes; computing anything.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, Never
+
+from pydantic import JsonValue
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.plan import ArtifactPlan, Versions
@@ -40,7 +42,7 @@ class Input:
     of_recipe: Callable[[Project, str], str] | None = None
 
 
-def _nothing(lineage: "Lineage", keys: Keys) -> Mapping[str, Any]:
+def _nothing(lineage: "Lineage", keys: Keys) -> Mapping[str, Never]:
     return {}
 
 
@@ -66,8 +68,8 @@ class Declaration:
     inputs: tuple[Input, ...] = ()
     folder: str
     shared_folder: str | None = None
-    settings: Callable[["Lineage", Keys], Mapping[str, Any]] = _nothing
-    shared_settings: Callable[[Project], Mapping[str, Any]] | None = None
+    settings: Callable[["Lineage", Keys], Mapping[str, JsonValue]] = _nothing
+    shared_settings: Callable[[Project], Mapping[str, JsonValue]] | None = None
     outside: Callable[["Lineage", Keys], Versions] = _nothing
     determined_by: Callable[["Lineage", Keys, Versions], Versions] | None = None
     needed_by: Callable[[Project, str], bool] | None = None

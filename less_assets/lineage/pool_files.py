@@ -176,7 +176,7 @@ class PoolFiles:
             shard for source in project.pool.sources for shard in _cut(project, source, files[source.name], scanned)
         ]
         pool_files = cls(files, shards)
-        content: dict[str, Any] = {
+        content = {
             "files": {name: [asdict(file) for file in entries] for name, entries in files.items()},
             "shards": [asdict(shard) for shard in shards],
         }

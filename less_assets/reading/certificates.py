@@ -10,6 +10,7 @@ artifact, and counts only while the scores that it was made for are in force.
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, split
@@ -44,7 +45,8 @@ def certificate_plan(lineage: Lineage, task: str) -> ArtifactPlan:
     Raises:
         MissingArtifactError, StaleArtifactError: The scores are not there, or not those in force.
     """
-    settings = {"rows": lineage.project.gradients.certificate_rows, "rules": certified_rules(lineage.project)}
+    rules = certified_rules(lineage.project)
+    settings: dict[str, JsonValue] = {"rows": lineage.project.gradients.certificate_rows, "rules": [*rules]}
     folder = f"selection/{task}/fidelity"
     return ArtifactPlan(CERTIFICATE, task, folder, folder, settings, lineage.version("influence_scores", task))
 
@@ -52,7 +54,7 @@ def certificate_plan(lineage: Lineage, task: str) -> ArtifactPlan:
 def steps_plan(lineage: Lineage, task: str) -> ArtifactPlan:
     """What the comparison of predicted with real influence on a task is made from; raises as `certificate_plan`."""
     folder = f"selection/{task}/real_steps"
-    settings = {"rows": lineage.project.gradients.real_step_rows}
+    settings: dict[str, JsonValue] = {"rows": lineage.project.gradients.real_step_rows}
     return ArtifactPlan(REAL_STEPS, task, folder, folder, settings, lineage.version("influence_scores", task))
 
 

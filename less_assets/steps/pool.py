@@ -183,7 +183,7 @@ ASSETS = (
         inputs=(Input("instruction_pool"),),
         folder="pool_index",
         # A removed source changes no partition that is left; by this Dagster sees that the index is another one.
-        shared_settings=lambda project: {"sources": sorted(source.name for source in project.pool.sources)},
+        shared_settings=lambda project: {"sources": [*sorted(source.name for source in project.pool.sources)]},
         compute=index_pool,
         describe=describe_index,
         checks=(few_rows_quarantined, evaluation_not_in_pool),

@@ -14,7 +14,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from less_assets.method.data import raw_rows
 from less_assets.method.data.raw_rows import Place, RawRow, too_large
@@ -179,7 +179,7 @@ def _parse_json_line(number: int, line: bytes) -> RawRow:
     return RawRow(number, record)
 
 
-def _without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_equal_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object's fields; of two equal names Python would keep the last without a word."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
