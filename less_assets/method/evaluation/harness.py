@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.model
 import lm_eval.api.task
@@ -26,6 +26,10 @@ from lm_eval.tasks import TaskManager
 
 from less_assets.errors import EvaluationError
 from less_assets.method.evaluation.generation import generate_and_score, inference, logits_at
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # A pair of texts (context, continuation) as token ids.
 Encoding = tuple[Sequence[int], Sequence[int]]
@@ -50,8 +54,8 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int | None = None,
         token_budget: int = 4096,

@@ -213,13 +213,15 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
+def check_vocabulary(
+    model: transformers.PreTrainedModel | PeftModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
     """Refuse a tokenizer that can produce ids for which the model has no embedding.
 
     Raises:
         ModelLoadError: The tokenizer has more tokens than the model has embeddings.
     """
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > embeddings:
         added = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= embeddings)
         named = f" (the first without one is {added[0][1]!r}, id {added[0][0]})" if added else ""

@@ -133,7 +133,7 @@ class TrainingResult:
 
 def train_adapter(
     model: transformers.PreTrainedModel | PeftModel,
-    tokenizer: Any,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
     settings: TrainingSettings,
     output_dir: Path,
@@ -328,7 +328,7 @@ class _EpochTrainer(Trainer):
             self.report(logs, self.rows)
 
 
-def token_loss_sum(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def token_loss_sum(model: transformers.PreTrainedModel | PeftModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum of the cross-entropy over a batch's loss tokens, float32 scalar.
 
     Only the columns in which some row has loss go through the language-model head, whose logits are the largest tensor
@@ -354,7 +354,7 @@ def token_loss_sum(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def _train_epoch(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
-    tokenizer: Any,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
     settings: TrainingSettings,
     epoch: int,
@@ -470,7 +470,10 @@ def _check_weights(model: PeftModel, epoch: int) -> None:
 
 
 def _fingerprint(
-    model: Any, examples: Sequence[EncodedExample], settings: TrainingSettings, lora: LoraSettings
+    model: transformers.PreTrainedModel | PeftModel,
+    examples: Sequence[EncodedExample],
+    settings: TrainingSettings,
+    lora: LoraSettings,
 ) -> dict[str, Any]:
     """What decides the bytes of a training, readable, with the examples as a digest."""
     digest = hashlib.blake2b(digest_size=16)
