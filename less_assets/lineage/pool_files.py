@@ -193,9 +193,9 @@ def _look(project: Project, source: Source, known_order: list[str], known: dict[
     """The source's files, known ones first and in their old order, with row counts."""
     from less_assets.method.data.row_files import count_rows, list_files
 
-    found = [project.as_written(path) for path in list_files(source.path)]
-    order = [path for path in known_order if path in set(found)]
-    order += [path for path in found if path not in set(order)]
+    listed = [project.as_written(path) for path in list_files(source.path)]
+    order = [path for path in known_order if path in set(listed)]
+    order += [path for path in listed if path not in set(order)]
     files = []
     for path in order:
         file = data_path(project, path)
