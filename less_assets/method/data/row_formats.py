@@ -205,8 +205,8 @@ def other_columns(record: Mapping[str, object], format: RowFormat = "auto") -> d
         format: As in `normalize`.
     """
     row_format = detect_format(record) if format == "auto" else format
-    own = {*_FORMAT_KEYS.get(str(row_format), ()), *ROW_KEYS}
-    return {name: value for name, value in record.items() if name not in own}
+    read = {*_FORMAT_KEYS.get(str(row_format), ()), *ROW_KEYS}
+    return {name: value for name, value in record.items() if name not in read}
 
 
 # ---- what cannot be carried ----

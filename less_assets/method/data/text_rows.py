@@ -80,9 +80,9 @@ class Lines:
         """Where the next line begins."""
         return Place(self._offset, self._line)
 
-    def skip_to(self, place: tuple[int, int]) -> None:
+    def skip_to(self, begins: tuple[int, int]) -> None:
         """Go on with the line that begins there; streams that cannot seek are read up to it."""
-        offset, self._line = place
+        offset, self._line = begins
         if self._stream.seekable():
             self._read_ahead.clear()
             self._stream.seek(offset)
@@ -156,10 +156,10 @@ def read_json_lines(stream: io.BufferedIOBase, first_row: int, begins: tuple[int
             yield _parse_json_line(index, line.content)
 
 
-def _skip(rows: Lines | CsvRecords, count: int, place: tuple[int, int] | None) -> None:
+def _skip(rows: Lines | CsvRecords, count: int, begins: tuple[int, int] | None) -> None:
     """Leave out so many rows: go to where they end, if that is known."""
-    if place is not None:
-        rows.skip_to(place)
+    if begins is not None:
+        rows.skip_to(begins)
     else:
         for _ in itertools.islice(rows, count):
             pass
@@ -232,9 +232,9 @@ class CsvRecords:
         """Where the next record begins."""
         return self._lines.place
 
-    def skip_to(self, place: tuple[int, int]) -> None:
+    def skip_to(self, begins: tuple[int, int]) -> None:
         """Go on with the record that begins there."""
-        self._lines.skip_to(place)
+        self._lines.skip_to(begins)
         self._begin_record()
 
     def _feed(self) -> Iterator[str]:

@@ -330,10 +330,10 @@ class _InnerProductSink:
         self._squares = ExactNorms(len(self.dots), len(rows), backward)
 
     def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
-        place = part.offset - self._first
-        if not 0 <= place < self._targets.shape[1]:
+        start = part.offset - self._first
+        if not 0 <= start < self._targets.shape[1]:
             return
-        columns = np.ascontiguousarray(self._targets[:, place : place + part.size], dtype=np.float32)
+        columns = np.ascontiguousarray(self._targets[:, start : start + part.size], dtype=np.float32)
         targets = torch.from_numpy(columns).to(gradient.device)
         directions = self._directions(part, gradient)
         self._squares.add(part, rows, directions)

@@ -75,10 +75,10 @@ def most_negative_rows(candidates: Sequence[Candidates], without: Sequence[str],
         worst = [worst[0].head(count)]
     if not worst:
         return pl.DataFrame(schema=EXPLAINED_SCHEMA)
-    found = worst[0].with_columns(
+    rows = worst[0].with_columns(
         pl.lit("most_negative").alias("group"), pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("rank")
     )
-    return found.select(EXPLAINED_SCHEMA.names()).cast(EXPLAINED_SCHEMA)
+    return rows.select(EXPLAINED_SCHEMA.names()).cast(EXPLAINED_SCHEMA)
 
 
 _PLACES = ["shard", "row", "score", "subtask", "task", "loss_tokens"]

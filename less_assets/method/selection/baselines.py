@@ -118,10 +118,10 @@ def bm25_scores(
     scores = np.zeros((len(texts), len(labels)), dtype=np.float32)
     for row, text in enumerate(texts):
         words = _bm25_words(text)
-        found = Counter(pool.words[word] for word in words if word in pool.words)
-        if found:
-            counts = np.fromiter(found.values(), dtype=np.float64)
-            scores[row] = (counts / (counts + K1 * (1 - B + B * len(words) / average))) @ weights[list(found)]
+        occurrences = Counter(pool.words[word] for word in words if word in pool.words)
+        if occurrences:
+            counts = np.fromiter(occurrences.values(), dtype=np.float64)
+            scores[row] = (counts / (counts + K1 * (1 - B + B * len(words) / average))) @ weights[list(occurrences)]
     return labels, scores
 
 
@@ -226,7 +226,7 @@ def with_gumbel_noise(log_weights: np.ndarray, example_ids: Sequence[str], seed:
         float32 (n,).
     """
     key = draw_key(seed, stream)
-    digests = [hashlib.blake2b(each.encode(), digest_size=8, key=key).digest() for each in example_ids]
+    digests = [hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in example_ids]
     uniform = (np.frombuffer(b"".join(digests), dtype="<u8").astype(np.float64) + 0.5) / 2.0**64
     # 1 − 2⁻⁵³ at most: the very largest digests would round to 1 and their noise to infinity.
     noise = -np.log(-np.log(np.minimum(uniform, 1 - 2.0**-53)))
@@ -405,7 +405,8 @@ def cosine_scores(pool: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         pool, targets = (
-            np.asarray(each, dtype=np.float32) / np.linalg.norm(each, axis=1, keepdims=True) for each in (pool, targets)
+            np.asarray(vectors, dtype=np.float32) / np.linalg.norm(vectors, axis=1, keepdims=True)
+            for vectors in (pool, targets)
         )
         cosines: np.ndarray = pool @ targets.T
     return cosines

@@ -166,24 +166,24 @@ def judge(
     """
     parts, bands = [], []
     for queue in queues:
-        own = selected.filter(pl.col("task") == queue.task)
+        taken = selected.filter(pl.col("task") == queue.task)
         if queue.subtask is not None:
-            own = own.filter(pl.col("subtask") == queue.subtask)
-        if own.is_empty():
+            taken = taken.filter(pl.col("subtask") == queue.subtask)
+        if taken.is_empty():
             continue
         calibration = calibrate(queue.scores(sample.sketched), queue.scores(sample.exact))
-        pool, scores = queue.scores(sample.pool), own["score"].to_numpy().astype(np.float64)
+        pool, scores = queue.scores(sample.pool), taken["score"].to_numpy().astype(np.float64)
         if candidates is None:
             # As deep as this queue went, rows that others took from it included.
-            share = max(float((pool >= scores.min()).mean()), own.height / sample.pool_rows)
+            share = max(float((pool >= scores.min()).mean()), taken.height / sample.pool_rows)
             chance = calibration.chance_above(scores, calibration.exact_cut(pool, min(1.0, share)))
         else:
-            share = min(1.0, candidates * own.height / sample.pool_rows)
+            share = min(1.0, candidates * taken.height / sample.pool_rows)
             chance = _chance_of_staying(calibration, pool, scores, share, sample.pool_rows)
         certain = chance >= CONFIDENCE
         bands.append(float(scores[certain].min() - scores.min()) if certain.any() else None)
         parts.append(
-            own.select("rank", "example_id").with_columns(chance=pl.Series(chance), certain=pl.Series(certain))
+            taken.select("rank", "example_id").with_columns(chance=pl.Series(chance), certain=pl.Series(certain))
         )
     if not parts:
         return Judgement(pl.DataFrame(schema=JUDGED_SCHEMA), float("nan"), 0, [])
@@ -233,7 +233,7 @@ def _is_constant(values: np.ndarray) -> bool:
 def top_overlap(a: np.ndarray, b: np.ndarray, share: float) -> float:
     """Share of the best rows by one (n,) array that are among the best by another; at least one row is taken."""
     count = max(1, round(share * len(a)))
-    best = [set(np.argsort(-np.asarray(each, np.float64), kind="stable")[:count].tolist()) for each in (a, b)]
+    best = [set(np.argsort(-np.asarray(scores, np.float64), kind="stable")[:count].tolist()) for scores in (a, b)]
     return len(best[0] & best[1]) / count
 
 
@@ -284,9 +284,9 @@ def step_effects(
     """
     mean = mean_target_directions(model, targets, ["target"] * len(targets), batching=batching).mean
     asked = tuple(dict.fromkeys(("adamw", *forms)))
-    found = score_exactly(model, examples, mean, forms=asked, moments=moments, batching=batching)
-    if found.status.any():
-        row = int(np.flatnonzero(found.status)[0])
+    exact = score_exactly(model, examples, mean, forms=asked, moments=moments, batching=batching)
+    if exact.status.any():
+        row = int(np.flatnonzero(exact.status)[0])
         raise LessAssetsError(
             "A row has no usable gradient, so no step can be taken on it.",
             where=f"example {examples[row].example_id}",
@@ -296,15 +296,15 @@ def step_effects(
     real = np.empty(len(examples))
     with _trainable_adapter(model, moments) as step:
         before = _mean_loss(model, targets, batching)
-        for place, example in enumerate(examples):
+        for number, example in enumerate(examples):
             with step(example, batching.pad_token_id, learning_rate):
-                real[place] = before - _mean_loss(model, targets, batching)
+                real[number] = before - _mean_loss(model, targets, batching)
             if on_progress:
                 on_progress(1)
     return StepEffects(
         real,
-        learning_rate * found.dots["adamw"][:, 0].astype(np.float64),
-        {form: found.cosines(form)[:, 0] / norm for form in forms},
+        learning_rate * exact.dots["adamw"][:, 0].astype(np.float64),
+        {form: exact.cosines(form)[:, 0] / norm for form in forms},
     )
 
 

@@ -78,7 +78,7 @@ def target_directions(features: np.ndarray, subtasks: Sequence[str], rule: str) 
         raise TargetFormatError("The task has no target examples.")
     rows = np.asarray(features, dtype=np.float64)
     if rule == "mean_cosine":
-        rows = _units(rows, [f"target example {place + 1}" for place in range(len(rows))])
+        rows = _units(rows, [f"target example {number + 1}" for number in range(len(rows))])
     names = np.asarray(subtasks)
     labels = sorted(set(subtasks))
     means = np.stack([rows[names == label].mean(axis=0) for label in labels])
@@ -181,12 +181,12 @@ def _score_source(source: FeatureSource, form: str, directions: np.ndarray, grou
     """
     coded = CodedDirections(directions, source.storage, groups)
     cosines = np.empty((source.rows, len(directions)), dtype=np.float32)
-    own = threading.local()
+    thread = threading.local()
 
     def score(index: int) -> None:
-        if not hasattr(own, "buffer"):
-            own.buffer = np.empty(source.code_block_bytes, dtype=np.uint8)
-        first, codes, scale = source.codes(form, index, own.buffer)
+        if not hasattr(thread, "buffer"):
+            thread.buffer = np.empty(source.code_block_bytes, dtype=np.uint8)
+        first, codes, scale = source.codes(form, index, thread.buffer)
         for start in range(0, len(codes), ROWS_AT_A_TIME):
             stop = min(start + ROWS_AT_A_TIME, len(codes))
             cosines[first + start : first + stop] = coded.cosines(codes[start:stop], scale[start:stop])
@@ -231,12 +231,12 @@ def similarity_vectors(
     """
     parts = []
     for checkpoint, source in sources.items():
-        found = []
+        blocks = []
         for first, block in source.blocks(form):
-            here = rows[(rows >= first) & (rows < first + len(block))] - first
-            if len(here):
-                found.append(_folded(block[here]))
-        folded = np.concatenate(found)
+            in_block = rows[(rows >= first) & (rows < first + len(block))] - first
+            if len(in_block):
+                blocks.append(_folded(block[in_block]))
+        folded = np.concatenate(blocks)
         with np.errstate(divide="ignore", invalid="ignore"):
             parts.append(np.sqrt(weights[checkpoint]) * folded / np.linalg.norm(folded, axis=1, keepdims=True))
     return np.concatenate(parts, axis=1).astype(np.float32)
@@ -285,9 +285,9 @@ def row_statuses(pool_status: Sequence[str], feature_status: Mapping[str, np.nda
     from less_assets.method.gradients.features import RowStatus  # loads torch, which selection alone does not need
 
     names = {int(status): status.name.lower() for status in RowStatus}
-    found = list(pool_status)
+    statuses = list(pool_status)
     for status in feature_status.values():
         for row in np.flatnonzero(status):
-            if found[row] == "ok":
-                found[row] = names[int(status[row])]
-    return found
+            if statuses[row] == "ok":
+                statuses[row] = names[int(status[row])]
+    return statuses
