@@ -2,17 +2,7 @@
 
 Belongs here: plain data, one entry a strategy. How a strategy scores rows is the function that its entry names.
 
-To add a rule that scores the pool from text or from embeddings:
-
-1. Write one function in `less_assets/method/selection/`, such as `baselines.bm25` (text) or `baselines.rds`
-   (embeddings). It is given the task's `TargetExamples` and, for text, the pool's texts; it returns a `PoolScorer`
-   (both in `method/selection/scorers.py`).
-2. Add one entry to `_ENTRIES` that names it, with `scores="text"` or `scores="embeddings"`. `aggregate` among its keys
-   lets the subtasks' scores be aggregated as influence is; `seeds` makes it draw rows, its scores being log weights.
-3. Add its row to the README's table of recipes, which a test compares with this one, and run
-   `less-assets docs` as the test of `docs/project-file.md` says.
-
-Everything else (keys of the project file, reference page, graph, forecast, ranking, leaderboard) reads this table.
+How to add one: CONTRIBUTING.md.
 """
 
 import importlib

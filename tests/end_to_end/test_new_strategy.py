@@ -1,7 +1,8 @@
-"""A rule that is one function and one entry of the table: project file, graph, ranking and reference page know it."""
+"""The worked example of CONTRIBUTING.md: a strategy is one function and one entry, and everything else knows it."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,25 +10,25 @@ from pathlib import Path
 from support.tiny import TinyProject
 
 ROOT = Path(__file__).parents[2]
+FUNCTION, ENTRY = (
+    re.compile(rf"^```python {kind}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    for kind in (r"file=less_assets/method/selection/longest\.py", "file=entry")
+)
 SCRIPT = """
 import json
 import sys
+import types
 
 import dagster as dg
-import numpy as np
 
-from less_assets.method.selection import baselines
-from less_assets.method.selection.scorers import PoolScorer
 from less_assets.project.strategies import STRATEGIES, Strategy
 
-
-def longest(targets, pool):
-    most = max(len(text) for texts in pool() for text in texts)
-    return PoolScorer([(targets.task, "all")], lambda texts: np.array([[len(text) / most] for text in texts]))
-
-
-baselines.longest = longest
-STRATEGIES["longest"] = Strategy("longest", "the longest rows", "baselines:longest", "text", same_for_every_task=True)
+path, source, entry = sys.argv[1:]
+module = types.ModuleType("less_assets.method.selection.longest")
+exec(source, module.__dict__)
+sys.modules[module.__name__] = module
+strategy = eval(entry)
+STRATEGIES[strategy.name] = strategy
 
 from support.graph import run  # after the entry, as if it stood in the table
 
@@ -38,7 +39,6 @@ from less_assets.running.runner import Request
 from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
-path = sys.argv[1]
 with dg.DagsterInstance.ephemeral() as instance:
     made = run(path, instance, Request(tasks=("sums",), until="selected_subset")).materialized
 project = load_project(path)
@@ -55,8 +55,11 @@ print(json.dumps({
 def test_a_rule_of_one_function_and_one_entry_selects_rows(tmp_path, tiny_model):
     project = TinyProject(tmp_path, tiny_model)
     project.settings["recipes"] = [{"name": "longest", "strategy": "longest", "fraction": 0.2}]
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = [block for kind in (FUNCTION, ENTRY) for block in kind.findall(page)]
+    assert len(blocks) == 2
     ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(project.path)],
+        [sys.executable, "-c", SCRIPT, str(project.path), *blocks],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
