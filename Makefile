@@ -37,6 +37,7 @@ test: env $(VENV)/.ray
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.architecture
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 dev: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete

@@ -59,8 +59,9 @@ from less_assets.method.gradients.features import Batching, extract_features
 from less_assets.method.gradients.per_example import lora_parameters
 from less_assets.method.gradients.quantization import choose_storage, decode, encode
 from less_assets.method.gradients.sketch import Sketch
-from less_assets.method.selection.fidelity import Queue, ScoredSample, judge, spearman
+from less_assets.method.selection.fidelity import ScoredSample, judge, spearman
 from less_assets.method.selection.influence import score_block, target_directions
+from less_assets.method.selection.ranking import Queue
 from less_assets.method.training.epoch_folder import read_moments
 from less_assets.method.training.models import LoraSettings, find_base, load_adapter, load_base, resolve_dtype
 from less_assets.method.training.training import TrainingSettings, train_adapter

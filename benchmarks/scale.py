@@ -256,7 +256,8 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
     from less_assets.method.training.training import TrainingSettings, train_adapter
     from less_assets.method.training.warmup import load_checkpoint, load_moments, warm_up
     from less_assets.report import charts
-    from less_assets.steps.evaluation import evaluation_examples, evaluation_settings
+    from less_assets.steps.evaluation import evaluation_settings
+    from less_assets.steps.judging_examples import evaluation_examples
     from less_assets.steps.warmup import lora_settings
 
     project = load_project(path)

@@ -13,8 +13,7 @@ from typing import Any
 from less_assets.compute.models import ModelLoader, cache_folder
 from less_assets.compute.step import Backend, Compute, Failures, make_artifact
 from less_assets.errors import ComputeError, LessAssetsError
-from less_assets.lineage.declaration import Declaration
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Declaration, Lineage
 from less_assets.project.project import Project, parse_project
 from less_assets.project.sections import Compute as ComputeSettings
 from less_assets.store.artifacts import ArtifactStore

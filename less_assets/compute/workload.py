@@ -206,7 +206,7 @@ class Workload:
         """Rows of a recipe's subset."""
         recipe = self.project.recipe(recipe_key)
         known = self.known("selected_subset", f"{recipe_key}|{task}", "rows")
-        if known is not None or recipe.strategy == "none":
+        if known is not None or not recipe.traits.chooses_rows:
             return float(known or 0)
         unique = self.known("pool_index", None, "unique") or self.pool_rows
         if recipe.budget is None:

@@ -24,6 +24,7 @@ from less_assets.method.data.conversations import (
     with_all_fields,
 )
 from less_assets.method.data.conversations import example_id as conversation_id
+from less_assets.method.selection.ranking import score_matrix
 from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS
 from less_assets.reading.rows import (
     checkpoint_weights,
@@ -33,7 +34,7 @@ from less_assets.reading.rows import (
     target_features,
     target_influence,
 )
-from less_assets.reading.selection_cut import Cuts, score_matrix
+from less_assets.reading.selection_cut import Cuts
 from less_assets.store.tables import read_parquet
 
 NEAREST = 5

@@ -80,7 +80,7 @@ def _shares(lineage: Lineage, task: str) -> str:
     pool: dict[str, int] = dict(lineage.summary("pool_index")["sources"])
     columns: dict[str, dict[str, int]] = {"pool": pool}
     for key, recipe in lineage.project.recipe_keys.items():
-        if recipe.strategy not in ("none", "full") and recipe.seed in (None, 0):
+        if recipe.traits.has_budget and recipe.seed in (None, 0):
             subset = read_parquet(lineage.folder("selected_subset", f"{key}|{task}"), SUBSET, ["source"])
             columns[key] = dict(subset["source"].value_counts().iter_rows())
     table = pl.DataFrame({"source": list(pool)}).with_columns(

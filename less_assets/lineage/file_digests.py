@@ -30,8 +30,8 @@ def model_stamp(base: str) -> str:
         package, _, file = base.removeprefix("gguf:").partition("/")
         spec = importlib.util.find_spec(package)
         places = list(spec.submodule_search_locations or []) if spec else []
-        found = [Path(place) / file for place in places if (Path(place) / file).is_file()]
-        return f"{found[0].stat().st_size} bytes" if found else "not installed"
+        metadata = [Path(folder) / file for folder in places if (Path(folder) / file).is_file()]
+        return f"{metadata[0].stat().st_size} bytes" if metadata else "not installed"
     folder = Path(base)
     if folder.is_dir():
         files = sorted(file for file in folder.iterdir() if file.is_file())

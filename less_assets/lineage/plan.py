@@ -9,14 +9,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+
+from pydantic import JsonValue
 
 from less_assets.store.manifest import FORMAT_VERSION, Manifest
 
 Versions = Mapping[str, str]
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """128-bit hash of a JSON value, as 32 hex characters; independent of the order of keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
@@ -42,7 +43,7 @@ class ArtifactPlan:
     partition: str | None
     pointer: str
     folder: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, JsonValue]
     inputs: Versions
     determined_by: Versions | None = None
 
@@ -72,6 +73,6 @@ class ArtifactPlan:
         return lines
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"

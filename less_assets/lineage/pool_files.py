@@ -176,7 +176,7 @@ class PoolFiles:
             shard for source in project.pool.sources for shard in _cut(project, source, files[source.name], scanned)
         ]
         pool_files = cls(files, shards)
-        content: dict[str, Any] = {
+        content = {
             "files": {name: [asdict(file) for file in entries] for name, entries in files.items()},
             "shards": [asdict(shard) for shard in shards],
         }
@@ -193,9 +193,9 @@ def _look(project: Project, source: Source, known_order: list[str], known: dict[
     """The source's files, known ones first and in their old order, with row counts."""
     from less_assets.method.data.row_files import count_rows, list_files
 
-    found = [project.as_written(path) for path in list_files(source.path)]
-    order = [path for path in known_order if path in set(found)]
-    order += [path for path in found if path not in set(order)]
+    listed = [project.as_written(path) for path in list_files(source.path)]
+    order = [path for path in known_order if path in set(listed)]
+    order += [path for path in listed if path not in set(order)]
     files = []
     for path in order:
         file = data_path(project, path)

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from less_assets.errors import LessAssetsError
-from less_assets.lineage.plan import FORMAT_VERSION, digest
+from less_assets.lineage.plan import digest
 from less_assets.orchestration.console_log import compact_console
 from less_assets.orchestration.materialization import materialize
 from less_assets.orchestration.partitions import Axes
@@ -23,6 +23,7 @@ from less_assets.project.project import Project
 from less_assets.project.yaml_file import problems_error
 from less_assets.steps.asset import Asset, Check
 from less_assets.steps.registry import ASSETS
+from less_assets.store.manifest import FORMAT_VERSION
 
 
 def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definitions:

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import dagster as dg
 
-from less_assets.lineage.declaration import Declaration, Input, axis_keys
+from less_assets.lineage.lineage import Declaration, Input, axis_keys
 from less_assets.project.project import Project
 from less_assets.steps.registry import ASSETS
 

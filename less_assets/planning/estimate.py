@@ -233,7 +233,8 @@ def calibration(project: Project, models: ModelLoader, work: Workload, unknown: 
 def _try_evaluation(project: Project, task: str, model: Any, tokenizer: Any, limit_seconds: float) -> Rate:
     from less_assets.method.evaluation.evaluation import evaluate_examples
     from less_assets.planning.trials import try_asking
-    from less_assets.steps.evaluation import evaluation_examples, evaluation_settings
+    from less_assets.steps.evaluation import evaluation_settings
+    from less_assets.steps.judging_examples import evaluation_examples
 
     members = [member for member in project.member_tasks(task) if _can_ask(member)]
     seconds = units = 0.0

@@ -5,13 +5,13 @@ Belongs here: what holds for any key. Which keys there are is `sections.py`; how
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from less_assets.project.yaml_file import KeyPath, MarkedData, Problem
 
@@ -107,7 +107,7 @@ def _is_misspelt(path: KeyPath, unknown: KeyPath) -> bool:
     )
 
 
-def _in_words(error: Mapping[str, Any], path: KeyPath, schema: type[Section]) -> tuple[str, str]:
+def _in_words(error: ErrorDetails, path: KeyPath, schema: type[Section]) -> tuple[str, str]:
     """What is wrong and what to do, for one of pydantic's errors."""
     kind, context = error["type"], error.get("ctx", {})
     key, field = str(path[-1]) if path else "", _field_at(path, schema)
@@ -141,7 +141,7 @@ def _in_words(error: Mapping[str, Any], path: KeyPath, schema: type[Section]) ->
     return f"{said}; it is {shown}", fix
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is None:
         return "empty"
     if isinstance(value, dict | list):
@@ -182,7 +182,7 @@ def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: object) -> type[BaseModel] | None:
     """The section that an annotation such as `list[Task]` or `Evaluation | None` leads to; None for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation

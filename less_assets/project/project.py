@@ -173,12 +173,12 @@ class Project(Section):
     def matches_targets(self, key: str) -> bool:
         """Whether a recipe draws rows that are as long as the task's target examples."""
         recipe = self.recipe(key)
-        return recipe.strategy == "length_matched" and recipe.match is None
+        return recipe.traits.draws_by_length and recipe.match is None
 
     def counts_tokens(self, key: str) -> bool:
         """Whether a recipe's selection depends on the lengths of rows in tokens of the base model."""
         recipe = self.recipe(key)
-        return recipe.strategy == "length_matched" or (recipe.budget is not None and recipe.budget.unit == "tokens")
+        return recipe.traits.draws_by_length or (recipe.budget is not None and recipe.budget.unit == "tokens")
 
     # What follows names the settings that can change numbers, as plain data for fingerprints. Left out is what cannot:
     # where things are kept and run, batch sizes that only change rounding, and paths, whose content is hashed instead.
@@ -275,7 +275,7 @@ class Project(Section):
         model = self.model_settings()
         if recipe and recipe.model:
             model["base"] = self.as_written(recipe.model)
-        if recipe and recipe.strategy == "none":
+        if recipe and not recipe.traits.chooses_rows:
             return {"model": model, "training": None}
         return {"model": model, "lora": self.lora.model_dump(), "training": self.finetuning.training_settings()}
 

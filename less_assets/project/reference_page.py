@@ -5,7 +5,7 @@ Belongs here: putting keys into Markdown tables. What keys mean is `sections.py`
 
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -33,7 +33,7 @@ models in `less_assets/project/sections.py` by `python -m less_assets.project.re
 "Code" in the last column is the published code of LESS (princeton-nlp/LESS), "LESS" the paper (arXiv 2402.04333).
 """
 
-_TYPES: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+_TYPES: dict[object, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
 
 
 def describe_project_file() -> str:
@@ -67,7 +67,7 @@ def _row(name: str, field: FieldInfo) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _type(annotation: Any) -> str:
+def _type(annotation: object) -> str:
     inner = [part for part in get_args(annotation) if part is not NoneType]
     if section_of(annotation):
         return "list of mappings" if get_origin(annotation) is list else "mapping"

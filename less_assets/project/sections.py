@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from less_assets.project.keys import BrokenRule, Section, setting
 from less_assets.project.strategies import STRATEGIES, STRATEGY_KEYS, readers
@@ -166,7 +166,7 @@ class Training(Section):
         """Keyword arguments of `method.training.TrainingSettings`."""
         return self.model_dump(include=set(Training.model_fields))
 
-    def training_settings(self) -> dict[str, Any]:
+    def training_settings(self) -> dict[str, JsonValue]:
         """Those of them that can change numbers, for fingerprints."""
         return self.model_dump(include=set(Training.model_fields) - {"gradient_checkpointing"})
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -64,7 +63,7 @@ class MarkedData:
     """
 
     file: str
-    data: Any
+    data: object
     problems: tuple[Problem, ...]
     _root: yaml.Node
 

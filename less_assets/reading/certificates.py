@@ -7,22 +7,23 @@ A certificate is no asset: nothing is computed from it, and a selection without 
 artifact, and counts only while the scores that it was made for are in force.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.plan import ArtifactPlan
+from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
+from less_assets.reading.scores import recipe_queues
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
-    from less_assets.method.selection.fidelity import Judgement, Queue, ScoredSample
+    from less_assets.method.selection.fidelity import Judgement, ScoredSample
 
 CERTIFICATE, REAL_STEPS = "fidelity_certificate", "real_steps"
 SAMPLE, POOL, STEPS = "sample.parquet", "pool.parquet", "steps.parquet"
@@ -44,7 +45,8 @@ def certificate_plan(lineage: Lineage, task: str) -> ArtifactPlan:
     Raises:
         MissingArtifactError, StaleArtifactError: The scores are not there, or not those in force.
     """
-    settings = {"rows": lineage.project.gradients.certificate_rows, "rules": certified_rules(lineage.project)}
+    rules = certified_rules(lineage.project)
+    settings: dict[str, JsonValue] = {"rows": lineage.project.gradients.certificate_rows, "rules": [*rules]}
     folder = f"selection/{task}/fidelity"
     return ArtifactPlan(CERTIFICATE, task, folder, folder, settings, lineage.version("influence_scores", task))
 
@@ -52,7 +54,7 @@ def certificate_plan(lineage: Lineage, task: str) -> ArtifactPlan:
 def steps_plan(lineage: Lineage, task: str) -> ArtifactPlan:
     """What the comparison of predicted with real influence on a task is made from; raises as `certificate_plan`."""
     folder = f"selection/{task}/real_steps"
-    settings = {"rows": lineage.project.gradients.real_step_rows}
+    settings: dict[str, JsonValue] = {"rows": lineage.project.gradients.real_step_rows}
     return ArtifactPlan(REAL_STEPS, task, folder, folder, settings, lineage.version("influence_scores", task))
 
 
@@ -121,27 +123,10 @@ def scored_sample(folder: ArtifactFolder, recipe: ResolvedRecipe) -> "ScoredSamp
     column = f"{recipe.form}.{recipe.subtask}"
     if column not in pool.columns or sample.height < FEWEST:
         return None
-    arrays = (_matrix(sample[f"sketched.{column}"]), _matrix(sample[f"exact.{column}"]), _matrix(pool[column]))
+    arrays = (
+        score_matrix(sample[f"sketched.{column}"]),
+        score_matrix(sample[f"exact.{column}"]),
+        score_matrix(pool[column]),
+    )
     rows: Any = folder.manifest().summary["pool_rows"]
     return ScoredSample(*arrays, pool_rows=int(rows))
-
-
-def recipe_queues(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> "list[Queue]":
-    """The orders in which a recipe ranks the pool for a task, or for the members of a group."""
-    from less_assets.method.selection.fidelity import queues_of
-
-    labels: Sequence[str] = lineage.summary("influence_scores", task)["subtasks"]
-    places = list(enumerate(labels))
-    if lineage.project.task(task).members is None:
-        tasks = {task: [(label, place) for place, label in places]}
-    else:
-        members = [member.name for member in lineage.project.member_tasks(task)]
-        tasks = {
-            name: [(label.removeprefix(f"{name}/"), place) for place, label in places if label.startswith(f"{name}/")]
-            for name in members
-        }
-    return queues_of(tasks, str(recipe.aggregate))
-
-
-def _matrix(column: pl.Series) -> np.ndarray:
-    return column.to_numpy().reshape(len(column), -1)

@@ -152,12 +152,14 @@ def checkpoint_weights(lineage: Lineage) -> dict[str, float]:
     """Normalised mean learning rate of each checkpoint."""
     from less_assets.method.selection.influence import normalised_weights
 
-    return normalised_weights(
-        {
-            name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"]
-            for name in lineage.project.checkpoints
-        }
-    )
+    return normalised_weights(mean_learning_rates(lineage))
+
+
+def mean_learning_rates(lineage: Lineage) -> dict[str, float]:
+    """Mean learning rate of each checkpoint's epoch."""
+    return {
+        name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in lineage.project.checkpoints
+    }
 
 
 def target_features(lineage: Lineage, checkpoint: str, task: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """How a recipe ranked the pool by influence and where it cut: what decides whether a row is in.
 
-Belongs here: reading that back for reports and explanations. Not here: ranking itself (`method/selection.py`).
+Belongs here: reading that back for reports and explanations. Not here: ranking itself (`method/selection/ranking.py`).
 """
 
 from collections.abc import Iterator
@@ -11,24 +11,18 @@ import numpy as np
 import polars as pl
 
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.selection.ranking import Queue, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXACT, EXACT_COLUMN, SUBSET, score_file
-from less_assets.reading.rows import score_column, scores_of, subtask_label
-from less_assets.steps.ranking import candidates_of
+from less_assets.reading.files import EXACT_COLUMN, SUBSET, score_file
+from less_assets.reading.rows import score_column, scores_of
+from less_assets.reading.scores import candidates_of, exact_scores_of, recipe_queues
 from less_assets.store.tables import read_parquet
 
 
-class Queue(NamedTuple):
-    """One of the orders from which rows were taken.
+class QueueCut(NamedTuple):
+    """One of the orders from which rows were taken, and the lowest score that it took."""
 
-    Attributes:
-        places: Columns of the score matrix that it looks at.
-        aggregate: How they make one score: `max` or `mean`.
-        cut: The lowest score that it took.
-    """
-
-    places: list[int]
-    aggregate: str
+    queue: Queue
     cut: float
 
 
@@ -49,7 +43,7 @@ class Cuts:
     task: str
     recipe: ResolvedRecipe
     labels: list[str]
-    queues: list[Queue]
+    queues: list[QueueCut]
     exact: pl.DataFrame | None
 
     @classmethod
@@ -57,25 +51,13 @@ class Cuts:
         """Find the cuts in the selected rows."""
         key = f"{recipe.key}|{task}"
         labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
-        exact = read_parquet(lineage.folder("exact_scores", key), EXACT) if recipe.candidates is not None else None
+        exact = exact_scores_of(lineage, recipe, task)
         subset = read_parquet(lineage.folder("selected_subset", key), SUBSET, ["score", "subtask", "task"])
-        subset = subset.drop_nulls("task")  # rows that a mix has drawn were not ranked
-        named = subset.with_columns(subtask_label(lineage, task).alias("label"))
-        if recipe.aggregate == "round_robin":
-            lowest = named.group_by("label").agg(pl.col("score").min()).sort("label")
-            return cls(
-                lineage,
-                task,
-                recipe,
-                labels,
-                [Queue([labels.index(label)], "max", cut) for label, cut in lowest.iter_rows()],
-                exact,
-            )
-        group = lineage.project.task(task).members is not None
         queues = []
-        for member, cut in named.group_by("task").agg(pl.col("score").min()).sort("task").iter_rows():
-            own = [place for place, label in enumerate(labels) if not group or label.startswith(f"{member}/")]
-            queues.append(Queue(own, str(recipe.aggregate), cut))
+        for queue in recipe_queues(lineage, recipe, task):
+            taken = queue.taken(subset)
+            if taken.height:
+                queues.append(QueueCut(queue, float(taken["score"].min())))  # type: ignore[arg-type]
         return cls(lineage, task, recipe, labels, queues, exact)
 
     @property
@@ -93,11 +75,7 @@ class Cuts:
             float64 (n,): at least 0 for selected rows and for those that were passed over (near-duplicates, quotas),
             negative for others, NaN without a score.
         """
-        above = []
-        for places, how, cut in self.queues:
-            own = scores[:, places].max(axis=1) if how == "max" else scores[:, places].mean(axis=1, dtype=np.float64)
-            # Scores are ranked as float32: a row at the cut must not fall below it by a rounding.
-            above.append(own.astype(np.float32).astype(np.float64) - cut)
+        above = [queue.scores(scores).astype(np.float64) - cut for queue, cut in self.queues]
         return np.max(above, axis=0) if above else np.full(len(scores), np.nan)
 
     def margins_of(self, rows: pl.DataFrame) -> np.ndarray:
@@ -140,12 +118,5 @@ class Cuts:
 
     def by_label(self) -> dict[str, float]:
         """The lowest selected score for each subtask that has a cut of its own, or for all that share one."""
-        return {self.labels[place]: queue.cut for queue in self.queues for place in queue.places}
-
-
-def score_matrix(column: pl.Series) -> np.ndarray:
-    """A score column as float32 (n, J); null rows are NaN."""
-    width = column.dtype.shape[0] if isinstance(column.dtype, pl.Array) else 1
-    scores = np.full((len(column), width), np.nan, dtype=np.float32)
-    scores[column.is_not_null().to_numpy()] = column.drop_nulls().to_numpy().reshape(-1, width)
-    return scores
+        cuts = {column: cut for queue, cut in self.queues for column in queue.columns}
+        return {self.labels[column]: cuts[column] for column in sorted(cuts)}

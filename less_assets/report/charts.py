@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from less_assets.method.evaluation.leaderboard import REFERENCES
+
 if TYPE_CHECKING:
     import altair as alt
     from numpy.typing import ArrayLike
@@ -271,7 +273,7 @@ def leaderboard_chart(
     *,
     title: str = "",
     value_title: str = "score",
-    references: Sequence[str] = ("none", "random", "full"),
+    references: Sequence[str] = tuple(REFERENCES.values()),
 ) -> bytes:
     """Draw each recipe's value with its interval, one panel a task.
 

@@ -15,9 +15,9 @@ import polars as pl
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.data.conversations import Conversation, Message, carries_loss, full_text, stated
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
+from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.rows import conversations_by_id, score_column, scores_of
-from less_assets.reading.selection_cut import score_matrix
 from less_assets.store.tables import read_parquet
 
 JsonObject = dict[str, Any]

@@ -10,8 +10,7 @@ from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import Compute, ComputeTogether, Log
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Declaration
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Declaration, Lineage
 from less_assets.steps.shown import Describe, Verdict, only_figures
 
 ROW_COLUMNS = {"example_id": ["example_id"], "source": ["source"]}

@@ -6,7 +6,7 @@ Belongs here: wiring only; each of these assets exists only if a recipe needs it
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -14,15 +14,18 @@ import polars as pl
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Input, Keys
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.reading.files import EMBEDDINGS, EXAMPLES, PLACES, TARGETS, score_file
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.shown import one_table
+from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet, write_json, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.selection.scorers import TargetExamples
 
 
 def embed_shard(work: StepInputs) -> StepResult:
@@ -101,79 +104,58 @@ def embed_targets(work: StepInputs) -> StepResult:
 
 
 def score_embeddings(work: StepInputs) -> StepResult:
-    """Score the pool from its embeddings, shard by shard."""
-    from less_assets.method.selection.baselines import cosine_scores
-
+    """Score the pool from its embeddings, shard by shard, by the rule that the table of strategies names."""
     lineage = work.lineage
     recipe, task = split(work.partition)
-    rds = work.project.recipe(recipe).strategy == "rds"
-    if rds:
-        targets = read_parquet(lineage.folder("target_embeddings", task), EMBEDDINGS)
-        directions = targets["embedding"].to_numpy()
-        places = [
-            [member, subtask.removeprefix(f"{member}/")] for member, subtask in targets["member", "subtask"].rows()
-        ]
-    else:
-        places = [[task, "all"]]
+    scorer = work.project.recipe(recipe).traits.load()(_embedded_targets(work, recipe, task))
     rows = 0
     for shard in lineage.shards():
-        columns = ["example_id", "source", "status", "loss_tokens", "embedding" if rds else "loss"]
-        table = read_parquet(lineage.folder("pool_embeddings", shard), EMBEDDINGS, columns)
-        scores = cosine_scores(table["embedding"].to_numpy(), directions) if rds else table["loss"].to_numpy()[:, None]
-        write_scores(work, shard, table.select("example_id", "source", "status", "loss_tokens"), scores)
+        folder = lineage.folder("pool_embeddings", shard)
+        table = read_parquet(folder, EMBEDDINGS, ["example_id", "source", "status", "loss_tokens"])
+        scores = scorer.score(partial(_column, folder))
+        write_scores(work, shard, table, scores)
         rows += table.height
-    write_json(work.folder, PLACES, places)  # type: ignore[arg-type]
-    return StepResult({"rows": rows, "scores": len(places)})
+    write_json(work.folder, PLACES, [list(column) for column in scorer.columns])
+    return StepResult({"rows": rows, "scores": len(scorer.columns)})
+
+
+def _embedded_targets(work: StepInputs, recipe: str, task: str) -> "TargetExamples":
+    from less_assets.method.selection.scorers import TargetExamples
+
+    if not _compares_embeddings(work.project, recipe):
+        return TargetExamples(task, [], [])
+    table = read_parquet(work.lineage.folder("target_embeddings", task), EMBEDDINGS)
+    members, subtasks = table["member"].to_list(), table["subtask"].to_list()
+    return TargetExamples(task, members, subtasks, embeddings=table["embedding"].to_numpy())
+
+
+def _column(folder: ArtifactFolder, name: str) -> np.ndarray:
+    return read_parquet(folder, EMBEDDINGS, [name])[name].to_numpy()
 
 
 def score_texts(work: StepInputs) -> StepResult:
-    """Score the pool from its text: one pass over the shards to know the whole pool, one to score each of them."""
-    from less_assets.method.selection import baselines
+    """Score the pool from its text, by the rule that the table of strategies names.
+
+    The rule passes over the shards to know the whole pool; then each shard is scored.
+    """
+    from less_assets.method.selection.scorers import TargetExamples
 
     lineage = work.lineage
     recipe, task = split(work.partition)
     table = read_parquet(lineage.folder("target_examples", task), TARGETS)
     texts = [_target_text(row) for row in table.iter_rows(named=True)]
-    if work.project.recipe(recipe).strategy == "bm25":
-        pool = baselines.WordStatistics.of(texts)
-        for _, messages in _pool_messages(work):
-            pool.count(map(baselines.text_of, messages["messages"]))
-        members = dict(table.select("subtask", "member").rows())
-        places = [[members[label], label.removeprefix(f"{members[label]}/")] for label in sorted(members)]
-        score: Any = partial(_bm25, targets=texts, subtasks=table["subtask"].to_list(), pool=pool)
-    else:
-        names = table["member"].unique(maintain_order=True).to_list()
-        places = [[name, "all"] for name in names]
-        wanted = [
-            baselines.ngram_counts(text for text, member in zip(texts, table["member"], strict=True) if member == name)
-            for name in names
-        ]
-        counts = np.zeros_like(wanted[0])
-        for _, messages in _pool_messages(work):
-            counts += baselines.ngram_counts(map(baselines.text_of, messages["messages"]))
-        score = partial(_dsir, wanted=wanted, pool=counts)
+    targets = TargetExamples(task, table["member"].to_list(), table["subtask"].to_list(), texts)
+    rule = work.project.recipe(recipe).traits.load()
+    scorer = rule(targets, lambda: (texts for _, _, texts in _pool_texts(work)))
     rows = 0
-    for shard, messages in _pool_messages(work):
-        scores = score([baselines.text_of(each) for each in messages["messages"]])
+    for shard, usable, texts in _pool_texts(work):
         whole = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
-        spread = np.full((whole.height, len(places)), np.nan, dtype=np.float32)
-        spread[messages["row"].to_numpy()] = scores
-        write_scores(work, shard, whole, spread)
+        scores = np.full((whole.height, len(scorer.columns)), np.nan, dtype=np.float32)
+        scores[usable] = scorer.score(texts)
+        write_scores(work, shard, whole, scores)
         rows += whole.height
-    write_json(work.folder, PLACES, places)  # type: ignore[arg-type]
-    return StepResult({"rows": rows, "scores": len(places)})
-
-
-def _bm25(texts: list[str], *, targets: list[str], subtasks: list[str], pool: Any) -> np.ndarray:
-    from less_assets.method.selection.baselines import bm25_scores
-
-    return bm25_scores(texts, targets, subtasks, pool)[1]
-
-
-def _dsir(texts: list[str], *, wanted: list[np.ndarray], pool: np.ndarray) -> np.ndarray:
-    from less_assets.method.selection.baselines import dsir_log_weights
-
-    return np.stack([dsir_log_weights(texts, counts, pool) for counts in wanted], axis=1)
+    write_json(work.folder, PLACES, [list(column) for column in scorer.columns])
+    return StepResult({"rows": rows, "scores": len(scorer.columns)})
 
 
 def _target_text(row: dict[str, Any]) -> str:
@@ -182,11 +164,14 @@ def _target_text(row: dict[str, Any]) -> str:
     return text_of([*row["messages"], {"role": "assistant", "content": row["assistant_prefix"] + row["completion"]}])
 
 
-def _pool_messages(work: StepInputs) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Row and messages of every usable row, shard by shard; what stands in the pool twice counts twice."""
+def _pool_texts(work: StepInputs) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+    """Shard, numbers and texts of its usable rows, shard by shard; what stands in the pool twice counts twice."""
+    from less_assets.method.selection.baselines import text_of
+
     for shard in work.lineage.shards():
         table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["messages", "status"])
-        yield shard, table.with_row_index("row").filter(pl.col("status") == "ok").select("row", "messages")
+        usable = table.with_row_index("row").filter(pl.col("status") == "ok")
+        yield shard, usable["row"].to_numpy(), list(map(text_of, usable["messages"]))
 
 
 def write_scores(work: StepInputs, shard: str, rows: pl.DataFrame, scores: np.ndarray) -> None:
@@ -221,7 +206,7 @@ def _strategy(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
     return {"strategy": lineage.project.recipe(keys["recipe"]).strategy}
 
 
-def _embedded_targets(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+def _embedded_content(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
     """Another way to evaluate the task leaves its embeddings as they are."""
     examples = lineage.summary("target_examples", keys["task"])["examples_digest"]
     return {"base_model": inputs["base_model"], "examples": examples}
@@ -274,7 +259,7 @@ ASSETS = (
         folder="embeddings/target/{task}",
         settings=_model_settings,
         shared_settings=lambda project: {"model": project.model_settings()},
-        determined_by=_embedded_targets,
+        determined_by=_embedded_content,
         needed_by=_compares_embeddings,
         compute=embed_targets,
         describe=one_table(EMBEDDINGS),

@@ -5,7 +5,7 @@ Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from less_assets.compute.step import Compute, Log, StepInputs, StepResult, mater
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
+from less_assets.method.selection.ranking import Queue, score_matrix, select_from_sample
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import (
     CERTIFICATE,
@@ -28,14 +29,15 @@ from less_assets.reading.certificates import (
     certificate_plan,
     certified_recipes,
     certified_rules,
-    recipe_queues,
     scored_sample,
     steps_plan,
 )
 from less_assets.reading.files import INDEX, score_file
-from less_assets.steps.gradients import encode_targets
+from less_assets.reading.rows import mean_learning_rates, score_column
+from less_assets.reading.scores import recipe_queues
+from less_assets.steps.gradients import encode_targets, total_tokens
 from less_assets.steps.ranking import budget_of
-from less_assets.steps.rescoring import encode_rows
+from less_assets.steps.rescoring import encode_rows, score_rows_exactly
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet, write_parquet
 
@@ -98,73 +100,54 @@ def _make(lineage: Lineage, models: ModelLoader, plan: ArtifactPlan, compute: Co
 
 def score_sample(work: StepInputs) -> StepResult:
     """Score a random sample of the pool exactly, and keep an even sample of the pool's own scores."""
-    from less_assets.method.gradients.exact import exact_influence
-    from less_assets.method.selection.influence import normalised_weights
-
-    lineage, task = work.lineage, work.partition
-    checkpoints, forms = work.project.checkpoints, work.project.gradients.forms
+    lineage, task, settings = work.lineage, work.partition, work.project.gradients
     rules = certified_rules(work.project)
-    sample = draw_sample(lineage, task, work.project.gradients.certificate_rows)
-    examples = encode_rows(work, sample)
-    weights = normalised_weights(
-        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
-    )
-    columns = [f"{form}.{rule}" for form in forms for rule in rules]
-    exact: dict[str, Any] = dict.fromkeys(columns, np.float32(0))
-    errors: dict[str, list[float]] = {column: [] for column in columns}
-    targets = lineage.summary("target_examples", task)["examples"]
-    tokens = 0
-    progress = work.progress(len(checkpoints) * len(rules) * (len(examples) + 2 * targets), "rows")
-    for checkpoint in checkpoints:
-        loaded = work.models.checkpoint(lineage, checkpoint)
-        encoded, subtasks = encode_targets(work, task, loaded.tokenizer)
-        longest = max(len(example.input_ids) for example in [*examples, *encoded])
-        tokens += len(rules) * (_tokens(examples) + 2 * _tokens(encoded))
-        for rule in rules:
-            _, scores = exact_influence(
-                loaded.model,
-                examples,
-                encoded,
-                subtasks,
-                rule=rule,
-                forms=forms,
-                moments=loaded.moments,
-                batching=loaded.batching(work.project.gradients, longest),
-                directions_limit=work.project.gradients.directions_limit,
-                on_progress=progress,
-            )
-            for form in forms:
-                column = f"{form}.{rule}"
-                exact[column] = exact[column] + np.float32(weights[checkpoint]) * scores[form]
-                sketched = _matrix(sample[f"{column}.{checkpoint}"])
-                errors[column].append(float(np.nanmean(np.square(sketched - scores[form], dtype=np.float64))))
-    width = sample[columns[0]].dtype.shape[0]  # type: ignore[attr-defined]
-    kept = sample.select(
-        "example_id",
-        "source",
-        "shard",
-        "row",
-        "loss_tokens",
-        *(pl.col(column).alias(f"sketched.{column}") for column in columns),
-        *(pl.Series(f"exact.{column}", values, pl.Array(pl.Float32, width)) for column, values in exact.items()),
-    )
-    finite = np.isfinite(np.stack(list(exact.values()))).all(axis=(0, 2))
-    if not finite.any():
+    sample = draw_sample(lineage, task, settings.certificate_rows)
+    exact = score_rows_exactly(work, task, sample, forms=settings.forms, rules=rules)
+    columns = {score_column(form, rule): (form, rule) for form in settings.forms for rule in rules}
+    certified = _both_scores(sample, {column: exact.total(*which) for column, which in columns.items()})
+    if certified.is_empty():
         raise LessAssetsError(
             "None of the sampled rows has a gradient any more, although all had one when features were extracted.",
             where=f"influence_scores {task}",
             fix="run `less-assets run --verify`",
         )
-    write_parquet(work.folder, SAMPLE, kept.filter(pl.Series(finite)))
+    write_parquet(work.folder, SAMPLE, certified)
     even, pool_rows = even_sample(lineage, task, ["loss_tokens", *columns])
     write_parquet(work.folder, POOL, even)
     summary = {
-        "rows": int(finite.sum()),
+        "rows": certified.height,
         "pool_rows": pool_rows,
-        "cosine_error": {column: float(np.sqrt(np.mean(squares))) for column, squares in errors.items()},
-        "theory": work.project.gradients.dimension**-0.5,
+        "cosine_error": {name: _cosine_error(sample, name, exact.scores[which]) for name, which in columns.items()},
+        "theory": settings.dimension**-0.5,
     }
-    return StepResult(summary, units=tokens)
+    return StepResult(summary, units=exact.tokens)
+
+
+def _both_scores(sample: pl.DataFrame, exact: dict[str, np.ndarray]) -> pl.DataFrame:
+    """The sample's rows with their sketched and exact scores, without those that have no exact one."""
+    both = sample.select(
+        "example_id",
+        "source",
+        "shard",
+        "row",
+        "loss_tokens",
+        *(pl.col(column).alias(f"sketched.{column}") for column in exact),
+        *(
+            pl.Series(f"exact.{column}", scores, pl.Array(pl.Float32, scores.shape[1]))
+            for column, scores in exact.items()
+        ),
+    )
+    return both.filter(pl.Series(np.isfinite(np.stack(list(exact.values()))).all(axis=(0, 2))))
+
+
+def _cosine_error(sample: pl.DataFrame, column: str, exact: dict[str, np.ndarray]) -> float:
+    """Root mean square error of a column's sketched cosines, over rows, subtasks and checkpoints."""
+    squares = [
+        np.nanmean(np.square(score_matrix(sample[f"{column}.{checkpoint}"]) - scores, dtype=np.float64))
+        for checkpoint, scores in exact.items()
+    ]
+    return float(np.sqrt(np.mean(squares)))
 
 
 def draw_sample(lineage: Lineage, task: str, rows: int) -> pl.DataFrame:
@@ -205,28 +188,23 @@ def _hash(example_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(example_id.encode(), digest_size=8, key=SALT).digest(), "big")
 
 
-def _matrix(column: pl.Series) -> np.ndarray:
-    return column.to_numpy().reshape(len(column), -1)
-
-
 def recipe_fidelity(
     lineage: Lineage, folder: ArtifactFolder, recipe: ResolvedRecipe, task: str
 ) -> RecipeFidelity | None:
     """What a certificate says of a recipe, on the pool's even sample; None if it does not cover the recipe's scores."""
-    from less_assets.method.selection.fidelity import calibrate, judge, spearman, take_in_turn, top_overlap
+    from less_assets.method.selection.fidelity import calibrate, judge, spearman, top_overlap
 
     sample = scored_sample(folder, recipe)
     if sample is None:
         return None
     queues = recipe_queues(lineage, recipe, task)
     share = budget_share(lineage, recipe, read_parquet(folder, POOL, ["loss_tokens"])["loss_tokens"], sample.pool_rows)
-    selected = take_in_turn(sample.pool, queues, max(1, round(share * len(sample.pool))))
+    selected = select_from_sample(sample.pool, queues, max(1, round(share * len(sample.pool))))
     judged = judge(sample, queues, selected)
     sketched, exact = queues[0].scores(sample.sketched), queues[0].scores(sample.exact)
     best_sketched, best_exact = (_over_queues(queues, array) for array in (sample.sketched, sample.exact))
-    own = selected.filter(pl.col("task") == queues[0].task)
-    own = own if queues[0].subtask is None else own.filter(pl.col("subtask") == queues[0].subtask)
-    cut = float(own["score"].min()) if own.height else float(sketched.max())  # type: ignore[arg-type]
+    taken = queues[0].taken(selected)
+    cut = float(taken["score"].min()) if taken.height else float(sketched.max())  # type: ignore[arg-type]
     pool = queues[0].scores(sample.pool)
     exact_cut = calibrate(sketched, exact).exact_cut(pool, max(float((pool >= cut).mean()), 1 / len(pool)))
     bands = [band for band in judged.bands if band is not None]
@@ -241,7 +219,7 @@ def recipe_fidelity(
     )
 
 
-def _over_queues(queues: list[Any], array: np.ndarray) -> np.ndarray:
+def _over_queues(queues: list[Queue], array: np.ndarray) -> np.ndarray:
     """One score a row: the best over the recipe's orders."""
     return np.max([queue.scores(array) for queue in queues], axis=0)
 
@@ -259,9 +237,7 @@ def measure_steps(work: StepInputs) -> StepResult:
     from less_assets.method.selection.fidelity import pearson, spearman, step_effects
 
     lineage, task, settings = work.lineage, work.partition, work.project.gradients
-    rates = {
-        name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in work.project.checkpoints
-    }
+    rates = mean_learning_rates(lineage)
     checkpoint = max(rates, key=lambda name: rates[name])
     sample = draw_sample(lineage, task, settings.real_step_rows)
     loaded = work.models.checkpoint(lineage, checkpoint)
@@ -298,12 +274,8 @@ def measure_steps(work: StepInputs) -> StepResult:
             "target_examples": len(targets),
             "agreement": agreement,
         },
-        units=len(examples) * _tokens(targets) + _tokens(examples),
+        units=len(examples) * total_tokens(targets) + total_tokens(examples),
     )
-
-
-def _tokens(examples: Iterable[Any]) -> int:
-    return sum(len(example.input_ids) for example in examples)
 
 
 def _number(value: float) -> float | None:

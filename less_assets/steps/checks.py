@@ -14,8 +14,8 @@ from less_assets.lineage.lineage import Lineage, split
 from less_assets.method.evaluation import LOSSES
 from less_assets.method.evaluation.leaderboard import in_words
 from less_assets.steps.asset import Check
+from less_assets.steps.judging_examples import answers_of_another_form
 from less_assets.steps.shown import Picture, Table, Verdict
-from less_assets.steps.validation import answers_of_another_form
 from less_assets.store.tables import read_parquet
 
 QUARANTINE_LIMIT = 0.05
@@ -54,7 +54,7 @@ def _compare_with_base(lineage: Lineage, key: str, models: ModelLoader, log: Log
     bases = [
         name
         for name, other in lineage.project.recipe_keys.items()
-        if other.strategy == "none" and other.model == model and name != recipe
+        if not other.traits.chooses_rows and other.model == model and name != recipe
     ]
     known = [name for name in bases if lineage.status("eval_results", f"{name}|{task}").state == "fresh"]
     ours = lineage.summary("eval_results", key).get("metrics") or {}
@@ -114,7 +114,7 @@ def check_short_rows(lineage: Lineage, key: str, models: ModelLoader, log: Log) 
     )
 
 
-def check_sketch(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> Verdict:
+def check_sketch_fidelity(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> Verdict:
     """Certify a task's scores, unless that was done, and tell how far they can be trusted."""
     from less_assets.reading.certificates import certified_recipes
     from less_assets.steps.certificates import certified_on, certify
@@ -212,7 +212,7 @@ not_worse_than_base = Check(
 sketch_is_faithful = Check(
     "sketch_is_faithful",
     "Exact scores would select nearly the same rows: a random sample of the pool is scored exactly.",
-    check_sketch,
+    check_sketch_fidelity,
     loads_model=True,
 )
 influence_is_real = Check(

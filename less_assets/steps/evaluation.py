@@ -14,8 +14,7 @@ from less_assets.compute.speeds import rate_name
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.timings import cost_of, cost_with_inputs
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Input, Keys
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.project.sections import Task
@@ -27,14 +26,14 @@ from less_assets.steps.fairness_checks import (
     losses_speak_of_the_targets,
     no_recipe_below_base,
 )
-from less_assets.steps.shown import PREVIEW_CHARACTERS, TABLE_ROWS, Markdown, Picture, Shown, Stored, Table, one_table
-from less_assets.steps.validation import (
+from less_assets.steps.judging_examples import (
     answers_of_another_form,
+    evaluation_examples,
     is_validated,
-    pooled_validation,
-    validate,
     validation_examples,
 )
+from less_assets.steps.shown import PREVIEW_CHARACTERS, TABLE_ROWS, Markdown, Picture, Shown, Stored, Table, one_table
+from less_assets.steps.validation import pooled_validation, validate
 from less_assets.store.tables import read_parquet, write_parquet
 
 
@@ -110,22 +109,6 @@ def evaluation_settings(project: Project, task: Task) -> Any:
         chat_format=project.model.chat_format,
         max_length=evaluated.max_length or project.model.max_length,
         token_budget=evaluated.token_budget,
-    )
-
-
-def evaluation_examples(task: Task) -> list[Any]:
-    """What a task without a harness asks: its held-out file, or a benchmark's own files."""
-    from less_assets.method.data.targets import read_evaluation
-
-    evaluated = task.evaluation
-    assert evaluated is not None
-    assert task.examples is not None
-    return read_evaluation(
-        evaluated.format or "messages",
-        evaluated.path or str(evaluated.held_out),
-        evaluated.limit,
-        shots_path=task.examples.path if task.examples.format == evaluated.format else None,
-        few_shot=evaluated.few_shot,
     )
 
 
@@ -258,8 +241,6 @@ def evaluation_work(workload: Workload, due: Sequence[str]) -> Amount:
 
 def evaluation_samples(task: Task) -> int:
     """Samples of a task's evaluation; 1 stands for a harness task, whose data only the harness knows."""
-    from less_assets.steps.evaluation import evaluation_examples
-
     if task.evaluation is None or task.evaluation.harness is not None:
         return 0 if task.evaluation is None else 1
     return len(evaluation_examples(task))

@@ -14,13 +14,12 @@ from less_assets.compute.models import LoadedCheckpoint
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Input, Keys
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import CERTIFICATE, read_certificate
-from less_assets.reading.files import EXACT, INDEX, NEIGHBOURS, REPORT, ROWS, SUBSET, TOKENS
+from less_assets.reading.files import INDEX, NEIGHBOURS, REPORT, ROWS, SUBSET, TOKENS
 from less_assets.reading.rows import (
     ROWS_AT_ONCE,
     checkpoint_weights,
@@ -30,11 +29,12 @@ from less_assets.reading.rows import (
     subtask_label,
     target_influence,
 )
+from less_assets.reading.scores import candidates_of, exact_scores_of
 from less_assets.reading.subsets import chooses_rows, other_subsets
 from less_assets.report.page import page_digest
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
-from less_assets.steps.ranking import aggregate_of, candidates_of, restraints_of
+from less_assets.steps.ranking import aggregate_of, restraints_of
 from less_assets.steps.shown import TABLE_ROWS, File, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
 
@@ -70,10 +70,8 @@ def rows_to_explain(work: StepInputs, recipe: ResolvedRecipe, task: str) -> pl.D
     lineage, key = work.lineage, f"{recipe.key}|{task}"
     subset = read_parquet(lineage.folder("selected_subset", key), SUBSET).drop("messages")
     sketched = candidates_of(lineage, recipe, task)
-    ranked = sketched
-    if recipe.candidates is not None:
-        exact = read_parquet(lineage.folder("exact_scores", key), EXACT)
-        ranked = candidates_of(lineage, recipe, task, exact=exact)
+    exact = exact_scores_of(lineage, recipe, task)
+    ranked = sketched if exact is None else candidates_of(lineage, recipe, task, exact=exact)
     count = lineage.project.report.context_rows
     # Rows that a mix has drawn are in the subset for no reason of their own.
     selected = subset.drop_nulls("score").select(pl.lit("selected").alias("group"), *EXPLAINED_SCHEMA.names()[1:])

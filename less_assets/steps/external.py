@@ -11,9 +11,8 @@ import polars as pl
 
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import PoolFormatError
-from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.file_digests import files_digest
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.reading.files import EXAMPLES, PLACES

@@ -11,12 +11,12 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import Log
 from less_assets.lineage.lineage import Lineage
-from less_assets.method.evaluation.leaderboard import in_words, judging, of_number, with_named_numbers
+from less_assets.method.evaluation.leaderboard import REFERENCES, in_words, judging, of_number, with_named_numbers
 from less_assets.project.sections import Task
 from less_assets.reading.files import BOARD, EXAMPLES, TARGETS
 from less_assets.steps.asset import Check
+from less_assets.steps.judging_examples import answers_of_another_form
 from less_assets.steps.shown import TABLE_ROWS, Table, Verdict
-from less_assets.steps.validation import answers_of_another_form
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
@@ -74,9 +74,8 @@ def _judge_control(lineage: Lineage, task_name: str, models: ModelLoader, log: L
     if not lineage.project.task(task_name).control:
         return Verdict(True, "The task is no control.", {})
     board = with_named_numbers(read_parquet(lineage.folder("task_results", task_name), BOARD))
-    compared = board.filter(
-        "decides", pl.col("vs_random").is_not_null(), ~pl.col("strategy").is_in(["none", "full", "random"])
-    )
+    references = pl.col("strategy").is_in(list(REFERENCES.values()))
+    compared = board.filter("decides", pl.col("vs_random").is_not_null(), ~references)
     if compared.is_empty():
         return Verdict(True, "There is no recipe to compare with random.", {})
     better = pl.when("higher_is_better").then(pl.col("vs_random_low") > 0).otherwise(pl.col("vs_random_high") < 0)

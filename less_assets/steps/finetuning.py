@@ -14,9 +14,8 @@ from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
-from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.file_digests import model_stamp
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.reading.files import CURVE, SUBSET
 from less_assets.steps.asset import Asset
@@ -30,7 +29,7 @@ def finetune(work: StepInputs) -> StepResult:
     from less_assets.method.training.training import TrainingSettings, steps_per_epoch, train_adapter
 
     recipe = work.project.recipe(split(work.partition)[0])
-    if recipe.strategy == "none":
+    if not recipe.traits.chooses_rows:
         return StepResult({"trained": False, "examples": 0, "loss_tokens": 0})
     settings = TrainingSettings(**work.project.finetuning.training_values())
     model, tokenizer = work.models.base(recipe.model)
@@ -107,7 +106,7 @@ def training_work(workload: Workload, due: Sequence[str]) -> Amount:
     for key in due:
         recipe, task = split(key)
         resolved = workload.project.recipe(recipe)
-        if resolved.strategy != "none":
+        if resolved.traits.chooses_rows:
             same = (resolved.strategy, resolved.budget, resolved.seed, resolved.model)
             subset = same if resolved.traits.same_for_every_task else (recipe, task)
             trained[subset] = workload.selected_rows(recipe, task)

@@ -17,8 +17,7 @@ from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import StaleArtifactError, TargetFormatError
-from less_assets.lineage.declaration import Input, Keys
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.reading.files import BATCHING, EXAMPLES, FEATURES, TARGET_FEATURES, TARGETS
@@ -35,7 +34,7 @@ REASONS = 20
 def extract_train_gradients(work: StepInputs) -> StepResult:
     """Extract a shard's features block by block; blocks that an interrupted run finished are kept."""
     from less_assets.method.data.chat import encode_messages
-    from less_assets.method.gradients.features import RowStatus, extract_features
+    from less_assets.method.gradients.features import RowStatus
 
     checkpoint, shard = split(work.partition)
     table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages", "status"])
@@ -61,38 +60,47 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
         settings.storage,
         min(settings.block_rows, max(1, len(examples))),
     )
-    longest = max((len(example.input_ids) for example in examples if example), default=1)
-    budget = _token_budget(work, loaded, longest)
-    finished = writer.finished_blocks()
-    done = sum(stop - start for start, stop in map(writer.bounds, finished))
-    progress = work.progress(len(examples), "rows", done)
-    lengths = [len(example.input_ids) for example in examples if example]
-    mean_tokens = sum(lengths) / max(1, len(lengths))
-    extracted = 0
-    for block in range(writer.blocks):
-        if block not in finished:
-            start, stop = writer.bounds(block)
-            features = extract_features(
-                loaded.model,
-                examples[start:stop],
-                forms=settings.forms,
-                moments=loaded.moments,
-                sketch=loaded.sketch(settings),
-                token_budget=budget,
-                pad_token_id=loaded.pad_token_id,
-                gradient_checkpointing=settings.gradient_checkpointing,
-                on_progress=lambda rows: progress(rows, round(rows * mean_tokens)),
-            )
-            writer.write_block(block, features)
-            extracted += _tokens(examples[start:stop])
+    extracted = _extract_blocks(work, loaded, writer, examples)
     reasons = Counter(example.problem for example in examples if example and example.problem)
     refused: dict[str, Any] = {"template_refused": dict(reasons.most_common(REASONS))} if reasons else {}
     sketch = {"sketch_digest": loaded.sketch(settings).fingerprint}
-    summary = _feature_summary(work, RowStatus, _tokens(examples)) | sketch | refused
+    summary = _feature_summary(work, RowStatus, total_tokens(examples)) | sketch | refused
     return StepResult(summary, units=extracted)
 
 
-def _tokens(examples: Iterable[Any]) -> int:
+def _extract_blocks(work: StepInputs, loaded: LoadedCheckpoint, writer: FeatureWriter, examples: Sequence[Any]) -> int:
+    """Extract the blocks that are not there yet; returns their tokens."""
+    from less_assets.method.gradients.features import extract_features
+
+    settings, finished = work.project.gradients, writer.finished_blocks()
+    lengths = [len(example.input_ids) for example in examples if example]
+    mean_tokens = sum(lengths) / max(1, len(lengths))
+    budget = _token_budget(work, loaded, max(lengths, default=1))
+    done = sum(stop - start for start, stop in map(writer.bounds, finished))
+    progress = work.progress(len(examples), "rows", done)
+    extracted = 0
+    for block in range(writer.blocks):
+        if block in finished:
+            continue
+        start, stop = writer.bounds(block)
+        features = extract_features(
+            loaded.model,
+            examples[start:stop],
+            forms=settings.forms,
+            moments=loaded.moments,
+            sketch=loaded.sketch(settings),
+            token_budget=budget,
+            pad_token_id=loaded.pad_token_id,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            on_progress=lambda rows: progress(rows, round(rows * mean_tokens)),
+        )
+        writer.write_block(block, features)
+        extracted += total_tokens(examples[start:stop])
+    return extracted
+
+
+def total_tokens(examples: Iterable[Any]) -> int:
+    """Tokens of encoded examples; None is a row that could not be encoded."""
     return sum(len(example.input_ids) for example in examples if example is not None)
 
 
@@ -139,7 +147,7 @@ def close_datastore(work: StepInputs) -> StepResult:
     for shard in work.lineage.shards():
         key = f"{checkpoint}|{shard}"
         found = work.lineage.summary("train_gradients", key)
-        check_sketch(sketches, f"train_gradients {key}", found["sketch_digest"])
+        require_same_sketch(sketches, f"train_gradients {key}", found["sketch_digest"])
         open_features(work.lineage.folder("train_gradients", key), FEATURES)
         rows[shard] = found["rows"]
         usable += found["usable"]
@@ -155,7 +163,7 @@ def close_datastore(work: StepInputs) -> StepResult:
     return StepResult(summary)
 
 
-def check_sketch(known: dict[str, str], name: str, digest: str) -> None:
+def require_same_sketch(known: dict[str, str], name: str, digest: str) -> None:
     """Remember an artifact's sketch, and refuse one that is not like those before.
 
     Equal settings give another sketch if a library has changed the order of the model's parameters, which no setting
@@ -210,7 +218,7 @@ def extract_target_gradients(work: StepInputs) -> StepResult:
         pl.Series("norm", block.norms["sgd"]),
         pl.Series("features", block.features["sgd"]),
     )
-    tokens = _tokens(examples)
+    tokens = total_tokens(examples)
     return _stored_targets(work, stored, tokens, loaded.sketch(settings).fingerprint, units=tokens)
 
 

@@ -38,7 +38,8 @@ def select_by_matching(
         ProjectFileError: Not even the best row fits a token budget, or the quotas allow none.
     """
     from less_assets.method.selection.matching import REACH, Limits, match
-    from less_assets.method.selection.selection import PASSED_OVER_SCHEMA, select_by_score, selection_of
+    from less_assets.method.selection.ranking import PASSED_OVER_SCHEMA
+    from less_assets.method.selection.selection import select_by_score, selection_of
 
     reaching = [select_by_score(scored, budget.times(REACH), order) for order in ("mean", "round_robin")]
     summary = reaching[0].summary

@@ -12,9 +12,8 @@ from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
-from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.file_digests import model_stamp
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Input, Keys, Lineage
 from less_assets.lineage.plan import digest
 from less_assets.lineage.pool_files import data_path
 from less_assets.reading.files import EXAMPLES, INDEX
@@ -184,7 +183,7 @@ ASSETS = (
         inputs=(Input("instruction_pool"),),
         folder="pool_index",
         # A removed source changes no partition that is left; by this Dagster sees that the index is another one.
-        shared_settings=lambda project: {"sources": sorted(source.name for source in project.pool.sources)},
+        shared_settings=lambda project: {"sources": [*sorted(source.name for source in project.pool.sources)]},
         compute=index_pool,
         describe=describe_index,
         checks=(few_rows_quarantined, evaluation_not_in_pool),

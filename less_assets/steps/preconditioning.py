@@ -12,8 +12,7 @@ import polars as pl
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Input, Keys
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.project.project import Project
 from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, PLACES
 from less_assets.reading.rows import checkpoint_weights

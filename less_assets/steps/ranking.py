@@ -12,11 +12,14 @@ import polars as pl
 
 from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES, FEATURES, INDEX, score_file
-from less_assets.steps import baselines
+from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, PLACES, score_file
+from less_assets.reading.rows import checkpoint_weights
+from less_assets.reading.scores import candidates_of, exact_scores_of
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.matching import select_by_matching
+from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_json, read_parquet
 
@@ -105,8 +108,8 @@ def select_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str)
     """The rows that a recipe with a budget selects for a task: chosen, drawn, or some of both."""
     from less_assets.method.selection.mixing import divide, mix
 
-    draws = recipe.strategy in ("random", "length_matched")
-    chosen = (draw_rows if draws else select_by_recipe)(work, pool, recipe, task)
+    choose = draw_rows if recipe.traits.scores is None else select_by_recipe
+    chosen = choose(work, pool, recipe, task)
     if recipe.mix is None:
         return chosen
     budget = divide(whole_budget(work.lineage, recipe), recipe.mix.share)[1]
@@ -119,11 +122,11 @@ def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
     """The rows that a recipe with scores selects for a task."""
     from less_assets.method.selection.selection import select_by_score
 
-    if recipe.candidates is not None:
-        exact = read_parquet(work.lineage.folder("exact_scores", f"{recipe.key}|{task}"), EXACT)
-        candidates = candidates_of(work.lineage, recipe, task, exact=exact)
-    else:
+    exact = exact_scores_of(work.lineage, recipe, task)
+    if exact is None:
         candidates = scored_pool(work, pool, recipe, task)
+    else:
+        candidates = candidates_of(work.lineage, recipe, task, exact=exact)
     if recipe.aggregate == "match":
         return select_by_matching(work, recipe, candidates, budget_of(work.lineage, recipe))
     return select_by_score(
@@ -137,13 +140,14 @@ def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -
 
     budget, restraints = budget_of(work.lineage, recipe), restraints_of(work, recipe)
     assert recipe.seed is not None
-    if recipe.strategy == "random":
-        rows = pool.shards(tokens=budget.kind == "tokens")
-        return select_at_random(rows, budget, recipe.seed, stream=recipe.strategy, restraints=restraints)
-    weights = _length_weights(work, pool, recipe, task)
-    rows = pool.shards(tokens=True)
+    by_length = recipe.traits.draws_by_length
     return select_at_random(
-        rows, budget, recipe.seed, stream=recipe.strategy, log_weights=weights, restraints=restraints
+        pool.shards(tokens=by_length or budget.kind == "tokens"),
+        budget,
+        recipe.seed,
+        stream=recipe.strategy,
+        log_weights=_length_weights(work, pool, recipe, task) if by_length else None,
+        restraints=restraints,
     )
 
 
@@ -154,60 +158,13 @@ def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str)
     return _baseline_candidates(work, pool, recipe, task)
 
 
-def candidates_of(lineage: Lineage, recipe: ResolvedRecipe, task: str, exact: pl.DataFrame | None = None) -> list[Any]:
-    """The scored pool: once for a task, once for each member of a group (whose labels are `member/subtask`).
-
-    Args:
-        lineage: Reads the scores.
-        recipe: Says which of the scores.
-        task: The task or group.
-        exact: Rows with exact scores, instead of the whole pool with sketched ones.
-    """
-    from less_assets.method.selection.selection import Candidates
-
-    folder = lineage.folder("influence_scores", task)
-    labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
-    column = f"{recipe.form}.{recipe.subtask}" if exact is None else EXACT_COLUMN
-    canonical = read_parquet(lineage.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
-
-    def tables() -> Iterator[pl.DataFrame]:
-        if exact is not None:
-            yield exact
-            return
-        columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
-        for shard in lineage.shards():
-            table = read_parquet(folder, score_file(shard), columns)
-            yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
-                pl.col("canonical").fill_null(False)
-            )
-
-    def shards(places: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
-        def read() -> Iterator[pl.DataFrame]:
-            for table in tables():
-                if len(places) < len(labels):
-                    part = pl.concat_arr(pl.col(column).arr.get(place) for place in places)
-                    table = table.with_columns(pl.when(pl.col(column).is_not_null()).then(part).alias(column))
-                yield table
-
-        return read
-
-    if lineage.project.task(task).members is None:
-        return [Candidates(task, column, tuple(labels), shards(list(range(len(labels)))))]
-    members = []
-    for member in lineage.project.member_tasks(task):
-        places = [place for place, label in enumerate(labels) if label.startswith(f"{member.name}/")]
-        own = tuple(labels[place].removeprefix(f"{member.name}/") for place in places)
-        members.append(Candidates(member.name, column, own, shards(places)))
-    return members
-
-
 def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
     """The pool scored by a baseline: once for a task, once for each member of a group."""
     from less_assets.method.selection.selection import Candidates
 
     folder = work.lineage.folder(SCORE_ASSETS[str(recipe.scores)], f"{recipe.key}|{task}")
-    places: Any = read_json(folder, baselines.PLACES)
-    final = _final_scores(work, recipe, folder)
+    places: Any = read_json(folder, PLACES)
+    ranked_scores = _ranked_scores(work, recipe, folder)
     counted = recipe.budget is not None and recipe.budget.unit == "tokens"
 
     def shards(wanted: list[int]) -> Callable[[], Iterator[pl.DataFrame]]:
@@ -215,10 +172,12 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
 
         def read() -> Iterator[pl.DataFrame]:
             for shard in work.lineage.shards():
-                table = read_parquet(folder, baselines.score_file(shard)).drop("loss_tokens", strict=False)
-                scores = pl.Series("score", final(table["example_id"].to_list(), _matrix(table))[:, wanted], dtype=kind)
+                table = read_parquet(folder, score_file(shard)).drop("loss_tokens", strict=False)
+                scores = ranked_scores(table["example_id"].to_list(), score_matrix(table["score"]))[:, wanted]
                 rows = pool.rows(shard, tokens=counted).drop("example_id", "source", "shard", "copies", "status")
-                joined = table.with_columns(scores).join(rows, on="row", how="left", maintain_order="left")
+                joined = table.with_columns(pl.Series("score", scores, dtype=kind)).join(
+                    rows, on="row", how="left", maintain_order="left"
+                )
                 yield joined.with_columns(pl.col("canonical").fill_null(False))
 
         return read
@@ -233,32 +192,27 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
     ]
 
 
-def _final_scores(
-    work: StepInputs, recipe: ResolvedRecipe, folder: Any
+def _ranked_scores(
+    work: StepInputs, recipe: ResolvedRecipe, folder: ArtifactFolder
 ) -> Callable[[list[str], np.ndarray], np.ndarray]:
-    """From the stored scores (n, J) of rows to those that a recipe ranks by."""
-    from less_assets.method.selection.baselines import perplexity_scores, with_gumbel_noise
+    """From the ids and stored scores (n, J) of rows to the scores that a recipe ranks by, as its strategy says."""
+    from less_assets.method.selection.baselines import with_gumbel_noise
 
-    if recipe.strategy == "perplexity":
-        # Four bytes a row of the pool, far less than its index, which is in memory too.
-        tables = (read_parquet(folder, baselines.score_file(shard), ["score"]) for shard in work.lineage.shards())
-        losses = np.concatenate([_matrix(table)[:, 0] for table in tables])
-        keep = recipe.keep or "mid"
-        return lambda _, scores: perplexity_scores(scores[:, 0], keep, losses)[:, None]
-    if recipe.strategy == "dsir":
+    traits = recipe.traits
+    if traits.draws:
         seed = int(recipe.seed or 0)
         return lambda ids, scores: np.stack(
             [with_gumbel_noise(column, ids, seed, recipe.strategy) for column in scores.T], axis=1
         )
-    return lambda _, scores: scores
-
-
-def _matrix(table: pl.DataFrame) -> np.ndarray:
-    """The column `score` as float32 (n, J); null rows are NaN."""
-    column = table["score"]
-    scores = np.full((table.height, column.dtype.shape[0]), np.nan, dtype=np.float32)  # type: ignore[attr-defined]
-    scores[column.is_not_null().to_numpy()] = column.drop_nulls().to_numpy()
-    return scores
+    if (ranks_by := traits.load_ranks_by()) is None:
+        return lambda _, scores: scores
+    # A score takes four bytes a row of the pool, far less than its index, which is in memory too.
+    tables = [read_parquet(folder, score_file(shard), ["score"]) for shard in work.lineage.shards()]
+    pool = np.concatenate([score_matrix(table["score"]) for table in tables])
+    keys = {key: getattr(recipe, key) for key in traits.keys if key not in ("aggregate", "seeds")}
+    return lambda _, scores: np.stack(
+        [ranks_by(column, pool=whole, **keys) for column, whole in zip(scores.T, pool.T, strict=True)], axis=1
+    )
 
 
 def _length_weights(
@@ -286,24 +240,19 @@ def _matched_lengths(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
     return pl.concat(parts).to_numpy()
 
 
-def quotas_of(recipe: ResolvedRecipe) -> Any:
+def quotas_of(recipe: ResolvedRecipe) -> Restraints:
     """A recipe's quotas."""
-    from less_assets.method.selection.selection import Restraints
-
     return Restraints(recipe.quotas)
 
 
-def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Any:
+def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Restraints:
     """A recipe's quotas, and its near-duplicates by the cosine of gradient features."""
-    from less_assets.method.selection.influence import normalised_weights, similarity_vectors
-    from less_assets.method.selection.selection import Restraints
+    from less_assets.method.selection.influence import similarity_vectors
 
     if recipe.near_duplicates is None:
         return quotas_of(recipe)
     lineage, checkpoints = work.lineage, work.project.checkpoints
-    weights = normalised_weights(
-        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
-    )
+    weights = checkpoint_weights(lineage)
 
     def vectors(rows: pl.DataFrame) -> np.ndarray:
         """Vectors of rows that come sorted by shard and row."""

@@ -14,8 +14,7 @@ import polars as pl
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.declaration import Input, Keys
-from less_assets.lineage.lineage import Lineage, split
+from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import digest
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
@@ -31,7 +30,7 @@ from less_assets.reading.files import (
     TARGET_FEATURES,
     score_file,
 )
-from less_assets.reading.rows import conversations_of
+from less_assets.reading.rows import checkpoint_weights, conversations_of
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import (
     influence_is_real,
@@ -39,7 +38,7 @@ from less_assets.steps.checks import (
     not_only_very_short_rows,
     sketch_is_faithful,
 )
-from less_assets.steps.gradients import check_sketch
+from less_assets.steps.gradients import require_same_sketch
 from less_assets.steps.ranking import Pool, aggregate_of, scored_pool, select_rows
 from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
 from less_assets.store.features import open_features
@@ -51,13 +50,11 @@ CHART_SCORES = 20_000
 
 def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
     """Score the pool for some tasks: shard by shard, all tasks, checkpoints, forms and subtask rules in one pass."""
-    from less_assets.method.selection.influence import normalised_weights, row_statuses, score_shard, score_table
+    from less_assets.method.selection.influence import row_statuses, score_shard, score_table
 
     lineage, project = works[0].lineage, works[0].project
     checkpoints, forms = project.checkpoints, project.gradients.forms
-    weights = normalised_weights(
-        {name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in checkpoints}
-    )
+    weights = checkpoint_weights(lineage)
     labels: dict[str, list[str]] = {}
     directions: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in checkpoints}
     for work in works:
@@ -105,7 +102,7 @@ def directions_of(lineage: Lineage, task: str) -> tuple[list[str], dict[str, dic
         key = f"{checkpoint}|{task}"
         sketches: dict[str, str] = {}
         for asset, partition in (("gradient_datastore", checkpoint), ("target_gradients", key)):
-            check_sketch(sketches, f"{asset} {partition}", lineage.summary(asset, partition)["sketch_digest"])
+            require_same_sketch(sketches, f"{asset} {partition}", lineage.summary(asset, partition)["sketch_digest"])
         table = read_parquet(lineage.folder("target_gradients", key), TARGET_FEATURES)
         features = np.stack(list(table["features"].to_numpy()))
         directions[checkpoint] = {}
@@ -163,13 +160,13 @@ def select_subset(work: StepInputs) -> StepResult:
 
 
 def _select(work: StepInputs, recipe: ResolvedRecipe, task: str) -> Any:
-    from less_assets.method.selection import selection
+    from less_assets.method.selection.selection import select_all
 
-    if recipe.strategy == "none":
+    if not recipe.traits.chooses_rows:
         return None
     pool = Pool(work)
-    if recipe.strategy == "full":
-        return selection.select_all(pool.shards(tokens=False))
+    if not recipe.traits.has_budget:
+        return select_all(pool.shards(tokens=False))
     if recipe.traits.scores is not None:
         _keep_pool_scores(work, scored_pool(work, pool, recipe, task), aggregate_of(recipe))
     return select_rows(work, pool, recipe, task)

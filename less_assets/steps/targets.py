@@ -10,16 +10,15 @@ import polars as pl
 
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import TargetFormatError
-from less_assets.lineage.declaration import Keys
 from less_assets.lineage.file_digests import files_digest
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Keys, Lineage
 from less_assets.lineage.plan import Versions, digest
 from less_assets.project.sections import Task
 from less_assets.reading.files import TARGETS
 from less_assets.steps.asset import Asset
 from less_assets.steps.fairness_checks import targets_not_evaluated
+from less_assets.steps.judging_examples import validation_examples
 from less_assets.steps.shown import TABLE_ROWS, Shown, Stored, Table
-from less_assets.steps.validation import validation_examples
 from less_assets.store.tables import write_parquet
 
 

@@ -19,9 +19,8 @@ from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, TrainingError
-from less_assets.lineage.declaration import Input, Keys
 from less_assets.lineage.file_digests import files_digest
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Input, Keys, Lineage
 from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.warmup_draw import sample_draw
 from less_assets.project.project import Project
@@ -42,7 +41,7 @@ def draw_warmup_sample(work: StepInputs) -> StepResult:
         write_parquet(work.folder, SAMPLE, pl.DataFrame(schema={"example_id": pl.String, "shard": pl.String}))
         return StepResult({"rows": 0}, data_version=digest([]))
     index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
-    draw = work.lineage.plan("warmup_sample").settings["draw"]
+    draw: Any = work.lineage.plan("warmup_sample").settings["draw"]
     seed = settings["seed"] + 1_000_003 * draw
     sample = select_at_random(lambda: [index], Budget("fraction", settings["fraction"]), seed).table
     write_parquet(work.folder, SAMPLE, sample.select("example_id", "shard"))

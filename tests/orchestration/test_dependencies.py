@@ -5,7 +5,7 @@ import pytest
 from dagster._core.definitions.partitions.context import partition_loading_context
 from support.tiny import TinyProject
 
-from less_assets.lineage.declaration import axis_keys
+from less_assets.lineage.lineage import axis_keys
 from less_assets.lineage.pool_files import PoolFiles
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project

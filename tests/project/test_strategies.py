@@ -1,12 +1,12 @@
 """The table of strategies says of each what is true: in the code it names, in the README, in what a project accepts."""
 
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 from less_assets.errors import ProjectFileError
+from less_assets.method.evaluation.leaderboard import REFERENCES
 from less_assets.project.project import parse_project
 from less_assets.project.sections import Recipe
 from less_assets.project.strategies import STRATEGIES, STRATEGY_KEYS, Strategy
@@ -35,8 +35,13 @@ def test_a_strategys_function_is_where_its_entry_says(strategy: Strategy):
     if strategy.function is None:
         assert strategy.name == "none"
         return
-    module, _, function = strategy.function.partition(":")
-    assert callable(getattr(importlib.import_module(f"less_assets.method.selection.{module}"), function))
+    assert callable(strategy.load())
+    assert strategy.ranks_by is None or callable(strategy.load_ranks_by())
+
+
+def test_recipes_are_compared_with_strategies_of_the_table():
+    assert set(REFERENCES.values()) <= set(STRATEGIES)
+    assert {name for name in REFERENCES.values() if STRATEGIES[name].scores} == set()
 
 
 def test_the_readmes_table_of_recipes_is_the_table_of_strategies():

@@ -7,7 +7,7 @@ import pytest
 from less_assets.errors import StaleArtifactError
 from less_assets.method.gradients.sketch import Sketch
 from less_assets.reading.files import BATCHING
-from less_assets.steps.gradients import _token_budget, check_sketch
+from less_assets.steps.gradients import _token_budget, require_same_sketch
 from less_assets.store.artifacts import ArtifactStore
 
 
@@ -15,10 +15,10 @@ def test_features_sketched_with_another_order_of_parameters_are_refused_by_name(
     weights = [("q.lora_A", (2, 4)), ("q.lora_B", (4, 2))]
     before, after = (Sketch("sparse", 16, 0, order).fingerprint for order in (weights, weights[::-1]))
     known: dict[str, str] = {}
-    check_sketch(known, "train_gradients epoch-1|dolly-00000", before)
-    check_sketch(known, "train_gradients epoch-1|dolly-00001", before)
+    require_same_sketch(known, "train_gradients epoch-1|dolly-00000", before)
+    require_same_sketch(known, "train_gradients epoch-1|dolly-00001", before)
     with pytest.raises(StaleArtifactError) as raised:
-        check_sketch(known, "target_gradients epoch-1|bbh", after)
+        require_same_sketch(known, "target_gradients epoch-1|bbh", after)
     assert "dolly-00000" in raised.value.what
     assert "target_gradients epoch-1|bbh" in raised.value.what
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from less_assets.project.project import load_project
-from less_assets.steps.validation import answers_of_another_form, validation_examples
+from less_assets.steps.judging_examples import answers_of_another_form, validation_examples
 
 PROJECT = """
 name: p

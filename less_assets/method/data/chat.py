@@ -283,7 +283,9 @@ def _prompt_text(messages: Sequence[Message], tokenizer: Any, chat_format: ChatF
 
 def _render(messages: Sequence[Message], tokenizer: Any, *, generation_prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+        )
     except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
         raise _UnsplittableError(f"the template says: {error}") from error
 

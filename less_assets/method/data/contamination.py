@@ -51,17 +51,17 @@ class EvaluatedRows:
 
     def __init__(self, examples: Sequence[EvaluationExample], *, benchmark: bool) -> None:
         self._examples = examples
-        self._questions = [_words(_question(each.messages, benchmark)) for each in examples]
+        self._questions = [_words(_question(example.messages, benchmark)) for example in examples]
         self._ids: dict[str, int] = {}
         self._ngrams: dict[int, int] = {}
         rows_with: Counter[int] = Counter()
-        for place, each in enumerate(examples):
-            answer = Message(role="assistant", content=each.assistant_prefix + each.completion)
-            self._ids.setdefault(example_id([*each.messages, answer], each.tools), place)
-            grams = _ngrams([*self._questions[place], *_words(each.completion)])
+        for index, example in enumerate(examples):
+            answer = Message(role="assistant", content=example.assistant_prefix + example.completion)
+            self._ids.setdefault(example_id([*example.messages, answer], example.tools), index)
+            grams = _ngrams([*self._questions[index], *_words(example.completion)])
             rows_with.update(grams)
             for gram in grams:
-                self._ngrams.setdefault(gram, place)
+                self._ngrams.setdefault(gram, index)
         common = max(COMMON_ROWS, COMMON_SHARE * len(examples))
         for gram, count in rows_with.items():
             if count > common:
@@ -102,19 +102,19 @@ class EvaluatedRows:
         Args:
             targets: The task's target examples.
         """
-        found = []
+        pairs = []
         evaluated = [f" {' '.join(words)} " for words in self._questions]
         for target in targets:
             whole = f" {' '.join(_words(target.messages[-1]['content']))} "
             own_words = _words(_question(target.messages, self._benchmark))
-            own = f" {' '.join(own_words)} "
-            for place, question in enumerate(evaluated):
-                inside = len(self._questions[place]) >= SHORTEST_QUESTION and question in whole
-                around = len(own_words) >= SHORTEST_QUESTION and own in question
-                if own == question or inside or around:
-                    found.append((target.example_id, self._examples[place].example_id))
+            asked = f" {' '.join(own_words)} "
+            for index, question in enumerate(evaluated):
+                inside = len(self._questions[index]) >= SHORTEST_QUESTION and question in whole
+                around = len(own_words) >= SHORTEST_QUESTION and asked in question
+                if asked == question or inside or around:
+                    pairs.append((target.example_id, self._examples[index].example_id))
                     break
-        return found
+        return pairs
 
 
 def _question(messages: Sequence[Message], benchmark: bool) -> str:

@@ -87,7 +87,7 @@ def example_id(messages: Sequence[Message], tools: str | None = None) -> str:
         messages: The turns; text is taken as it is, so a changed space is another example.
         tools: JSON text of the tools.
     """
-    turns: list[list[Any]] = []
+    turns: list[list[object]] = []
     for message in messages:
         more = {name: value for name, value in stated(message).items() if name not in ("role", "content")}
         turns.append([message["role"], message["content"], *([more] if more else [])])
@@ -170,7 +170,7 @@ def with_all_fields(table: pl.DataFrame) -> pl.DataFrame:
     return table if "tools" in table.columns else table.with_columns(pl.lit(None, pl.String).alias("tools"))
 
 
-def json_text(value: Mapping[str, Any] | Sequence[Any]) -> str:
+def json_text(value: Mapping[str, object] | Sequence[object]) -> str:
     """Return the JSON text in which tools and calls are kept: keys in the author's order, no spaces, no escapes.
 
     Raises:

@@ -7,8 +7,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,12 +37,12 @@ def _rows(batches: Iterable[pa.RecordBatch], start: int, first_row: int) -> Iter
         skipped = min(max(0, first_row - start), batch.num_rows)
         for number, (record, problem) in enumerate(_records(batch.slice(skipped)), start=start + skipped + 1):
             size = _text_size(record)
-            if problem:
+            if record is None:
                 yield RawRow(number, None, "invalid_utf8", problem)
             elif size > raw_rows.MAX_ROW_BYTES:
                 yield RawRow(number, None, "too_large", too_large(size))
             else:
-                yield RawRow(number, _stated(record))
+                yield RawRow(number, _stated_fields(record))
         start += batch.num_rows
 
 
@@ -124,7 +123,7 @@ def _batches(file: pq.ParquetFile, groups: Sequence[int]) -> Iterator[pa.RecordB
         raise pa.ArrowInvalid(f"it holds {abs(left)} rows {'fewer' if left > 0 else 'more'} than its footer says")
 
 
-def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, object] | None, str | None]]:
     """Yield (record, None) per row, or (None, problem) where a string is not UTF-8."""
     try:
         yield from ((record, None) for record in batch.to_pylist())
@@ -136,17 +135,21 @@ def _records(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str
                 yield None, f"a string is not UTF-8: {error.reason}"
 
 
-def _stated(value: Any) -> Any:
-    """A value without the null fields of its objects: a column has one type, so that each row has all rows' fields.
+def _stated_fields(record: Mapping[str, object]) -> dict[str, object]:
+    """A record without the null fields of its objects: a column has one type, so that each row has all rows' fields.
 
     Else a call to one tool would have the arguments of every other, as null.
     """
+    return {name: _stated(inner) for name, inner in record.items() if inner is not None}
+
+
+def _stated(value: object) -> object:
     if isinstance(value, dict):
-        return {name: _stated(inner) for name, inner in value.items() if inner is not None}
+        return _stated_fields(value)
     return list(map(_stated, value)) if isinstance(value, list) else value
 
 
-def _text_size(value: Any) -> int:
+def _text_size(value: object) -> int:
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):

@@ -5,7 +5,7 @@ Belongs here: the raw row, where it begins, and when it is too large. Files are 
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MAX_ROW_BYTES = 1_000_000
 """Rows with more bytes are not parsed but reported as `too_large`: at 4 bytes a token far beyond any context."""
@@ -25,7 +25,7 @@ class RawRow:
     """
 
     number: int
-    record: dict[str, Any] | None
+    record: dict[str, object] | None
     status: str = "ok"
     detail: str | None = None
 

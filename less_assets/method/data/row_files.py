@@ -209,7 +209,7 @@ def files_below(path: str) -> list[str]:
     """
     with _reading(path):
         filesystem, stripped = fsspec.url_to_fs(path)
-        return [_url(filesystem, each, path) for each in sorted(filesystem.find(stripped))]
+        return [_url(filesystem, file, path) for file in sorted(filesystem.find(stripped))]
 
 
 def dialect_of(path: str, dialect: SourceDialect = "auto") -> DialectName | None:
@@ -317,7 +317,7 @@ def scan_ranges(path: str, ranges: Sequence[tuple[int, int]], dialect: SourceDia
         PoolFormatError: If the file as a whole cannot be read.
         ValueError: If the ranges are not ascending.
     """
-    found, position = [], 0
+    scanned, position = [], 0
     if any(after[0] < before[0] + before[1] for before, after in itertools.pairwise(ranges)):
         raise ValueError(f"ranges must ascend without overlap: {list(ranges)}")
     with _reading(path), _row_digests(path, dialect) as (rows, next_place):
@@ -325,11 +325,11 @@ def scan_ranges(path: str, ranges: Sequence[tuple[int, int]], dialect: SourceDia
             for _ in itertools.islice(rows, first_row - position):
                 pass
             begins, digest = next_place(), hashlib.blake2b(digest_size=16)
-            for each in itertools.islice(rows, count):
-                digest.update(each)
+            for row in itertools.islice(rows, count):
+                digest.update(row)
             position = first_row + count
-            found.append(RowRange(digest.hexdigest(), begins))
-    return found
+            scanned.append(RowRange(digest.hexdigest(), begins))
+    return scanned
 
 
 @contextmanager

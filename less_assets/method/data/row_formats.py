@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from less_assets.method.data.conversations import ROLES, Conversation, Message, carries_loss, json_text
 
@@ -114,7 +114,7 @@ class UnusableRowError(Exception):
         self.status, self.detail = status, printable
 
 
-def detect_format(record: Mapping[str, Any]) -> RowFormat | None:
+def detect_format(record: Mapping[str, object]) -> RowFormat | None:
     """Return the format of a record by its fields, or None if they are none of the known ones.
 
     Args:
@@ -132,7 +132,7 @@ def detect_format(record: Mapping[str, Any]) -> RowFormat | None:
     return None
 
 
-def normalize(record: Mapping[str, Any], format: RowFormat = "auto") -> Conversation:
+def normalize(record: Mapping[str, object], format: RowFormat = "auto") -> Conversation:
     """Return the conversation of a record; text is not changed, all turns are kept, an empty system turn is not.
 
     docs/row-formats.md lists every field and what becomes of it.
@@ -172,7 +172,7 @@ def normalize(record: Mapping[str, Any], format: RowFormat = "auto") -> Conversa
     return conversation
 
 
-def unknown_keys(record: Mapping[str, Any], format: RowFormat = "auto") -> list[str]:
+def unknown_keys(record: Mapping[str, object], format: RowFormat = "auto") -> list[str]:
     """Return the keys of a usable record that mean nothing here and are not known to be harmless.
 
     Args:
@@ -197,7 +197,7 @@ def unknown_keys(record: Mapping[str, Any], format: RowFormat = "auto") -> list[
     return list(dict.fromkeys(key.encode("utf-8", "backslashreplace").decode() for key in unknown))
 
 
-def other_columns(record: Mapping[str, Any], format: RowFormat = "auto") -> dict[str, Any]:
+def other_columns(record: Mapping[str, object], format: RowFormat = "auto") -> dict[str, object]:
     """Return the fields of a usable record that are not part of its conversation, in their order.
 
     Args:
@@ -205,14 +205,14 @@ def other_columns(record: Mapping[str, Any], format: RowFormat = "auto") -> dict
         format: As in `normalize`.
     """
     row_format = detect_format(record) if format == "auto" else format
-    own = {*_FORMAT_KEYS.get(str(row_format), ()), *ROW_KEYS}
-    return {name: value for name, value in record.items() if name not in own}
+    read = {*_FORMAT_KEYS.get(str(row_format), ()), *ROW_KEYS}
+    return {name: value for name, value in record.items() if name not in read}
 
 
 # ---- what cannot be carried ----
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     """Null, no text, no entries: a column that this row does not use."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
@@ -221,7 +221,7 @@ def _unsupported(name: str, detail: str) -> UnusableRowError:
     return UnusableRowError(f"unsupported_field: {name}", detail)
 
 
-def _refuse_unsupported(record: Mapping[str, Any]) -> None:
+def _refuse_unsupported(record: Mapping[str, object]) -> None:
     for name in UNSUPPORTED_ROW_KEYS:
         if not _is_empty(record.get(name)):
             raise _unsupported(name, f"the row has {name!r}, which cannot be carried")
@@ -233,7 +233,7 @@ def _refuse_unsupported(record: Mapping[str, Any]) -> None:
         raise _unsupported("weight", f"the row's weight is {weight!r}"[:200] + "; each row counts once")
 
 
-def _verdict(value: Any) -> Any:
+def _verdict(value: object) -> object:
     """A truth value or number, also as the text that a CSV file has."""
     return _parsed(value.strip().lower()) if isinstance(value, str) else value
 
@@ -241,7 +241,7 @@ def _verdict(value: Any) -> Any:
 # ---- fields ----
 
 
-def _field(record: Mapping[str, Any], name: str) -> Any:
+def _field(record: Mapping[str, object], name: str) -> object:
     if record.get(name) is None:
         raise UnusableRowError(
             "missing_field", f"no field {name!r}; there is: {', '.join(map(str, record)) or 'nothing'}"
@@ -249,13 +249,13 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
     return record[name]
 
 
-def _text(value: Any, what: str) -> str:
+def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise UnusableRowError("wrong_type", f"{what} is {_type_name(value)}, not text")
     return value
 
 
-def _type_name(value: Any) -> str:
+def _type_name(value: object) -> str:
     names = {
         dict: "an object",
         list: "a list",
@@ -267,7 +267,7 @@ def _type_name(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: object) -> object:
     """A value, or what its JSON text says; text that is not JSON stays as it is."""
     if not isinstance(value, str):
         return value
@@ -277,7 +277,7 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _list(value: Any, what: str, of: str) -> list[Any]:
+def _list(value: object, what: str, of: str) -> list[object]:
     """A list, also as JSON text: the only way to keep one in a CSV file."""
     parsed = _parsed(value)
     if isinstance(parsed, str):
@@ -287,7 +287,7 @@ def _list(value: Any, what: str, of: str) -> list[Any]:
     return parsed
 
 
-def _json(value: list[Any], what: str) -> str:
+def _json(value: Sequence[object], what: str) -> str:
     try:
         return json_text(value)
     except (ValueError, TypeError, RecursionError) as error:
@@ -297,12 +297,12 @@ def _json(value: list[Any], what: str) -> str:
 # ---- turns ----
 
 
-def _turns(value: Any, what: str, roles: Mapping[str, str]) -> list[Message]:
+def _turns(value: object, what: str, roles: Mapping[str, str]) -> list[Message]:
     turns = _list(value, what, "turns")
     return [_turn(turn, f"turn {position}", roles) for position, turn in enumerate(turns, start=1)]
 
 
-def _turn(turn: Any, what: str, roles: Mapping[str, str]) -> Message:
+def _turn(turn: object, what: str, roles: Mapping[str, str]) -> Message:
     """One turn, of OpenAI's keys or of ShareGPT's; the latter only where the format has its words for roles."""
     if not isinstance(turn, dict):
         raise UnusableRowError("wrong_type", f"{what} is {_type_name(turn)}, not an object")
@@ -315,7 +315,7 @@ def _turn(turn: Any, what: str, roles: Mapping[str, str]) -> Message:
         if not _is_empty(turn.get(name)):
             raise _unsupported(name, f"{what} has {name!r}, which cannot be carried")
     message: Message = {"role": roles[said_role], "content": ""}
-    calls: list[Any] = []
+    calls: list[object] = []
     if said_role == "function_call":
         called = _parsed(turn.get(text_key))
         calls = called if isinstance(called, list) else [called]
@@ -341,7 +341,7 @@ def _turn(turn: Any, what: str, roles: Mapping[str, str]) -> Message:
     return message
 
 
-def _content(value: Any, what: str) -> str:
+def _content(value: object, what: str) -> str:
     """Text, or a list of text parts, which are joined as chat templates do: with nothing between."""
     if value is None:
         return ""
@@ -368,7 +368,7 @@ def _content(value: Any, what: str) -> str:
     return "".join(texts)
 
 
-def _reasoning(turn: Mapping[str, Any], what: str, role: str) -> str | None:
+def _reasoning(turn: Mapping[str, object], what: str, role: str) -> str | None:
     thoughts = {name: turn[name] for name in REASONING_KEYS if not _is_empty(turn.get(name))}
     texts = {_text(value, f"{what}'s {name}") for name, value in thoughts.items()}
     if not any(text.strip() for text in texts):
@@ -381,7 +381,7 @@ def _reasoning(turn: Mapping[str, Any], what: str, role: str) -> str | None:
     return texts.pop()
 
 
-def _call(call: Any, what: str) -> dict[str, Any]:
+def _call(call: object, what: str) -> dict[str, object]:
     """A call in OpenAI's form; arguments stay as they are, an object or its JSON text."""
     if not isinstance(call, dict):
         raise UnusableRowError("wrong_type", f"a call of {what} is {_type_name(call)}, not an object")
@@ -400,7 +400,7 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     return {"type": "function", **call, "function": function}
 
 
-def _set_mask(message: Message, value: Any, name: str, what: str) -> None:
+def _set_mask(message: Message, value: object, name: str, what: str) -> None:
     """Carry a mask. Turns of others never carry loss, so that 0 says nothing there and 1 cannot be followed."""
     if not isinstance(value, bool | int | float) or value not in (0, 1):
         raise _unsupported(name, f"{what}'s {name} is {value!r}"[:200] + "; a turn has loss (1) or none (0)")
@@ -412,7 +412,7 @@ def _set_mask(message: Message, value: Any, name: str, what: str) -> None:
         raise _unsupported(name, f"{what}'s {name} contradicts another mask")
 
 
-def _apply_loss_mask(messages: Sequence[Message], mask: Any) -> None:
+def _apply_loss_mask(messages: Sequence[Message], mask: object) -> None:
     """Carry a row's `loss_mask`: one entry for each turn."""
     if _is_empty(mask):
         return
@@ -427,7 +427,7 @@ def _apply_loss_mask(messages: Sequence[Message], mask: Any) -> None:
 # ---- the other formats ----
 
 
-def _alpaca(record: Mapping[str, Any]) -> list[Message]:
+def _alpaca(record: Mapping[str, object]) -> list[Message]:
     instruction = _text(_field(record, "instruction"), "instruction")
     output = _text(_field(record, "output" if record.get("output") is not None else "response"), "output")
     context = record.get("input") if record.get("input") is not None else record.get("context")
@@ -440,7 +440,7 @@ def _alpaca(record: Mapping[str, Any]) -> list[Message]:
     ]
 
 
-def _history(value: Any) -> Iterator[tuple[str, str]]:
+def _history(value: object) -> Iterator[tuple[str, str]]:
     """Earlier questions and answers."""
     for number, pair in enumerate([] if _is_empty(value) else _list(value, "history", "pairs"), start=1):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -448,7 +448,7 @@ def _history(value: Any) -> Iterator[tuple[str, str]]:
         yield _text(pair[0], f"history {number}'s question"), _text(pair[1], f"history {number}'s answer")
 
 
-def _prompt_completion(record: Mapping[str, Any]) -> list[Message]:
+def _prompt_completion(record: Mapping[str, object]) -> list[Message]:
     """Two texts, or two lists of turns; the prompt's assistant turns carry no loss unless the row says so."""
     prompt, completion = _field(record, "prompt"), _field(record, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -463,7 +463,7 @@ def _prompt_completion(record: Mapping[str, Any]) -> list[Message]:
     ]
 
 
-def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Message]:
+def _with_system(messages: list[Message], record: Mapping[str, object]) -> list[Message]:
     """Put a row's system prompt in front, unless the turns begin with the same."""
     prompts = {name: _text(record[name], name) for name in ("system", "system_prompt") if record.get(name) is not None}
     prompts = {name: text for name, text in prompts.items() if text.strip()}
@@ -478,7 +478,7 @@ def _with_system(messages: list[Message], record: Mapping[str, Any]) -> list[Mes
     return messages if spoken else [{"role": "system", "content": prompt}, *messages]
 
 
-def _tools(record: Mapping[str, Any]) -> str | None:
+def _tools(record: Mapping[str, object]) -> str | None:
     """Tool schemas in OpenAI's form; a bare function is put into it."""
     stated = {name: record[name] for name in ("tools", "functions") if not _is_empty(_parsed(record.get(name)))}
     if not stated:

@@ -228,12 +228,12 @@ def _reader(format: str, readers: Mapping[str, Callable[..., Iterable[Example]]]
 
 def _find(path: str, *names: str) -> UPath:
     """Return the path itself if it is a file, else the first of the names that exists in its folder."""
-    place = UPath(path)
-    if place.is_file():
-        return place
+    given = UPath(path)
+    if given.is_file():
+        return given
     for name in names:
-        if (place / name).is_file():
-            return place / name
+        if (given / name).is_file():
+            return given / name
     raise TargetFormatError("The file does not exist.", where=path, fix=f"give the path of {names[0]}")
 
 
@@ -243,9 +243,9 @@ def _files(path: str, patterns: Sequence[str], *folders: str) -> list[UPath]:
         return [UPath(path)]
     for folder in folders:
         for pattern in patterns:
-            found = sorted((UPath(path) / folder).glob(pattern)) if (UPath(path) / folder).is_dir() else []
-            if found:
-                return found
+            files = sorted((UPath(path) / folder).glob(pattern)) if (UPath(path) / folder).is_dir() else []
+            if files:
+                return files
     raise TargetFormatError(
         f"There are no {' or '.join(patterns)} files.", where=path, fix="correct the path of the task's files"
     )
@@ -346,7 +346,7 @@ def _mmlu_subjects(path: str, split: str, *folders: str) -> dict[str, list[list[
                         "A row must have four `choices` and the place of the right one, 0 to 3, as `answer`.",
                         where=where,
                     )
-                row = [str(each) for each in (_get(record, where, "question"), *choices, _CHOICES[answer])]
+                row = [str(cell) for cell in (_get(record, where, "question"), *choices, _CHOICES[answer])]
                 subjects.setdefault(str(_get(record, where, "subject")), []).append(row)
         else:
             subjects[file.name.removesuffix(f"_{split}.csv")] = _mmlu_rows(file)
@@ -368,7 +368,7 @@ def _mmlu_prompt(subject: str, worked: Sequence[Sequence[str]], row: Sequence[st
     # Two spaces before the subject, as in the original: its words each have one in front.
     name = "".join(f" {word}" for word in subject.split("_"))
     text = f"The following are multiple choice questions (with answers) about {name}.\n\n"
-    text += "".join(f"{_mmlu_question(each)} {each[5]}\n\n" for each in worked)
+    text += "".join(f"{_mmlu_question(shown)} {shown[5]}\n\n" for shown in worked)
     return text + _mmlu_question(row)
 
 
@@ -461,7 +461,7 @@ def _tydiqa_questions(file: UPath) -> Iterator[tuple[str, str, Any, list[str]]]:
         for paragraph in _get(article, str(file), "paragraphs"):
             for qa in _get(paragraph, str(file), "qas"):
                 where = f"{file}, {_get(qa, str(file), 'id')}"
-                texts = [_get(each, where, "text") for each in _get(qa, where, "answers")]
+                texts = [_get(accepted, where, "text") for accepted in _get(qa, where, "answers")]
                 yield where, _get(paragraph, where, "context"), qa, texts
 
 
@@ -470,8 +470,8 @@ def _tydiqa_questions(file: UPath) -> Iterator[tuple[str, str, Any, list[str]]]:
 
 def _gsm8k_shots(file: UPath) -> list[tuple[str, str]]:
     return [
-        (_get(each, f"{file}, example {i + 1}", "question"), _get(each, f"{file}, example {i + 1}", "cot_answer"))
-        for i, each in enumerate(_read_json(file, list))
+        (_get(shown, f"{file}, example {i + 1}", "question"), _get(shown, f"{file}, example {i + 1}", "cot_answer"))
+        for i, shown in enumerate(_read_json(file, list))
     ]
 
 
@@ -488,7 +488,7 @@ def _gsm8k_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[Ev
         worked = _gsm8k_shots(_find(beside, "cot-8-shot.json"))
         demonstrations = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in worked)
         prompt = f"Answer the following questions.\n\n{demonstrations}"
-    for where, record in (found for file in files for found in _records(str(file))):
+    for where, record in (record for file in files for record in _records(str(file))):
         worked_answer, mark, number = str(_get(record, where, "answer")).rpartition("####")
         if not mark:
             raise TargetFormatError("The answer has no `#### number` at its end.", where=where)

@@ -14,7 +14,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from less_assets.method.data import raw_rows
 from less_assets.method.data.raw_rows import Place, RawRow, too_large
@@ -80,9 +80,9 @@ class Lines:
         """Where the next line begins."""
         return Place(self._offset, self._line)
 
-    def skip_to(self, place: tuple[int, int]) -> None:
+    def skip_to(self, begins: tuple[int, int]) -> None:
         """Go on with the line that begins there; streams that cannot seek are read up to it."""
-        offset, self._line = place
+        offset, self._line = begins
         if self._stream.seekable():
             self._read_ahead.clear()
             self._stream.seek(offset)
@@ -156,10 +156,10 @@ def read_json_lines(stream: io.BufferedIOBase, first_row: int, begins: tuple[int
             yield _parse_json_line(index, line.content)
 
 
-def _skip(rows: Lines | CsvRecords, count: int, place: tuple[int, int] | None) -> None:
+def _skip(rows: Lines | CsvRecords, count: int, begins: tuple[int, int] | None) -> None:
     """Leave out so many rows: go to where they end, if that is known."""
-    if place is not None:
-        rows.skip_to(place)
+    if begins is not None:
+        rows.skip_to(begins)
     else:
         for _ in itertools.islice(rows, count):
             pass
@@ -179,7 +179,7 @@ def _parse_json_line(number: int, line: bytes) -> RawRow:
     return RawRow(number, record)
 
 
-def _without_equal_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_equal_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object's fields; of two equal names Python would keep the last without a word."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -232,9 +232,9 @@ class CsvRecords:
         """Where the next record begins."""
         return self._lines.place
 
-    def skip_to(self, place: tuple[int, int]) -> None:
+    def skip_to(self, begins: tuple[int, int]) -> None:
         """Go on with the record that begins there."""
-        self._lines.skip_to(place)
+        self._lines.skip_to(begins)
         self._begin_record()
 
     def _feed(self) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -21,10 +21,14 @@ from less_assets.method.data.targets import EvaluationExample, TargetExample
 from less_assets.method.evaluation import LOSSES, VALIDATION_LOSS
 from less_assets.method.evaluation.answers import RULES, AnswerRule, RuleName
 from less_assets.method.evaluation.generation import logits_at
+from less_assets.method.evaluation.harness_samples import (
+    averaged_metrics,
+    figure_rows,
+    logged_rows,
+    most_likely,
+    sample_row,
+)
 from less_assets.method.evaluation.intervals import CONFIDENCE, REPLICATES, clustered_bootstrap
-
-if TYPE_CHECKING:
-    from less_assets.method.evaluation.harness import HarnessModel
 
 # A generation needs some room beyond the longest reference: models put words before the answer.
 SPARE_NEW_TOKENS = 8
@@ -196,7 +200,7 @@ def evaluate_examples(
             loss = lm.reference_losses[prompt, example.completion]
         scores = {metric: float(sample[metric]) for metric in rule.metrics}
         records.append(
-            _record(
+            sample_row(
                 example_id=example.example_id,
                 subtask=example.subtask,
                 prompt=prompt,
@@ -292,7 +296,7 @@ def harness_task(
             "doc_to_choice": lambda document: document["choices"],
             "doc_to_target": lambda document: document["choices"].index(document["gold"]),
             "process_results": lambda document, results: rule.grade(
-                rule.extract(document["choices"][_most_likely(results)]), document["answers"]
+                rule.extract(document["choices"][most_likely(results)]), document["answers"]
             ),
         }
     return {
@@ -373,9 +377,9 @@ def evaluate_with_harness(
     records: list[dict[str, Any]] = []
     figures: list[dict[str, Any]] = []
     for name, leaf in tasks.items():
-        averaged = {metric for metric, how in leaf.aggregation().items() if how is _harness_mean()}
-        records += _harness_records(name, leaf, result["samples"][name], averaged, lm)
-        figures += _harness_figures(name, result["results"][name], averaged, leaf.higher_is_better())
+        averaged = averaged_metrics(leaf)
+        records += logged_rows(name, leaf, result["samples"][name], averaged, lm)
+        figures += figure_rows(name, result["results"][name], averaged, leaf.higher_is_better())
     samples = pl.DataFrame(records, schema=SAMPLE_SCHEMA)
     metrics = summarize(samples, average="samples", settings=settings)
     return Evaluation(samples, pl.concat([metrics, pl.DataFrame(figures, schema=METRIC_SCHEMA)]))
@@ -491,143 +495,9 @@ def _split(encoded: EncodedExample) -> tuple[list[int], list[int]]:
     return ids[:start], ids[start:]
 
 
-def _most_likely(results: Sequence[tuple[float, bool]]) -> int:
-    """Return the index of the highest log-likelihood; the first of equal ones."""
-    return int(np.argmax([each[0] for each in results]))
-
-
 def _output_and_answer(example: EvaluationExample, rule: AnswerRule, sample: Mapping[str, Any]) -> tuple[str, str]:
     """Return the generated text and the extracted answer of a logged sample."""
     if example.choices:
-        output = example.choices[_most_likely([each[0] for each in sample["resps"]])]
+        output = example.choices[most_likely([responses[0] for responses in sample["resps"]])]
         return output, rule.extract(output)
     return sample["resps"][0][0], sample["filtered_resps"][0]
-
-
-def _record(
-    *,
-    example_id: str,
-    subtask: str,
-    prompt: str,
-    output: str,
-    answer: str,
-    reference: str,
-    scores: Mapping[str, float],
-    loss: float | None,
-    loss_tokens: int,
-) -> dict[str, Any]:
-    """Return a row of `SAMPLE_SCHEMA`; the first of the scores is the sample's own."""
-    metric, score = next(iter(scores.items()), (None, None))
-    return {
-        "example_id": example_id,
-        "subtask": subtask,
-        "prompt": prompt,
-        "output": output,
-        "answer": answer,
-        "reference": reference,
-        "metric": metric,
-        "score": score,
-        "correct": None if score is None else score == 1.0,
-        "scores": [{"metric": key, "value": value} for key, value in scores.items()],
-        "loss": loss,
-        "loss_tokens": loss_tokens,
-    }
-
-
-def _harness_mean() -> Any:
-    """The harness's plain mean, by identity: what is aggregated otherwise has no per-sample bootstrap here."""
-    from lm_eval.api.metrics import mean
-
-    return mean
-
-
-def _harness_records(
-    name: str, leaf: Any, logged: Sequence[Mapping[str, Any]], averaged: set[str], lm: HarnessModel
-) -> list[dict[str, Any]]:
-    """Return rows of `SAMPLE_SCHEMA` from a leaf task's samples, logged once per document and filter."""
-    by_document: dict[int, list[Mapping[str, Any]]] = {}
-    for sample in logged:
-        by_document.setdefault(sample["doc_id"], []).append(sample)
-    groups = list(by_document.values())
-    losses = lm.continuation_losses([_gold_pair(leaf, group[0]) for group in groups])
-    records = []
-    for group, (loss, loss_tokens) in zip(groups, losses, strict=True):
-        scores = {}
-        for sample in group:
-            suffix = "" if sample is group[0] else f",{sample['filter']}"
-            for metric in sample["metrics"]:
-                if metric in averaged and isinstance(sample[metric], int | float | np.number):
-                    scores[metric + suffix] = float(sample[metric])
-        first = group[0]
-        output, answer = _harness_output(leaf, first)
-        target = first["target"]
-        document = first["doc"] if isinstance(first["doc"], Mapping) else {}
-        records.append(
-            _record(
-                example_id=str(document.get("example_id") or first["doc_hash"][:32]),
-                subtask=str(document.get("subtask") or name),
-                prompt=str(first["arguments"][0][0]),
-                output=output,
-                answer=answer,
-                reference="\n".join(map(str, target))
-                if isinstance(target, list)
-                else _gold_pair(leaf, first)[1].strip(),
-                scores=scores,
-                loss=loss if loss_tokens else None,
-                loss_tokens=loss_tokens,
-            )
-        )
-    return records
-
-
-def _harness_output(leaf: Any, sample: Mapping[str, Any]) -> tuple[str, str]:
-    """Return output and answer of a logged sample: generated text, or the most likely continuation."""
-    if leaf.OUTPUT_TYPE == "generate_until":
-        return str(sample["resps"][0][0]), str(sample["filtered_resps"][0])
-    if leaf.OUTPUT_TYPE == "multiple_choice":
-        best = _most_likely(sample["filtered_resps"])
-        context, continuation = sample["arguments"][best][:2]
-        chosen = context if getattr(leaf, "multiple_input", 0) else continuation
-        return chosen, chosen.strip()
-    return "", ""
-
-
-def _gold_pair(leaf: Any, sample: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (context, reference continuation) of a logged sample, for its loss."""
-    arguments, target = sample["arguments"], sample["target"]
-    if leaf.OUTPUT_TYPE == "loglikelihood_rolling":
-        return "", arguments[0][0]
-    if leaf.OUTPUT_TYPE == "loglikelihood":
-        return arguments[0][0], arguments[0][1]
-    if leaf.OUTPUT_TYPE == "multiple_choice":
-        gold = leaf.doc_to_text(sample["doc"]) if getattr(leaf, "multiple_input", 0) else target
-        gold = gold[0] if isinstance(gold, list) else gold
-        if isinstance(gold, str):
-            gold = leaf.doc_to_choice(sample["doc"]).index(gold)
-        return arguments[gold][0], arguments[gold][1]
-    text = str(target[0] if isinstance(target, list) else target)
-    return arguments[0][0], f"{leaf.config.target_delimiter}{text}"
-
-
-def _harness_figures(
-    name: str, results: Mapping[str, Any], averaged: set[str], higher_is_better: Mapping[str, bool]
-) -> list[dict[str, Any]]:
-    """Return rows of `METRIC_SCHEMA` for the metrics that are no means over samples."""
-    rows = []
-    for key, value in results.items():
-        metric, _, suffix = key.partition(",")
-        if metric in higher_is_better and metric not in averaged and isinstance(value, int | float):
-            rows.append(
-                {
-                    "metric": metric if suffix == "none" else key,
-                    "subtask": name,
-                    "value": float(value),
-                    "low": None,
-                    "high": None,
-                    "n": int(results.get("sample_len") or 0),
-                    "higher_is_better": higher_is_better[metric],
-                    "primary": False,
-                    "average": "samples",
-                }
-            )
-    return rows

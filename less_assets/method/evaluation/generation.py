@@ -12,14 +12,18 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from less_assets.method.data.batching import plan_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Rows that agree on this many first tokens make a group of their own.
 PREFIX_WINDOW = 64
@@ -32,7 +36,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 @contextmanager
-def inference(model: Any) -> Iterator[None]:
+def inference(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Run the body without gradients and with the model in eval mode, and put its mode back afterwards.
 
     Args:
@@ -47,7 +51,7 @@ def inference(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end a generation: the tokenizer's end token and those of the model's generation settings.
 
     Args:
@@ -60,8 +64,8 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tokens],
     *,
     max_new_tokens: int,
@@ -83,8 +87,8 @@ def generate(
 
 
 def generate_and_score(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tokens],
     references: Sequence[Tokens],
     *,
@@ -125,7 +129,7 @@ def generate_and_score(
             losses[batch] = run.reference_losses
             new_ids = run.continue_greedily(tokenizer, max_new_tokens, end_ids, stop)
             for i, ids in zip(batch, new_ids, strict=True):
-                texts[i] = cut_before(tokenizer.decode(ids, skip_special_tokens=True), stop)
+                texts[i] = cut_before(str(tokenizer.decode(ids, skip_special_tokens=True)), stop)
             if on_progress:
                 on_progress(len(batch))
     return texts, losses
@@ -143,7 +147,12 @@ class _Run:
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[Tokens], scored: Sequence[int], prefix: int, cache: DynamicCache | None
+        self,
+        model: PreTrainedModel | PeftModel,
+        rows: Sequence[Tokens],
+        scored: Sequence[int],
+        prefix: int,
+        cache: DynamicCache | None,
     ) -> None:
         self.model = model
         input_ids, mask = _pad(rows, "left", model.device)
@@ -172,10 +181,11 @@ class _Run:
             **({"logits_to_keep": kept} if keeps_logits(self.model) else {}),
         )
         self.cache = result.past_key_values
-        return result.logits
+        logits: torch.Tensor = result.logits
+        return logits
 
     def continue_greedily(
-        self, tokenizer: Any, max_new_tokens: int, end_ids: Sequence[int], stop: Sequence[str]
+        self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, end_ids: Sequence[int], stop: Sequence[str]
     ) -> list[list[int]]:
         """Return the new token ids of each row, end tokens excluded."""
         # A token decodes to at least one byte, so this many tokens always cover the longest stop string.
@@ -220,7 +230,11 @@ def cut_before(text: str, stop: Sequence[str]) -> str:
 
 
 def logits_at(
-    model: Any, sequences: Sequence[Tokens], positions: Sequence[np.ndarray], *, token_budget: int = 4096
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[Tokens],
+    positions: Sequence[np.ndarray],
+    *,
+    token_budget: int = 4096,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the logits of each sequence at its wanted positions, batch by batch.
 
@@ -258,7 +272,11 @@ def logits_at(
 
 
 def _batches(
-    model: Any, sequences: Sequence[Tokens], longest_prefixes: Sequence[int], new_tokens: int, token_budget: int
+    model: PreTrainedModel | PeftModel,
+    sequences: Sequence[Tokens],
+    longest_prefixes: Sequence[int],
+    new_tokens: int,
+    token_budget: int,
 ) -> Iterator[tuple[np.ndarray, int, DynamicCache | None]]:
     """Yield batches of rows with the number of tokens that a cache holds for all of them, and that cache.
 
@@ -324,13 +342,13 @@ def _pad(rows: Sequence[Tokens], side: str, device: Any) -> tuple[torch.Tensor, 
     return input_ids.to(device), mask.to(device)
 
 
-def keeps_logits(model: Any) -> bool:
+def keeps_logits(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the model's forward can leave out positions before its head.
 
     Args:
         model: A causal language model, with or without an adapter.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
     return "logits_to_keep" in inspect.signature(core.forward).parameters
 
 

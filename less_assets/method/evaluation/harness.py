@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.model
 import lm_eval.api.task
@@ -27,11 +27,15 @@ from lm_eval.tasks import TaskManager
 from less_assets.errors import EvaluationError
 from less_assets.method.evaluation.generation import generate_and_score, inference, logits_at
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 # A pair of texts (context, continuation) as token ids.
 Encoding = tuple[Sequence[int], Sequence[int]]
 
 
-class HarnessModel(HFLM):
+class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
     """A loaded model as the harness wants it: HFLM's tokenization and chat templates, our batching.
 
     HFLM takes a fixed number of rows per batch and sends every position through the language-model head; both are
@@ -50,8 +54,8 @@ class HarnessModel(HFLM):
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int | None = None,
         token_budget: int = 4096,
@@ -191,7 +195,8 @@ def load_task(task: str | Path | Mapping[str, Any], include_path: str | Path | N
         try:
             with _quiet():
                 manager = TaskManager(include_path=include_path, include_defaults=include_defaults)
-                return manager.load([spec])["tasks"]
+                tasks: dict[str, Any] = manager.load([spec])["tasks"]
+                return tasks
         except KeyError as error:
             missing = error
         except Exception as error:
@@ -237,7 +242,7 @@ def run_tasks(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     with inference(lm.model), _quiet():
-        result = evaluate(
+        result: dict[str, Any] | None = evaluate(
             lm=lm,
             task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
             limit=limit,

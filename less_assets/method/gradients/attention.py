@@ -35,7 +35,7 @@ def keeps_weights(tensor: Tensor) -> bool:
 @cache
 def _has_products() -> bool:
     """Whether oneDNN has products in bfloat16 for this processor."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class FastAttention(TorchFunctionMode):
@@ -48,12 +48,13 @@ class FastAttention(TorchFunctionMode):
     calls = 0
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is scaled_dot_product_attention and _is_served(*args, **(kwargs or {})):
             self.calls += 1
             query, key, value = args
-            return _Attention.apply(query, key, value, (kwargs or {}).get("scale") or query.shape[-1] ** -0.5)
+            scale = (kwargs or {}).get("scale") or query.shape[-1] ** -0.5
+            return _Attention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -101,7 +102,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         length = query.shape[2]
         groups = key.shape[0] * key.shape[1]
-        q, k, v = (each.reshape(groups, -1, each.shape[3]) for each in (query, key, value))
+        q, k, v = (tensor.reshape(groups, -1, tensor.shape[3]) for tensor in (query, key, value))
         out, weights = torch.empty_like(q), q.new_empty(groups, q.shape[1], length)
         mask = torch.full((length, length), float("-inf")).triu_(1)
         with _bfloat16_factors():
@@ -114,10 +115,10 @@ class _Attention(torch.autograd.Function):
         return out.view(query.shape)
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple:
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         e = error.reshape(q.shape)
-        of_q, of_k, of_v = (torch.empty_like(each) for each in (q, k, v))
+        of_q, of_k, of_v = (torch.empty_like(tensor) for tensor in (q, k, v))
         with _bfloat16_factors():
             for part in _parts(weights):
                 of_v[part] = torch.bmm(weights[part].mT, e[part])
@@ -127,7 +128,7 @@ class _Attention(torch.autograd.Function):
                 scores = scores.mul_(ctx.scale).to(e.dtype)
                 of_q[part] = torch.bmm(scores, k[part])
                 of_k[part] = torch.bmm(scores.mT, q[part])
-        return *(each.view(shape) for each, shape in zip((of_q, of_k, of_v), ctx.shapes, strict=True)), None
+        return *(gradient.view(shape) for gradient, shape in zip((of_q, of_k, of_v), ctx.shapes, strict=True)), None
 
 
 def _parts(weights: Tensor) -> list[slice]:

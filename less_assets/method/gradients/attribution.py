@@ -111,9 +111,9 @@ def attribute_tokens(
                 derivatives = backward.token_derivatives(batch, sink.weights).numpy()
                 norms = sink.squares.sqrt().cpu().numpy()
                 in_loss = batch["labels"][:, 1:].numpy() != IGNORED
-                for place, row in enumerate(rows):
-                    own = derivatives[place][in_loss[place]]
-                    shares[row] = (own / (len(own) * norms[place])).astype(np.float32)
+                for index, row in enumerate(rows):
+                    of_tokens = derivatives[index][in_loss[index]]
+                    shares[row] = (of_tokens / (len(of_tokens) * norms[index])).astype(np.float32)
                 momentum[rows] = sink.constant.cpu().numpy() / norms
                 influence[rows] = (sink.linear + sink.constant).cpu().numpy() / norms
                 if on_progress:

@@ -72,7 +72,8 @@ class MeanDirections:
         """Directions D (J, P) such that a unit row's inner products with D are its influence under a subtask rule."""
         if name == "mean_cosine":
             return self.unit_mean
-        return self.mean / np.linalg.norm(self.mean, axis=1, keepdims=True)
+        unit: np.ndarray = self.mean / np.linalg.norm(self.mean, axis=1, keepdims=True)
+        return unit
 
 
 def mean_target_directions(
@@ -329,10 +330,10 @@ class _InnerProductSink:
         self._squares = ExactNorms(len(self.dots), len(rows), backward)
 
     def add(self, part: LoraSlice, rows: slice, gradient: Tensor) -> None:
-        place = part.offset - self._first
-        if not 0 <= place < self._targets.shape[1]:
+        start = part.offset - self._first
+        if not 0 <= start < self._targets.shape[1]:
             return
-        columns = np.ascontiguousarray(self._targets[:, place : place + part.size], dtype=np.float32)
+        columns = np.ascontiguousarray(self._targets[:, start : start + part.size], dtype=np.float32)
         targets = torch.from_numpy(columns).to(gradient.device)
         directions = self._directions(part, gradient)
         self._squares.add(part, rows, directions)

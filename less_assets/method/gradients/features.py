@@ -119,11 +119,11 @@ def extract_features(
         UnsupportedModelError: If the adapter's gradients would not be exact.
         LessAssetsError: If memory runs out, or moments or sketch do not fit the model.
     """
-    found = [pair for part in lora_slices(model) for pair in zip(part.parameters, part.shapes, strict=True)]
-    if found != sketch.parameters:
+    parameters = [pair for part in lora_slices(model) for pair in zip(part.parameters, part.shapes, strict=True)]
+    if parameters != sketch.parameters:
         raise LessAssetsError(
             "The sketch was made for other parameters than the model has.",
-            where=_first_difference(found, sketch.parameters),
+            where=_first_difference(parameters, sketch.parameters),
             fix="Make the sketch from lora_parameters(model) of this adapter.",
         )
     batching = Batching(token_budget, pad_token_id, padding_side, gradient_checkpointing)
@@ -195,7 +195,7 @@ def resolve_token_budget(
             fix="Lower the maximum length, switch gradient checkpointing on, or use a larger machine.",
         )
     most = 4096 if device.type == "cpu" else 65536
-    return max(longest, min(most, free // 2 // per_token))
+    return int(max(longest, min(most, free // 2 // per_token)))
 
 
 def _free_memory(device: torch.device) -> int:
@@ -205,14 +205,14 @@ def _free_memory(device: torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     import psutil
 
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)
 
 
-def _first_difference(found: list, expected: list) -> str:
-    for index, (a, b) in enumerate(zip(found, expected, strict=False)):
+def _first_difference(parameters: Sequence[object], expected: Sequence[object]) -> str:
+    for index, (a, b) in enumerate(zip(parameters, expected, strict=False)):
         if a != b:
             return f"parameter {index}: model has {a}, sketch has {b}"
-    return f"model has {len(found)} parameters, sketch has {len(expected)}"
+    return f"model has {len(parameters)} parameters, sketch has {len(expected)}"
 
 
 def up_to_last_loss(example: EncodedExample) -> EncodedExample:

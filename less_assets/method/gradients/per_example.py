@@ -175,7 +175,7 @@ def _active_adapter(name: str, layer: lora.LoraLayer) -> str:
         raise _unsupported("The adapter is merged or disabled", name)
     if len(active) != 1:
         raise _unsupported(f"{len(active)} adapters are active ({', '.join(active)})", name)
-    (adapter,) = active
+    adapter = str(active[0])
     if layer.use_dora.get(adapter) or len(layer.lora_magnitude_vector):
         raise _unsupported("The adapter uses DoRA", name)
     if adapter in layer.lora_variant:
@@ -194,7 +194,14 @@ class _LoraDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, anchor: Tensor, report: Callable
+        ctx: Any,
+        base: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        anchor: Tensor,
+        report: Callable[..., None],
     ) -> Tensor:
         hidden = x @ a.T
         ctx.save_for_backward(x, hidden, a, b)
@@ -206,7 +213,7 @@ class _LoraDelta(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, error: Tensor) -> tuple:
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, a, b = ctx.saved_tensors
         hidden_error = (error @ b).mul_(ctx.scaling)
         ctx.report(x, hidden_error, hidden, error, ctx.scaling)
@@ -219,7 +226,8 @@ def _forward_mode_layer(part: LoraSlice, base: Tensor, x: Tensor, tangent: Tenso
     def moved(values: Tensor, by: Tensor) -> Tensor:
         rows = forward_mode.unpack_dual(values).primal.flatten(1, -2)
         change = torch.bmm(rows, by.to(values.dtype).mT).view(*values.shape[:-1], -1)
-        return forward_mode.make_dual(torch.zeros_like(change), change)
+        dual: Tensor = forward_mode.make_dual(torch.zeros_like(change), change)
+        return dual
 
     a, b = part.a.to(x.dtype), part.b.to(x.dtype)
     along_a, along_b = tangent.split([part.a.numel(), part.b.numel()], dim=1)
@@ -417,14 +425,14 @@ class PerExampleBackward:
         head = base.get_output_embeddings()
         rows, width = inputs["input_ids"].shape
 
-        def keep_positions(_module: nn.Module, arguments: tuple) -> tuple | None:
+        def keep_positions(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if arguments and arguments[0].shape[:2] == (rows, width):
                 return (arguments[0].flatten(0, 1)[positions].unsqueeze(0), *arguments[1:])
             return None
 
         narrow = head is not None and not isinstance(head, lora.LoraLayer)
         with _hook(head.register_forward_pre_hook(keep_positions) if narrow else None):
-            logits = base(**inputs, use_cache=False).logits
+            logits: Tensor = base(**inputs, use_cache=False).logits
         if logits.shape[:2] == (1, len(positions)):
             return logits[0]
         return logits.flatten(0, 1)[positions]
@@ -440,7 +448,9 @@ class PerExampleBackward:
         if self._tangents is not None:
             return _forward_mode_layer(part, base, x, self._tangents[part.name])
         report = partial(self._report, part)
-        return _LoraDelta.apply(base, x, part.a.to(x.dtype), part.b.to(x.dtype), part.scaling, self._anchor, report)
+        a, b = part.a.to(x.dtype), part.b.to(x.dtype)
+        changed: Tensor = _LoraDelta.apply(base, x, a, b, part.scaling, self._anchor, report)  # type: ignore[no-untyped-call]
+        return changed
 
     def _report(
         self, part: LoraSlice, x: Tensor, hidden_error: Tensor, hidden: Tensor, error: Tensor, scaling: float

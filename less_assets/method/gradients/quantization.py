@@ -145,9 +145,11 @@ def _encode_int4(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _least_squares_scale(features: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The scale s that minimises |x − s·q|²: <x, q>/<q, q>."""
-    return (_dot(features, values) / np.maximum(_dot(values, values), 1e-30)).astype(np.float32)
+    scale: np.ndarray = (_dot(features, values) / np.maximum(_dot(values, values), 1e-30)).astype(np.float32)
+    return scale
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Row-wise inner products in float64, so that tiny gradients do not underflow."""
-    return np.einsum("nk,nk->n", a, b, dtype=np.float64)
+    products: np.ndarray = np.einsum("nk,nk->n", a, b, dtype=np.float64)
+    return products

@@ -157,8 +157,8 @@ class Sketch:
             bucket = (column + self._shifts[block]) % self.dimension
             # As far as neither the slice, nor the block, nor the row of buckets ends.
             length = min(stop - start, self.dimension - column, self.dimension - bucket)
-            here = slice(start - offset, start - offset + length)
-            accumulator[..., bucket : bucket + length].addcmul_(values[..., here], signs[here])
+            part = slice(start - offset, start - offset + length)
+            accumulator[..., bucket : bucket + length].addcmul_(values[..., part], signs[part])
             start += length
 
     def _add_rademacher(self, accumulator: Tensor, offset: int, values: Tensor) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from less_assets.method.selection.selection import SELECTION_SCHEMA, Budget, Candidates, Restraints, select_by_score
+from less_assets.method.selection.ranking import Restraints, score_matrix
+from less_assets.method.selection.selection import SELECTION_SCHEMA, Budget, Candidates, select_by_score
 
 GROUPS = ("selected", "below_cut", "most_negative")
 
@@ -58,7 +59,7 @@ def most_negative_rows(candidates: Sequence[Candidates], without: Sequence[str],
     worst: list[pl.DataFrame] = []
     for tables in zip(*(member.shards() for member in candidates), strict=True):
         scores = np.concatenate(
-            [_matrix(table[member.column]) for table, member in zip(tables, candidates, strict=True)], axis=1
+            [score_matrix(table[member.column]) for table, member in zip(tables, candidates, strict=True)], axis=1
         )
         labels = np.array([(member.task, label) for member in candidates for label in member.labels])
         mean = np.where(np.isnan(scores).any(axis=1), np.nan, scores.mean(axis=1, dtype=np.float64))
@@ -74,18 +75,10 @@ def most_negative_rows(candidates: Sequence[Candidates], without: Sequence[str],
         worst = [worst[0].head(count)]
     if not worst:
         return pl.DataFrame(schema=EXPLAINED_SCHEMA)
-    found = worst[0].with_columns(
+    rows = worst[0].with_columns(
         pl.lit("most_negative").alias("group"), pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("rank")
     )
-    return found.select(EXPLAINED_SCHEMA.names()).cast(EXPLAINED_SCHEMA)
+    return rows.select(EXPLAINED_SCHEMA.names()).cast(EXPLAINED_SCHEMA)
 
 
 _PLACES = ["shard", "row", "score", "subtask", "task", "loss_tokens"]
-
-
-def _matrix(column: pl.Series) -> np.ndarray:
-    """Scores as float32 (n, J); null rows are NaN."""
-    width = column.dtype.shape[0] if isinstance(column.dtype, pl.Array) else 1
-    scores = np.full((len(column), width), np.nan, dtype=np.float32)
-    scores[column.is_not_null().to_numpy()] = column.drop_nulls().to_numpy().reshape(-1, width)
-    return scores

@@ -2,7 +2,8 @@
 
 Belongs here: pure functions from texts, embeddings, losses or lengths to scores, higher is better. Ranking and budgets
 are those of `selection.py`: a matrix (n, J) with one column per subtask or target example goes there with its labels,
-so the same aggregations serve every strategy. Random and full need no score; they live there too.
+so the same aggregations serve every strategy. Random and full need no score; they live there too. The functions that
+the table of strategies (`project/strategies.py`) names for text and embeddings are `bm25`, `dsir`, `rds`, `perplexity`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from less_assets.errors import UnsupportedModelError
 from less_assets.method.data.chat import IGNORED
+from less_assets.method.selection.scorers import EmbeddedRows, PoolScorer, PoolTexts, TargetExamples, Texts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,11 +118,23 @@ def bm25_scores(
     scores = np.zeros((len(texts), len(labels)), dtype=np.float32)
     for row, text in enumerate(texts):
         words = _bm25_words(text)
-        found = Counter(pool.words[word] for word in words if word in pool.words)
-        if found:
-            counts = np.fromiter(found.values(), dtype=np.float64)
-            scores[row] = (counts / (counts + K1 * (1 - B + B * len(words) / average))) @ weights[list(found)]
+        occurrences = Counter(pool.words[word] for word in words if word in pool.words)
+        if occurrences:
+            counts = np.fromiter(occurrences.values(), dtype=np.float64)
+            scores[row] = (counts / (counts + K1 * (1 - B + B * len(words) / average))) @ weights[list(occurrences)]
     return labels, scores
+
+
+def bm25(targets: TargetExamples, pool: PoolTexts) -> PoolScorer[Texts]:
+    """The rule `bm25`: one score a subtask."""
+    statistics = WordStatistics.of(targets.texts)
+    for texts in pool():
+        statistics.count(texts)
+    column = dict(zip(targets.subtasks, targets.columns, strict=True))
+    return PoolScorer(
+        [column[label] for label in sorted(column)],
+        lambda texts: bm25_scores(texts, targets.texts, targets.subtasks, statistics)[1],
+    )
 
 
 def _bm25_words(text: str) -> list[str]:
@@ -170,6 +184,22 @@ def dsir_log_weights(
     return np.array([difference[_ngram_buckets(text, len(difference))].sum() for text in texts], dtype=np.float32)
 
 
+def dsir(targets: TargetExamples, pool: PoolTexts) -> PoolScorer[Texts]:
+    """The rule `dsir`: one log weight a task; rows are drawn by it."""
+    members = list(dict.fromkeys(targets.members))
+    wanted = [
+        ngram_counts(text for text, member in zip(targets.texts, targets.members, strict=True) if member == name)
+        for name in members
+    ]
+    counts = np.zeros(NGRAM_BUCKETS, dtype=np.int64)
+    for texts in pool():
+        counts += ngram_counts(texts)
+    return PoolScorer(
+        [(member, "all") for member in members],
+        lambda texts: np.stack([dsir_log_weights(texts, target_counts, counts) for target_counts in wanted], axis=1),
+    )
+
+
 def _ngram_buckets(text: str, buckets: int) -> np.ndarray:
     words = _WORDS_AND_MARKS.findall(text.lower())
     ngrams = [*words, *(f"{first} {second}" for first, second in pairwise(words))]
@@ -196,7 +226,7 @@ def with_gumbel_noise(log_weights: np.ndarray, example_ids: Sequence[str], seed:
         float32 (n,).
     """
     key = draw_key(seed, stream)
-    digests = [hashlib.blake2b(each.encode(), digest_size=8, key=key).digest() for each in example_ids]
+    digests = [hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in example_ids]
     uniform = (np.frombuffer(b"".join(digests), dtype="<u8").astype(np.float64) + 0.5) / 2.0**64
     # 1 − 2⁻⁵³ at most: the very largest digests would round to 1 and their noise to infinity.
     noise = -np.log(-np.log(np.minimum(uniform, 1 - 2.0**-53)))
@@ -375,12 +405,24 @@ def cosine_scores(pool: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         pool, targets = (
-            np.asarray(each, dtype=np.float32) / np.linalg.norm(each, axis=1, keepdims=True) for each in (pool, targets)
+            np.asarray(vectors, dtype=np.float32) / np.linalg.norm(vectors, axis=1, keepdims=True)
+            for vectors in (pool, targets)
         )
-        return pool @ targets.T
+        cosines: np.ndarray = pool @ targets.T
+    return cosines
+
+
+def rds(targets: TargetExamples) -> PoolScorer[EmbeddedRows]:
+    """The rule `rds`: one cosine a target example."""
+    return PoolScorer(targets.columns, lambda column: cosine_scores(column("embedding"), targets.embeddings))
 
 
 # ---- perplexity and length ----
+
+
+def perplexity(targets: TargetExamples) -> PoolScorer[EmbeddedRows]:
+    """The rule `perplexity`: the base model's loss; rows rank by `perplexity_scores` of it."""
+    return PoolScorer([(targets.task, "all")], lambda column: column("loss")[:, None])
 
 
 def perplexity_scores(losses: np.ndarray, keep: Literal["mid", "top"], pool: np.ndarray) -> np.ndarray:
@@ -439,8 +481,10 @@ def length_matched_log_weights(lengths: np.ndarray, pool: np.ndarray, reference:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log((reference / max(1, reference.sum())) / (pool / max(1, pool.sum())))
     # Far below any Gumbel noise (at most 37), yet finite, so that a budget larger than the match can be filled.
-    return np.maximum(np.nan_to_num(ratio, nan=-1000.0), -1000.0)[_length_bins(lengths)]
+    weights: np.ndarray = np.maximum(np.nan_to_num(ratio, nan=-1000.0), -1000.0)[_length_bins(lengths)]
+    return weights
 
 
 def _length_bins(lengths: np.ndarray) -> np.ndarray:
-    return np.floor(np.log2(np.maximum(1, np.asarray(lengths))) * BINS_PER_OCTAVE).astype(np.int64)
+    bins: np.ndarray = np.floor(np.log2(np.maximum(1, np.asarray(lengths))) * BINS_PER_OCTAVE).astype(np.int64)
+    return bins

@@ -13,7 +13,7 @@ ROWS_AT_A_TIME = 256
 """Rows whose codes and temporary arrays (1.5 bytes a number) stay near the processor at k = 32768."""
 
 _DIGITS = (1.0, 128.0, 16384.0)
-_LARGEST = 63 * sum(int(place) for place in _DIGITS)
+_LARGEST = 63 * sum(int(digit) for digit in _DIGITS)
 """A direction's numbers become integers of at most this size: three digits from -64 to 63, about 21 bits. Digits of
 seven bits, since processors without VNNI add pairs of products in 16 bits."""
 
@@ -76,7 +76,7 @@ class CodedDirections:
             products = np.concatenate([values @ group for group in self._groups], axis=1)
             squares = np.vecdot(values, values)
         with np.errstate(divide="ignore", invalid="ignore"):
-            scores = (products / np.sqrt(squares)[:, None]).astype(np.float32)
+            scores: np.ndarray = (products / np.sqrt(squares)[:, None]).astype(np.float32)
         scores[~(np.isfinite(squares) & (squares > 0) & np.isfinite(scale) & (scale > 0))] = np.nan
         return scores
 
@@ -96,10 +96,10 @@ class CodedDirections:
 
     def _sums(self, codes: np.ndarray, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sums float64 (n,) of each row's codes, and inner products float64 (n, J) with the integers; both exact."""
-        found = _integer_product(codes, digits).astype(np.float64)
+        products = _integer_product(codes, digits).astype(np.float64)
         count = len(self._sum)
-        places = found[:, 1 : 1 + len(_DIGITS) * count].reshape(len(codes), len(_DIGITS), count)
-        return found[:, 0], np.tensordot(_DIGITS, places, axes=(0, 1))
+        places = products[:, 1 : 1 + len(_DIGITS) * count].reshape(len(codes), len(_DIGITS), count)
+        return products[:, 0], np.tensordot(_DIGITS, places, axes=(0, 1))
 
     def _arrays(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Two arrays of bytes of this thread's own; new ones for every call would cost more than the arithmetic."""

@@ -11,8 +11,8 @@ exact score the cut lies at, and what chance each selected row has of lying abov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.exact import mean_target_directions, score_exactly
 from less_assets.method.gradients.features import Batching
 from less_assets.method.gradients.per_example import lora_slices
+from less_assets.method.selection.ranking import Queue
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,7 +70,8 @@ class Calibration:
         distance = self.intercept + self.slope * sketched - exact_score
         with np.errstate(divide="ignore", invalid="ignore"):
             sigmas = np.where(deviation > 0, distance / deviation, np.sign(distance) * np.inf)
-        return torch.special.ndtr(torch.from_numpy(np.nan_to_num(sigmas, nan=0.0))).numpy()
+        chances: np.ndarray = torch.special.ndtr(torch.from_numpy(np.nan_to_num(sigmas, nan=0.0))).numpy()
+        return chances
 
     def exact_cut(self, sketched: np.ndarray, share: float) -> float:
         """The exact score above which a share of the rows is expected, given the pool's sketched scores (m,)."""
@@ -105,73 +107,6 @@ def calibrate(sketched: np.ndarray, exact: np.ndarray) -> Calibration:
     residuals = y - intercept - slope * x
     spread = float(np.sqrt(np.square(residuals).sum() / (len(x) - 2)))
     return Calibration(len(x), intercept, slope, spread, float(center), scatter)
-
-
-@dataclass(frozen=True)
-class Queue:
-    """One order in which a recipe ranks the pool: that of a task or, with `round_robin`, of a subtask.
-
-    Attributes:
-        task: The task that takes rows in this order.
-        subtask: The subtask, where each has an order of its own.
-        places: Columns of the score arrays that count.
-        aggregate: `max` or `mean` over these columns.
-    """
-
-    task: str
-    subtask: str | None
-    places: tuple[int, ...]
-    aggregate: str
-
-    def scores(self, array: np.ndarray) -> np.ndarray:
-        """Scores (n,) by which this order ranks, from the scores (n, J) per subtask."""
-        own = np.asarray(array)[:, list(self.places)]
-        return own.max(axis=1) if self.aggregate == "max" else own.mean(axis=1, dtype=np.float64)
-
-
-def queues_of(tasks: Mapping[str, Sequence[tuple[str, int]]], aggregate: str) -> list[Queue]:
-    """The orders in which a recipe ranks the pool.
-
-    Args:
-        tasks: Task (or member of a group) -> its subtasks, each with its place in the score arrays.
-        aggregate: `max`, `mean` or `round_robin`.
-    """
-    if aggregate == "round_robin":
-        return [Queue(task, label, (place,), "max") for task, parts in tasks.items() for label, place in parts]
-    return [Queue(task, None, tuple(place for _, place in parts), aggregate) for task, parts in tasks.items()]
-
-
-def take_in_turn(scores: np.ndarray, queues: Sequence[Queue], rows: int) -> pl.DataFrame:
-    """What a recipe would select from a few thousand rows: tasks in turn, each from its queues in turn, as `selection`.
-
-    Args:
-        scores: Scores (m, J).
-        queues: `queues_of` the recipe.
-        rows: How many to take.
-
-    Returns:
-        Rank, example_id (the row's place as text), score, task and subtask of each selected row.
-    """
-    ranked = [
-        (queue, values, iter(np.argsort(-values, kind="stable").tolist()))
-        for queue in queues
-        for values in [queue.scores(scores)]
-    ]
-    turns = [[entry for entry in ranked if entry[0].task == task] for task in dict.fromkeys(q.task for q in queues)]
-    taken: dict[int, tuple[float, str, str | None]] = {}
-    while len(taken) < min(rows, len(scores)):
-        for entries in turns:
-            queue, values, order = entries.pop(0)
-            entries.append((queue, values, order))
-            row = next((row for row in order if row not in taken), None)
-            if row is not None and len(taken) < rows:
-                taken[row] = (float(values[row]), queue.task, queue.subtask)
-    parts = zip(*taken.values(), strict=True)
-    columns = dict(zip(("score", "task", "subtask"), parts, strict=True))
-    return pl.DataFrame(
-        {"rank": range(1, len(taken) + 1), "example_id": [str(row) for row in taken], **columns},
-        schema_overrides={"score": pl.Float32, "subtask": pl.String},
-    )
 
 
 @dataclass(frozen=True)
@@ -224,31 +159,31 @@ def judge(
 
     Args:
         sample: Scores of the recipe's form and subtask rule.
-        queues: `queues_of` the recipe.
+        queues: `ranking.queues_of` the recipe.
         selected: `selection.SELECTION_SCHEMA`, every row with task and score.
         candidates: The rows were scored again exactly, this many times the budget of them: then a row is in doubt only
             if better ones may have been left out of the candidates.
     """
     parts, bands = [], []
     for queue in queues:
-        own = selected.filter(pl.col("task") == queue.task)
+        taken = selected.filter(pl.col("task") == queue.task)
         if queue.subtask is not None:
-            own = own.filter(pl.col("subtask") == queue.subtask)
-        if own.is_empty():
+            taken = taken.filter(pl.col("subtask") == queue.subtask)
+        if taken.is_empty():
             continue
         calibration = calibrate(queue.scores(sample.sketched), queue.scores(sample.exact))
-        pool, scores = queue.scores(sample.pool), own["score"].to_numpy().astype(np.float64)
+        pool, scores = queue.scores(sample.pool), taken["score"].to_numpy().astype(np.float64)
         if candidates is None:
             # As deep as this queue went, rows that others took from it included.
-            share = max(float((pool >= scores.min()).mean()), own.height / sample.pool_rows)
+            share = max(float((pool >= scores.min()).mean()), taken.height / sample.pool_rows)
             chance = calibration.chance_above(scores, calibration.exact_cut(pool, min(1.0, share)))
         else:
-            share = min(1.0, candidates * own.height / sample.pool_rows)
+            share = min(1.0, candidates * taken.height / sample.pool_rows)
             chance = _chance_of_staying(calibration, pool, scores, share, sample.pool_rows)
         certain = chance >= CONFIDENCE
         bands.append(float(scores[certain].min() - scores.min()) if certain.any() else None)
         parts.append(
-            own.select("rank", "example_id").with_columns(chance=pl.Series(chance), certain=pl.Series(certain))
+            taken.select("rank", "example_id").with_columns(chance=pl.Series(chance), certain=pl.Series(certain))
         )
     if not parts:
         return Judgement(pl.DataFrame(schema=JUDGED_SCHEMA), float("nan"), 0, [])
@@ -268,7 +203,8 @@ def _chance_of_staying(
     missed = [calibration.chance_above(left_out, score).sum() * pool_rows / len(pool) for score in grid]
     expected = np.interp(exact, grid, missed)
     from_below = exact.argsort(kind="stable").argsort(kind="stable") + 1.0
-    return torch.special.gammaincc(torch.from_numpy(from_below), torch.from_numpy(expected)).numpy()
+    chances: np.ndarray = torch.special.gammaincc(torch.from_numpy(from_below), torch.from_numpy(expected)).numpy()
+    return chances
 
 
 def root_mean_square_error(sketched: np.ndarray, exact: np.ndarray) -> float:
@@ -277,22 +213,27 @@ def root_mean_square_error(sketched: np.ndarray, exact: np.ndarray) -> float:
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of two (n,) arrays; NaN if one is constant."""
-    x, y = (np.asarray(each, np.float64) - np.mean(each, dtype=np.float64) for each in (a, b))
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale else float("nan")
+    """Correlation of two (n,) arrays (`scipy.stats.pearsonr`); NaN if one is constant."""
+    from scipy.stats import pearsonr
+
+    return float("nan") if _is_constant(a) or _is_constant(b) else float(pearsonr(a, b).statistic)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (n,) arrays, ties sharing their mean rank; NaN if one is constant."""
-    ranks = [pl.Series(np.asarray(each, np.float64)).rank("average").to_numpy() for each in (a, b)]
-    return pearson(*ranks)
+    """Rank correlation of two (n,) arrays (`scipy.stats.spearmanr`): ties share their rank; NaN if one is constant."""
+    from scipy.stats import spearmanr
+
+    return float("nan") if _is_constant(a) or _is_constant(b) else float(spearmanr(a, b).statistic)
+
+
+def _is_constant(values: np.ndarray) -> bool:
+    return np.unique(values).size < 2
 
 
 def top_overlap(a: np.ndarray, b: np.ndarray, share: float) -> float:
     """Share of the best rows by one (n,) array that are among the best by another; at least one row is taken."""
     count = max(1, round(share * len(a)))
-    best = [set(np.argsort(-np.asarray(each, np.float64), kind="stable")[:count].tolist()) for each in (a, b)]
+    best = [set(np.argsort(-np.asarray(scores, np.float64), kind="stable")[:count].tolist()) for scores in (a, b)]
     return len(best[0] & best[1]) / count
 
 
@@ -343,9 +284,9 @@ def step_effects(
     """
     mean = mean_target_directions(model, targets, ["target"] * len(targets), batching=batching).mean
     asked = tuple(dict.fromkeys(("adamw", *forms)))
-    found = score_exactly(model, examples, mean, forms=asked, moments=moments, batching=batching)
-    if found.status.any():
-        row = int(np.flatnonzero(found.status)[0])
+    exact = score_exactly(model, examples, mean, forms=asked, moments=moments, batching=batching)
+    if exact.status.any():
+        row = int(np.flatnonzero(exact.status)[0])
         raise LessAssetsError(
             "A row has no usable gradient, so no step can be taken on it.",
             where=f"example {examples[row].example_id}",
@@ -355,15 +296,15 @@ def step_effects(
     real = np.empty(len(examples))
     with _trainable_adapter(model, moments) as step:
         before = _mean_loss(model, targets, batching)
-        for place, example in enumerate(examples):
+        for number, example in enumerate(examples):
             with step(example, batching.pad_token_id, learning_rate):
-                real[place] = before - _mean_loss(model, targets, batching)
+                real[number] = before - _mean_loss(model, targets, batching)
             if on_progress:
                 on_progress(1)
     return StepEffects(
         real,
-        learning_rate * found.dots["adamw"][:, 0].astype(np.float64),
-        {form: found.cosines(form)[:, 0] / norm for form in forms},
+        learning_rate * exact.dots["adamw"][:, 0].astype(np.float64),
+        {form: exact.cosines(form)[:, 0] / norm for form in forms},
     )
 
 
@@ -373,7 +314,7 @@ def _mean_loss(model: PeftModel, targets: Sequence[EncodedExample], batching: Ba
 
 
 @contextmanager
-def _trainable_adapter(model: PeftModel, moments: AdamMoments) -> Iterator[Callable]:
+def _trainable_adapter(model: PeftModel, moments: AdamMoments) -> Iterator[Callable[..., AbstractContextManager[None]]]:
     """Gives a context manager that takes one AdamW step on one row and takes it back."""
     weights = {
         name: weight

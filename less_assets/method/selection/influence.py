@@ -77,7 +77,7 @@ def target_directions(features: np.ndarray, subtasks: Sequence[str], rule: str) 
         raise TargetFormatError("The task has no target examples.")
     rows = np.asarray(features, dtype=np.float64)
     if rule == "mean_cosine":
-        rows = _units(rows, [f"target example {place + 1}" for place in range(len(rows))])
+        rows = _units(rows, [f"target example {number + 1}" for number in range(len(rows))])
     names = np.asarray(subtasks)
     labels = sorted(set(subtasks))
     means = np.stack([rows[names == label].mean(axis=0) for label in labels])
@@ -94,7 +94,8 @@ def _units(rows: np.ndarray, names: Sequence[str]) -> np.ndarray:
             f"The gradient is zero or not finite, so nothing can point along it: {', '.join(bad[:5])}.",
             fix="Look at those examples' completions, or train the warm-up in a wider number format.",
         )
-    return rows / norms[:, None]
+    unit: np.ndarray = rows / norms[:, None]
+    return unit
 
 
 def normalised_weights(learning_rates: Mapping[str, float]) -> dict[str, float]:
@@ -121,7 +122,7 @@ def score_block(features: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """
     norms = np.sqrt(np.einsum("nk,nk->n", features, features))
     with np.errstate(divide="ignore", invalid="ignore"):
-        scores = (features @ directions.T) / norms[:, None]
+        scores: np.ndarray = (features @ directions.T) / norms[:, None]
     scores[~(np.isfinite(norms) & (norms > 0))] = np.nan
     return scores
 
@@ -179,12 +180,12 @@ def _score_source(source: FeatureSource, form: str, directions: np.ndarray, grou
     """
     coded = CodedDirections(directions, source.storage, groups)
     cosines = np.empty((source.rows, len(directions)), dtype=np.float32)
-    own = threading.local()
+    thread = threading.local()
 
     def score(index: int) -> None:
-        if not hasattr(own, "buffer"):
-            own.buffer = np.empty(source.code_block_bytes, dtype=np.uint8)
-        first, codes, scale = source.codes(form, index, own.buffer)
+        if not hasattr(thread, "buffer"):
+            thread.buffer = np.empty(source.code_block_bytes, dtype=np.uint8)
+        first, codes, scale = source.codes(form, index, thread.buffer)
         for start in range(0, len(codes), ROWS_AT_A_TIME):
             stop = min(start + ROWS_AT_A_TIME, len(codes))
             cosines[first + start : first + stop] = coded.cosines(codes[start:stop], scale[start:stop])
@@ -265,7 +266,8 @@ def _folded(features: np.ndarray, dimension: int) -> np.ndarray:
         return features
     padded = np.zeros((count, -(-width // dimension) * dimension), dtype=np.float32)
     np.multiply(features, _signs(width), out=padded[:, :width])
-    return padded.reshape(count, -1, dimension).sum(axis=1)
+    sums: np.ndarray = padded.reshape(count, -1, dimension).sum(axis=1)
+    return sums
 
 
 @lru_cache(maxsize=1)
@@ -304,9 +306,9 @@ def row_statuses(pool_status: Sequence[str], feature_status: Mapping[str, np.nda
     from less_assets.method.gradients.features import RowStatus  # loads torch, which selection alone does not need
 
     names = {int(status): status.name.lower() for status in RowStatus}
-    found = list(pool_status)
+    statuses = list(pool_status)
     for status in feature_status.values():
         for row in np.flatnonzero(status):
-            if found[row] == "ok":
-                found[row] = names[int(status[row])]
-    return found
+            if statuses[row] == "ok":
+                statuses[row] = names[int(status[row])]
+    return statuses

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import polars as pl
 
 from less_assets.errors import ProjectFileError
-from less_assets.method.selection.selection import Budget, Restraints, Selection, select_at_random, selection_of
+from less_assets.method.selection.ranking import Restraints
+from less_assets.method.selection.selection import Budget, Selection, select_at_random, selection_of
 
 STREAM = "mix"
 """Stream of the draw: independent of a recipe's own draws at equal seeds."""

@@ -48,4 +48,5 @@ def precondition(directions: np.ndarray, sample: np.ndarray, damping: float) -> 
     inside = np.linalg.solve(gram, (units @ directions.T).astype(np.float64))
     found = directions.astype(np.float64) - inside.T @ units
     lengths = np.linalg.norm(directions, axis=1, keepdims=True) / np.linalg.norm(found, axis=1, keepdims=True)
-    return (found * lengths).astype(np.float32)
+    scaled: np.ndarray = (found * lengths).astype(np.float32)
+    return scaled

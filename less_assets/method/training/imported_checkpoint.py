@@ -245,7 +245,7 @@ def pair_moments(
         superfluous = [f"parameter {index}" for index in range(len(order), len(state.entries))]
 
     steps = [_step(entry) for _, entry in pairs if entry is not None]
-    step = expected_step if expected_step is not None else next((found for found in steps if found is not None), None)
+    step = expected_step if expected_step is not None else next((step for step in steps if step is not None), None)
     mismatches = [
         (name, _shape_text(parameters[name]), fault)
         for name, entry in pairs
@@ -271,19 +271,19 @@ def pair_moments(
 
 def _refuse_sharded(source: Path) -> None:
     for pattern, (kind, fix) in _SHARDED.items():
-        found = next(source.glob(pattern), None)
-        if found is not None and not any((source / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
+        shard = next(source.glob(pattern), None)
+        if shard is not None and not any((source / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
             raise CheckpointImportError(
                 f"The optimizer's state is sharded by {kind}, and a shard does not say which parameters it holds.",
-                where=str(found),
+                where=str(shard),
                 fix=fix + _RETRAIN,
             )
 
 
 def _optimizer_file(source: Path) -> Path:
-    own = source / MOMENTS
-    if own.is_file() and {"step", "beta1", "beta2", "eps"} <= tensor_metadata(own).keys():
-        return own
+    moments = source / MOMENTS
+    if moments.is_file() and {"step", "beta1", "beta2", "eps"} <= tensor_metadata(moments).keys():
+        return moments
     for name in ("optimizer.pt", "optimizer.bin"):
         if (source / name).is_file():
             return source / name
@@ -298,8 +298,8 @@ def _load_tensors_only(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        more = f" ({found.group(1)})" if found else ""
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        more = f" ({refused.group(1)})" if refused else ""
         raise CheckpointImportError(
             f"The file is damaged or holds more than tensors and numbers{more}; it is not loaded, since it could run "
             "code.",
@@ -425,11 +425,11 @@ def _fault(entry: Mapping[str, Any] | None, shape: tuple[int, ...], step: int | 
     if entry is None:
         return "missing"
     shapes = [tuple(entry[name].shape) for name in ("exp_avg", "exp_avg_sq")]
-    found = _step(entry)
+    stored_step = _step(entry)
     if shapes != [shape, shape]:
         return " and ".join(dict.fromkeys(_shape_text(other) for other in shapes))
-    if found is None or found != step:
-        return f"step {found if found is not None else entry['step']}, not {step}"
+    if stored_step is None or stored_step != step:
+        return f"step {stored_step if stored_step is not None else entry['step']}, not {step}"
     if not all(torch.isfinite(entry[name]).all() for name in ("exp_avg", "exp_avg_sq")):
         return "not finite"
     if (entry["exp_avg_sq"] < 0).any():

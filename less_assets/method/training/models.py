@@ -156,8 +156,8 @@ def load_base(
         ModelLoadError: The model can't be found or loaded, lacks weights, holds an adapter, or its tokenizer has more
             tokens than the model has embeddings.
     """
-    found = find_base(base, cache_dir, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(base, cache_dir=cache_dir, trust_remote_code=trust_remote_code, folder=found.folder)
+    files = find_base(base, cache_dir, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(base, cache_dir=cache_dir, trust_remote_code=trust_remote_code, folder=files.folder)
     target = resolve_device(device)
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype, target), "trust_remote_code": trust_remote_code}
     if quantization is not None:
@@ -167,17 +167,17 @@ def load_base(
         options["device_map"] = device_map
     with _loading(base), _without_progress_bars():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            found.folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            files.folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     model, info = loaded
     if info["missing_keys"]:  # transformers would go on with random numbers
         missing = sorted(info["missing_keys"])
         raise ModelLoadError(
             f"{len(missing)} weights of the base model are missing, the first is {missing[0]}.",
-            where=str(found.folder),
+            where=str(files.folder),
             fix="Fetch the model again.",
         )
-    _refuse_adapter_layers(model, str(found.folder))
+    _refuse_adapter_layers(model, str(files.folder))
     if device_map is None:
         model.to(target)
     check_vocabulary(model, tokenizer)
@@ -213,13 +213,15 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
+def check_vocabulary(
+    model: transformers.PreTrainedModel | PeftModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
     """Refuse a tokenizer that can produce ids for which the model has no embedding.
 
     Raises:
         ModelLoadError: The tokenizer has more tokens than the model has embeddings.
     """
-    embeddings = model.get_input_embeddings().num_embeddings
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > embeddings:
         added = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= embeddings)
         named = f" (the first without one is {added[0][1]!r}, id {added[0][0]})" if added else ""
@@ -330,9 +332,9 @@ def count_adapter_parameters(base: str, lora: LoraSettings, *, cache_dir: Path, 
     Raises:
         ModelLoadError: The model can't be found, or has no layer of that name.
     """
-    found = find_base(base, cache_dir, trust_remote_code=trust_remote_code)
+    files = find_base(base, cache_dir, trust_remote_code=trust_remote_code)
     with _loading(base), _without_progress_bars(), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(found.folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
         shape = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     adapted = attach_adapter(shape, lora, seed=0)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
@@ -386,7 +388,8 @@ def load_adapter(
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's weights by their names in a file, which lack the adapter's name."""
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

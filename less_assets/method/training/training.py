@@ -20,7 +20,7 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -133,7 +133,7 @@ class TrainingResult:
 
 def train_adapter(
     model: transformers.PreTrainedModel | PeftModel,
-    tokenizer: Any,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
     settings: TrainingSettings,
     output_dir: Path,
@@ -295,7 +295,7 @@ class _EpochTrainer(Trainer):
         self.rows: list[EncodedExample] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(cast(list, self.train_dataset))
+        return SequentialSampler(cast(Sized, self.train_dataset))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Gradient of the mean loss over all loss tokens of a batch; returns that loss."""
@@ -328,7 +328,7 @@ class _EpochTrainer(Trainer):
             self.report(logs, self.rows)
 
 
-def token_loss_sum(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def token_loss_sum(model: transformers.PreTrainedModel | PeftModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum of the cross-entropy over a batch's loss tokens, float32 scalar.
 
     Only the columns in which some row has loss go through the language-model head, whose logits are the largest tensor
@@ -354,7 +354,7 @@ def token_loss_sum(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def _train_epoch(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
-    tokenizer: Any,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
     settings: TrainingSettings,
     epoch: int,
@@ -470,7 +470,10 @@ def _check_weights(model: PeftModel, epoch: int) -> None:
 
 
 def _fingerprint(
-    model: Any, examples: Sequence[EncodedExample], settings: TrainingSettings, lora: LoraSettings
+    model: transformers.PreTrainedModel | PeftModel,
+    examples: Sequence[EncodedExample],
+    settings: TrainingSettings,
+    lora: LoraSettings,
 ) -> dict[str, Any]:
     """What decides the bytes of a training, readable, with the examples as a digest."""
     digest = hashlib.blake2b(digest_size=16)
@@ -485,4 +488,5 @@ def _fingerprint(
         "settings": dataclasses.asdict(settings),
         "lora": dataclasses.asdict(lora),
     }
-    return json.loads(json.dumps(described))
+    as_stored: dict[str, Any] = json.loads(json.dumps(described))
+    return as_stored

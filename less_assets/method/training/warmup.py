@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 from less_assets.method.data.chat import EncodedExample
 from less_assets.method.gradients.directions import AdamMoments
@@ -22,6 +22,10 @@ from less_assets.method.training.epoch_folder import MOMENTS, STATE, epoch_folde
 from less_assets.method.training.files import reading
 from less_assets.method.training.models import LoraSettings
 from less_assets.method.training.training import TrainingSettings, TrainingStep, learning_rates, train_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Checkpoint:
 
 
 def warm_up(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
     settings: TrainingSettings,
     output_dir: Path,

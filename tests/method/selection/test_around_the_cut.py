@@ -5,7 +5,8 @@ import polars as pl
 import pytest
 
 from less_assets.method.selection.around_the_cut import EXPLAINED_SCHEMA, most_negative_rows, rows_below_the_cut
-from less_assets.method.selection.selection import AGGREGATES, Budget, Candidates, select_by_score
+from less_assets.method.selection.ranking import AGGREGATES
+from less_assets.method.selection.selection import Budget, Candidates, select_by_score
 
 
 def candidates(rows: int = 30, tasks: int = 1) -> list[Candidates]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from less_assets.method.data.chat import EncodedExample
 from less_assets.method.evaluation.evaluation import held_out_loss
+from less_assets.method.selection import baselines
 from less_assets.method.selection.baselines import (
     WordStatistics,
     bm25_scores,
@@ -23,6 +24,7 @@ from less_assets.method.selection.baselines import (
     text_of,
     with_gumbel_noise,
 )
+from less_assets.method.selection.scorers import TargetExamples
 from less_assets.method.selection.selection import Budget, Candidates, select_by_score
 
 POOL = [
@@ -83,6 +85,35 @@ def test_bm25_equals_the_printed_formula():
     average = 6 / 3
     expected = [idf * n / (n + 1.5 * (1 - 0.75 + 0.75 * length / average)) for n, length in ((2, 3), (1, 2))]
     np.testing.assert_allclose(scores[:, 0], [*expected, 0.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "columns"),
+    [(baselines.bm25, [("a", "pets"), ("b", "all"), ("b", "maths")]), (baselines.dsir, [("b", "all"), ("a", "all")])],
+)
+def test_a_rule_of_texts_scores_a_shard_by_what_it_knows_of_the_whole_pool(rule, columns):
+    """Subtasks of a group stand under the task that has them; `b/all` is a subtask of that name."""
+    targets = TargetExamples(
+        "group", ["b", "a", "b"], ["b/maths", "a/pets", "b/all"], ["the integral", "cat cat", "Hauptstadt"]
+    )
+    in_shards = rule(targets, lambda: [POOL[:2], POOL[2:]])
+    at_once = rule(targets, lambda: [POOL])
+    assert in_shards.columns == at_once.columns == columns
+    scores = at_once.score(POOL)
+    assert scores.shape == (len(POOL), len(columns))
+    np.testing.assert_allclose(np.concatenate([in_shards.score(POOL[:2]), in_shards.score(POOL[2:])]), scores)
+    assert scores[:, columns.index(("b", "maths"))].argmax() == 1 if rule is baselines.bm25 else scores.any()
+
+
+def test_the_rules_of_embeddings_read_the_column_they_rank_by():
+    rows = {"embedding": np.array([[1.0, 0.0], [0.0, 2.0]], np.float32), "loss": np.array([3.0, 1.0], np.float32)}
+    targets = TargetExamples("a", ["a", "a"], ["x", "x"], embeddings=np.array([[0.0, 1.0], [1.0, 0.0]], np.float32))
+    cosines = baselines.rds(targets)
+    assert cosines.columns == [("a", "x"), ("a", "x")]
+    assert cosines.score(rows.__getitem__).tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    losses = baselines.perplexity(TargetExamples("a", [], []))
+    assert losses.columns == [("a", "all")]
+    assert losses.score(rows.__getitem__).tolist() == [[3.0], [1.0]]
 
 
 words = st.lists(st.sampled_from(["cat", "dog", "sum", "of", "two", "é"]), max_size=6).map(" ".join)

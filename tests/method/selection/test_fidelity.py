@@ -17,16 +17,15 @@ from less_assets.method.gradients.features import Batching
 from less_assets.method.gradients.per_example import lora_parameters
 from less_assets.method.selection.fidelity import (
     CONFIDENCE,
-    Queue,
     ScoredSample,
     calibrate,
     judge,
     pearson,
-    queues_of,
     spearman,
     step_effects,
     top_overlap,
 )
+from less_assets.method.selection.ranking import Queue, queues_of
 
 ONE = Queue("task", None, (0,), "max")
 

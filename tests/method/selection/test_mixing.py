@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from less_assets.errors import PoolFormatError, ProjectFileError
 from less_assets.method.selection.mixing import divide, mix
-from less_assets.method.selection.selection import Budget, Restraints, select_at_random
+from less_assets.method.selection.ranking import Restraints
+from less_assets.method.selection.selection import Budget, select_at_random
 
 
 def pool(rows: int) -> pl.DataFrame:

@@ -10,13 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from less_assets.errors import PoolFormatError, ProjectFileError
-from less_assets.method.selection import selection
-from less_assets.method.selection.selection import (
+from less_assets.method.selection.ranking import (
+    AGGREGATES,
     PASSED_OVER_SCHEMA,
+    Restraints,
+    queues_of,
+    select_from_sample,
+)
+from less_assets.method.selection.selection import (
     SELECTION_SCHEMA,
     Budget,
     Candidates,
-    Restraints,
     select_all,
     select_at_random,
     select_by_score,
@@ -101,7 +105,7 @@ budgets = st.one_of(
 
 
 @settings(max_examples=150)
-@given(score_lists, budgets, st.sampled_from(selection.AGGREGATES), st.integers(1, 6))
+@given(score_lists, budgets, st.sampled_from(AGGREGATES), st.integers(1, 6))
 def test_selection_equals_sorting_everything(scores, budget, aggregate, cuts):
     pool = make_pool(np.asarray(scores, np.float32))
     chosen = select_by_score([candidates(pool, cuts)], budget, aggregate).table
@@ -112,7 +116,7 @@ def test_selection_equals_sorting_everything(scores, budget, aggregate, cuts):
 
 
 @settings(max_examples=60)
-@given(score_lists, budgets, st.sampled_from(selection.AGGREGATES), st.integers(0, 9))
+@given(score_lists, budgets, st.sampled_from(AGGREGATES), st.integers(0, 9))
 def test_several_tasks_take_turns(scores, budget, aggregate, seed):
     scores = np.asarray(scores, np.float32)
     first = make_pool(scores)
@@ -127,7 +131,7 @@ def test_several_tasks_take_turns(scores, budget, aggregate, seed):
 
 
 @settings(max_examples=40)
-@given(st.permutations(range(12)), st.integers(1, 5), st.sampled_from(selection.AGGREGATES))
+@given(st.permutations(range(12)), st.integers(1, 5), st.sampled_from(AGGREGATES))
 def test_order_and_cut_of_the_pool_do_not_matter(order, cuts, aggregate):
     pool = make_pool(np.random.default_rng(1).integers(0, 4, (12, 3)).astype(np.float32))
     for budget in (Budget("rows", 5), Budget("tokens", 30)):
@@ -140,7 +144,7 @@ def test_order_and_cut_of_the_pool_do_not_matter(order, cuts, aggregate):
 
 
 @pytest.mark.parametrize("budget", [Budget("rows", 700), Budget("fraction", 0.3), Budget("tokens", 3000)])
-@pytest.mark.parametrize("aggregate", selection.AGGREGATES)
+@pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_many_shards_keep_only_what_could_be_taken(budget, aggregate):
     pool = make_pool(
         np.random.default_rng(3).standard_normal((20_000 if budget.kind != "fraction" else 3000, 3)).astype(np.float32)
@@ -149,6 +153,23 @@ def test_many_shards_keep_only_what_could_be_taken(budget, aggregate):
     assert streamed.equals(select_by_score([candidates(pool)], budget, aggregate).table)
     assert len(streamed) == {"rows": 700, "fraction": 900}.get(budget.kind, len(streamed))
     assert streamed["loss_tokens"].sum() <= 3000 or budget.kind != "tokens"
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), min_size=1, max_size=40), st.integers(1, 45), st.data())
+def test_a_sample_in_memory_is_ranked_as_the_pool_is(scores, rows, data):
+    aggregate = data.draw(st.sampled_from(AGGREGATES))
+    matrix = np.array(scores, dtype=np.float32)
+    pool = make_pool(matrix).with_columns(  # ids in the order of the rows, so that equal scores rank alike
+        pl.int_range(pl.len()).cast(pl.String).str.zfill(3).alias("example_id")
+    )
+    expected = select_by_score([candidates(pool)], Budget("rows", rows), aggregate).table
+    queues = queues_of({"bbh": [(label, column) for column, label in enumerate(LABELS)]}, aggregate)
+    sampled = select_from_sample(matrix, queues, rows)
+    assert sampled["example_id"].cast(int).to_list() == expected["example_id"].cast(int).to_list()
+    assert sampled["score"].to_list() == expected["score"].to_list()
+    if aggregate == "round_robin":
+        assert sampled["subtask"].to_list() == expected["subtask"].to_list()
 
 
 def test_nan_quarantined_and_duplicate_rows_are_never_selected_and_are_counted():
@@ -160,7 +181,7 @@ def test_nan_quarantined_and_duplicate_rows_are_never_selected_and_are_counted()
     pool = pool.with_columns(
         pl.when(pl.col("status") == "ok").then("adamw.mean_cosine").otherwise(None).alias("adamw.mean_cosine"),
     )
-    for aggregate in selection.AGGREGATES:
+    for aggregate in AGGREGATES:
         found = select_by_score([candidates(pool, cuts=3)], Budget("fraction", 1.0), aggregate)
         assert found.table["row"].to_list() == [0, 3]
         assert found.summary.usable == 2
@@ -228,7 +249,7 @@ def sorted_queues(pool, aggregate):
 @given(
     score_lists,
     budgets,
-    st.sampled_from(selection.AGGREGATES),
+    st.sampled_from(AGGREGATES),
     st.dictionaries(st.sampled_from(["source-0", "source-1"]), st.sampled_from([0.3, 0.5, 1.0])),
     st.sampled_from([None, 0.5, 0.95]),
     st.integers(1, 4),
