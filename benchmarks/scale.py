@@ -227,7 +227,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
     import polars as pl
     from less_assets.orchestration.fairness_checks import evaluated_rows
 
-    from less_assets.method.data.chat import encode_messages, encode_target
+    from less_assets.method.data.chat import ChatEncoder
     from less_assets.method.data.examples import read_rows
     from less_assets.method.data.row_files import list_files
     from less_assets.method.data.targets import read_targets
@@ -271,7 +271,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
 
     def encoded(rows: pl.DataFrame) -> list:
         return [
-            encode_messages(name, messages, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
+            ChatEncoder(tokenizer, settings.chat_format, settings.max_length).row(name, messages)
             for name, messages in rows.select("example_id", "messages").iter_rows()
         ]
 
@@ -301,7 +301,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
         charts.share_bars(shares, kind="source")
     targets = {
         task.name: [
-            encode_target(example, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
+            ChatEncoder(tokenizer, settings.chat_format, settings.max_length).target(example)
             for example in read_targets(task.examples.format, task.examples.path)
         ]
         for task in project.tasks

@@ -45,15 +45,15 @@ def test_rows_that_the_chat_template_refuses_are_told_with_its_own_words(tiny_pr
     project = load_project(tiny_project.path)
     lineage = open_lineage(project, open_store(project))
     scores = read_parquet(lineage.folder("influence_scores", "sums"), "scores/plus-00000.parquet")
-    assert scores["status"].to_list() == ["template_refused", *["ok"] * 15]
+    assert scores["status"].to_list() == ["template_refuses", *["ok"] * 15]
     summary = lineage.summary("train_gradients", "epoch-1|plus-00000")
-    assert summary["status"] == {"ok": 15, "template_refused": 1}
-    (reason,) = summary["template_refused"]
+    assert summary["status"] == {"ok": 15, "template_refuses": 1}
+    (reason,) = summary["template_refuses"]
     assert "no such words here" in reason
     manifest = lineage.fresh("train_gradients", "epoch-1|plus-00000")
     folder = lineage.folder("train_gradients", "epoch-1|plus-00000")
     shown = describe_train_gradients(Stored(lineage, "epoch-1|plus-00000", folder, manifest))
-    assert shown.values["template_refused"].frame.rows() == [(reason, 1)]
+    assert shown.values["refused_rows"].frame.rows() == [(reason, 1)]
 
 
 def test_exact_rescoring_of_the_whole_pool_selects_the_exact_best(tiny_project, instance):

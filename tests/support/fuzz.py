@@ -39,7 +39,7 @@ from less_assets.errors import (
 )
 from less_assets.lineage.plan import ArtifactPlan
 from less_assets.lineage.pool_files import LEDGER_FILE, PoolFiles
-from less_assets.method.data.chat import IGNORED, encode_messages, encode_target
+from less_assets.method.data.chat import IGNORED, ChatEncoder
 from less_assets.method.data.conversations import ROLES, Conversation, example_id, for_trainers, stated
 from less_assets.method.data.examples import read_rows
 from less_assets.method.data.row_files import count_rows, scan_ranges
@@ -326,11 +326,11 @@ def check_chat(case: tuple[list[dict[str, str]], str, Any, str, int]) -> None:
     messages, completion, chat_format, template, longest = case
     tokenizer, name = byte_tokenizer(template), example_id(messages)
     with contextlib.suppress(ChatFormatError):
-        found = encode_messages(name, messages, tokenizer, chat_format=chat_format, max_length=longest)
+        found = ChatEncoder(tokenizer, chat_format, longest).row(name, messages)
         _check_encoded(found, longest)
     target = TargetExample(name, "s", messages, "", completion)
     with contextlib.suppress(ChatFormatError, TargetFormatError):
-        encoded = encode_target(target, tokenizer, chat_format=chat_format, max_length=longest)
+        encoded = ChatEncoder(tokenizer, chat_format, longest).target(target)
         _check_encoded(encoded, longest)
         assert encoded.loss_tokens
 
