@@ -48,7 +48,7 @@ def test_rows_that_the_chat_template_refuses_are_told_with_its_own_words(tiny_pr
     assert scores["status"].to_list() == ["template_refuses", *["ok"] * 15]
     summary = lineage.summary("train_gradients", "epoch-1|plus-00000")
     assert summary["status"] == {"ok": 15, "template_refuses": 1}
-    (reason,) = summary["template_refuses"]
+    (reason,) = summary["refused_rows"]
     assert "no such words here" in reason
     manifest = lineage.fresh("train_gradients", "epoch-1|plus-00000")
     folder = lineage.folder("train_gradients", "epoch-1|plus-00000")
