@@ -175,11 +175,12 @@ class ModelLoader:
         Raises:
             ChatFormatError: No conversation can be encoded with its template.
         """
-        from less_assets.method.data.chat import ChatEncoder
+        from less_assets.method.data.chat import ChatEncoder, check_chat_format
 
         tokenizer = tokenizer or self.tokenizer()
         if self._encoder is None or self._encoder.tokenizer is not tokenizer:
             model = self._project.model
+            check_chat_format(tokenizer, model.chat_format, model.date)
             self._encoder = ChatEncoder(tokenizer, model.chat_format, model.max_length, model.date)
         return self._encoder
 
