@@ -5,7 +5,9 @@ The files in `templates/` are written for these tests. Their first line, a comme
 contents (`shows`: tools, calls, reasoning), and whether it writes the day (`date`).
 """
 
+import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,3 +64,21 @@ def make_tokenizer(template: str, bos: str | None, eos: str, special: list[str])
 
 
 FAMILIES = {path.stem: read_family(path) for path in sorted(FOLDER.glob("*.jinja"))}
+
+
+SPECIAL = re.compile(r"<[|｜][^|｜<>\n]+[|｜]>|</?s>|<[a-z]+_of_[a-z]+>|<\|?(?:turn|channel)\|?>|\[/?[A-Z_]+\]|<bos>")
+"""What looks like a special token in a published template."""
+
+
+def published_templates() -> dict[str, Path]:
+    """The templates that come with TRL, as their models have them; none where TRL is not installed."""
+    spec = importlib.util.find_spec("trl")
+    folders = [Path(folder) / "chat_templates" for folder in (spec.submodule_search_locations if spec else None) or ()]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.jinja"))}
+
+
+def published_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer with a published template and the special tokens that stand in it."""
+    template = path.read_text(encoding="utf-8")
+    special = sorted(set(SPECIAL.findall(template)) - {"<s>", "</s>"})
+    return make_tokenizer(template, "<s>", "</s>", special)

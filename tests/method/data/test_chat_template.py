@@ -5,12 +5,13 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.chat_templates import FAMILIES, make_tokenizer
+from support.chat_templates import FAMILIES, SPECIAL, make_tokenizer, published_templates, published_tokenizer
 
 from less_assets.errors import ChatFormatError
 from less_assets.method.data.chat import IGNORED, ChatEncoder
@@ -20,6 +21,7 @@ from less_assets.method.data.targets import TargetExample
 CASES = Path(__file__).parents[2] / "data/cases"
 LENGTH = 100_000
 TRIED: Counter[str] = Counter()
+PUBLISHED_TOKENIZERS: dict[str, Any] = {}
 
 TOOLS = json.dumps(
     [
@@ -260,6 +262,39 @@ def test_a_target_is_the_row_without_its_end_and_a_prompt_is_what_stands_before_
     begun = encoder(family).prompt(before, "the fox", tools=tools)
     whole = family.tokenizer.decode(target.input_ids)
     assert family.tokenizer.decode(begun) == whole[: whole.rindex(last["content"].strip())] + "the fox"
+
+
+# ---- published templates ----
+
+PUBLISHED = published_templates()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@settings(max_examples=10)
+@given(conversation=conversations(words, frozenset()))
+def test_published_templates_have_loss_on_the_answers_only(name, conversation):
+    tokenizer = PUBLISHED_TOKENIZERS.setdefault(name, published_tokenizer(PUBLISHED[name]))
+    encoder = ChatEncoder(tokenizer, "template", LENGTH)
+    (*before, last), tools = conversation
+    turns = [*before, said("the fox is " + last["content"])]
+    row = encoder.row("row", turns, tools)
+    TRIED[f"{name} of TRL|{row.status.partition(':')[0]}"] += 1
+    plain = {"role", "content", "train"}
+    if row.status != "ok":
+        assert tools or any(turn["role"] not in ("user", "assistant") or turn.keys() - plain for turn in turns)
+        return
+    tokens, _ = encoder.loss_token_texts(turns, tools)
+    for place, turn in enumerate(turns):
+        text = "".join(token.text for token in tokens if token.turn == place).strip()
+        content = turn["content"].strip() if carries_loss(turn) else ""
+        assert content in text
+        if not turn.keys() - plain:
+            assert text.startswith(content)
+            assert not SPECIAL.sub("", text.removeprefix(content)).strip()
+    target = encoder.target(TargetExample("target", "all", before, "", turns[-1]["content"], tools))
+    first = int(np.flatnonzero(target.labels != IGNORED)[0])
+    assert target.input_ids.tolist() == row.input_ids[: len(target.input_ids)].tolist()
+    assert encoder.prompt(before, tools=tools) == target.input_ids[:first].tolist()
 
 
 # ---- templates on which earlier versions fell short ----
