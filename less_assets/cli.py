@@ -40,7 +40,6 @@ app = typer.Typer(
     "The project file is named by --project or LESS_PROJECT; DAGSTER_HOME says where Dagster keeps its records "
     "(default: .dagster beside the code). Typical use: `check`, then `plan`, then `run`.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     # Rich's traceback prints local variables: gigabytes of tensors.
     pretty_exceptions_enable=False,
@@ -53,6 +52,23 @@ DEFAULT_PROJECT = REPOSITORY / "projects" / "demo.yaml"
 TaskOption = Annotated[list[str], typer.Option("--task", help="Only this task; may be given several times.")]
 RecipeOption = Annotated[list[str], typer.Option("--recipe", help="Only this recipe key; may be given several times.")]
 UntilOption = Annotated[str, typer.Option("--until", help="Stop with this asset, e.g. selected_subset.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"less-assets {version('less-assets')}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """What holds for every command; typer takes the help from `app`."""
 
 
 @app.command()

@@ -71,6 +71,14 @@ def test_without_a_command_it_shows_the_help():
     assert "Typical use" in help_of()
 
 
+def test_the_version_is_that_of_the_installed_package_and_needs_no_project():
+    assert re.fullmatch(r"less-assets \d+\.\d+\.\d+", help_of("--version"))
+
+
+def test_help_offers_shell_completion():
+    assert "--install-completion" in help_of("--help")
+
+
 def test_help_is_there_at_once_without_heavy_imports(tmp_path):
     code = (
         "import sys; from less_assets.cli import app\n"
