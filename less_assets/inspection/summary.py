@@ -32,7 +32,7 @@ def results(project: Project, store: ArtifactStore) -> str:
     parts.append(
         f"artifacts   {store.root}\n"
         f"subsets     {store.root}/selection/TASK/recipes/RECIPE/…/subset.jsonl\n"
-        "look at it  make dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
+        "look at it  less-assets dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
     )
     return "\n\n".join(part for part in parts if part)
 

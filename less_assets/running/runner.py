@@ -310,7 +310,7 @@ class GraphRunner:
                 holders = ", ".join(sorted(slot.run_id[:8] for slot in found.claimed_slots))
                 self._log(
                     f"{asset}: waiting for the pool {pool}, held by run {holders}. If that run is dead, start "
-                    "Dagster (make dev): it frees the pool, or do it by hand under Deployment, Concurrency."
+                    "Dagster (`less-assets dev`): it frees the pool, or do it by hand under Deployment, Concurrency."
                 )
 
 
