@@ -45,6 +45,7 @@ import yaml
 from tiny_project import write_model, write_project, write_rows
 
 from less_assets.compute.speeds import machine
+from less_assets.demo import write_demo
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import Project, load_project
 from less_assets.running.dagster_home import WORKSPACE
@@ -187,11 +188,12 @@ def scoring(notes: Notes, small: bool, rounds: int) -> None:
 
 def demo_project(folder: str, small: bool) -> str:
     """The demo over its data, with artifacts in a folder of their own; `small`: a tenth of it."""
-    settings = yaml.safe_load((HERE.parent / "projects/demo.yaml").read_text())
-    data = HERE.parent / "demo_data"
-    if not (data / "pool").exists():
-        raise SystemExit("demo_data is missing: `make demo` writes it, or `python -m less_assets.demo demo_data`")
-    text = yaml.safe_dump(settings, sort_keys=False).replace("../demo_data", str(data))
+    path = write_demo(HERE.parent / "demo")
+    text = (
+        path.read_text()
+        .replace("path: data/", f"path: {path.parent}/data/")
+        .replace("held_out: data/", f"held_out: {path.parent}/data/")
+    )
     settings = yaml.safe_load(text)
     settings["storage"] = {"root": str(Path(folder) / "artifacts")}
     if small:

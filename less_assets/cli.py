@@ -70,6 +70,59 @@ def before_any_command(
 
 
 @app.command()
+def init(
+    pool: Annotated[
+        list[str], typer.Option("--pool", help="File, folder, pattern or URL of instruction rows; may be repeated.")
+    ] = [],  # noqa: B006 - typer reads the default once
+    model: Annotated[str, typer.Option("--model", help="Hugging Face id, folder, or gguf:package/file.gguf.")] = "",
+    examples: Annotated[str, typer.Option("--examples", help="JSON lines with a few examples of the task.")] = "",
+    held_out: Annotated[str, typer.Option("--held-out", help="Rows of the task to evaluate on; optional.")] = "",
+    task: Annotated[
+        str, typer.Option("--task", help="Name of the task.", show_default="file name of its examples")
+    ] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_PROJECT,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented project file for your data, and check it; what no option says is asked for in a terminal."""
+    with _told():
+        from less_assets.project.new_file import Answers, write_project_file
+
+        pool = pool or [_asked("--pool", "Instruction rows (file, folder or pattern)")]
+        model = model or _asked("--model", "Base model (Hugging Face id or folder)")
+        examples = examples or _asked("--examples", "Examples of the task (JSON lines)")
+        if not held_out and sys.stdin.isatty():
+            held_out = typer.prompt("Held-out rows of the task (Enter: none)", default="", show_default=False)
+        answers = Answers(pool, model, task or Path(examples).stem, examples, held_out or None)
+        write_project_file(answers, output, overwrite=force)
+        print(f"wrote {output}")
+    check(output)
+
+
+def _asked(option: str, question: str) -> str:
+    """What a person answers; without a terminal, an error that names the option."""
+    if not sys.stdin.isatty():
+        raise LessAssetsError(f"{question}: not given.", fix=f"add {option}")
+    return str(typer.prompt(question)).strip()
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where data, project file and artifacts go.")] = Path(
+        "less-assets-demo"
+    ),
+    run_it: Annotated[bool, typer.Option("--run/--no-run", help="Run it, or only write it.")] = True,
+) -> None:
+    """Write a small pool of questions with two tasks into a folder, and run everything on it: minutes on a CPU."""
+    with _told():
+        from less_assets.demo import write_demo
+
+        project = write_demo(folder)
+        print(f"wrote {project}; to go on with it: less-assets run --project {project}")
+    if run_it:
+        run(project)
+
+
+@app.command()
 def check(project: ProjectOption = DEFAULT_PROJECT) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
     from less_assets.project.data_check import check_data, skipped_files, unknown_keys_in_words

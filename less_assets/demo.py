@@ -1,7 +1,7 @@
 """The demo's data: short procedural questions from reasoning-gym as a pool of many kinds, two tasks, held-out rows.
 
 Belongs here: which families of questions, how their wording is shortened, and writing the files. Deterministic in the
-seed; nothing is downloaded. The project file that uses the data is `projects/demo.yaml`.
+seed; nothing is downloaded. The project file that uses the data is `demo.yaml`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,25 @@ def write_demo_data(folder: str | Path, seed: int = 7) -> DemoData:
     return DemoData(pool, targets, held_out)
 
 
+def write_demo(folder: str | Path) -> Path:
+    """Write the demo's data and its project file into a folder, unless the project file is there.
+
+    Args:
+        folder: Receives `data/` and `project.yaml`; is created if need be.
+
+    Returns:
+        The project file.
+
+    Raises:
+        ProjectFileError: If reasoning-gym is not installed.
+    """
+    project = Path(folder) / "project.yaml"
+    if not project.exists():
+        write_demo_data(Path(folder) / "data")
+        project.write_text(files("less_assets").joinpath("demo.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return project
+
+
 def _rows(kind: str, seed: int, count: int, taken: set[str], label: str) -> list[dict[str, Any]]:
     """Return `count` new rows of a kind and add their questions, and answers of several words, to `taken`."""
     rows = []
@@ -179,7 +200,9 @@ def _questions(kind: str, seed: int) -> Iterator[tuple[str, str]]:
 
 def _reasoning_gym() -> Callable[..., Any]:
     try:
-        import reasoning_gym
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of its modules, when they are compiled
+            import reasoning_gym
     except ImportError as error:
         raise ProjectFileError(
             "The demo's data come from the package reasoning-gym, which is not installed.",
