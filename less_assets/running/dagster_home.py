@@ -17,7 +17,7 @@ import sqlalchemy
 from sqlalchemy import event
 from upath import UPath
 
-from less_assets.errors import StorageError
+from less_assets.errors import LessAssetsError, StorageError
 from less_assets.running.killed_runs import living_processes
 from less_assets.running.runner import open_instance
 from less_assets.store.artifacts import RECORDS_FOLDER, ArtifactStore, exclusive_lock
@@ -133,7 +133,7 @@ def _patient(home: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _says_locked(error):
+        if isinstance(error, LessAssetsError) or not _says_locked(error):
             raise
         holders = living_processes(home)
         raise StorageError(
@@ -154,8 +154,10 @@ def _patient(home: Path) -> Iterator[None]:
 
 def _says_locked(error: BaseException | None) -> bool:
     """Whether SQLite's complaint of a lock is at the bottom of an error."""
-    while error is not None:
+    seen: set[int] = set()  # an error that is raised again can be in its own chain
+    while error is not None and id(error) not in seen:
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False

@@ -71,7 +71,7 @@ def test_from_an_empty_folder_to_a_plan(environment, tiny_model, tmp_path):
 
 def test_the_wheel_has_all_that_is_read_at_run_time(environment):
     (package,) = environment.parent.glob("lib/python*/site-packages/less_assets")
-    data = {path.relative_to(ROOT / "less_assets") for path in (ROOT / "less_assets").rglob("*.*")}
-    data = {path for path in data if path.suffix not in (".pyc", ".py") and path.name != "ruff.toml"}
+    kinds = ("yaml", "html", "css", "js", "typed", "json", "txt")
+    data = {path.relative_to(ROOT / "less_assets") for kind in kinds for path in ROOT.glob(f"less_assets/**/*.{kind}")}
     assert {str(path) for path in data} >= {"demo.yaml", "running/dagster.yaml", "running/workspace.yaml"}
     assert not [str(path) for path in data if not (package / path).is_file()]
