@@ -6,7 +6,6 @@ seed; nothing is downloaded. The project file that uses the data is `demo.yaml`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import warnings
@@ -215,22 +214,3 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def main() -> None:
-    """Write the demo's data to the folder named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m less_assets.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="where to write pool/, targets/ and held_out/")
-    parser.add_argument("--seed", type=int, default=7, help="seed of everything (default 7)")
-    arguments = parser.parse_args()
-    data = write_demo_data(arguments.folder, arguments.seed)
-    print(f"{arguments.folder}: {len(data.pool)} kinds × {ROWS_PER_KIND} rows in pool/")
-    for task, subtasks in TASKS.items():
-        print(
-            f"task {task}: {TARGETS_PER_TASK} target examples, {HELD_OUT_PER_TASK} held-out rows, "
-            f"subtasks {', '.join(subtasks)}"
-        )
-
-
-if __name__ == "__main__":
-    main()
