@@ -19,8 +19,8 @@ from rich.text import Text
 from less_assets.compute.progress import duration
 from less_assets.orchestration.console_log import heard_by
 
-SHOWN_READY = 6
-"""Finished assets that the block names, the last ones."""
+SHOWN_READY = 4
+"""Finished assets that the block names, the last one first."""
 
 
 class JsonEvents:
@@ -88,7 +88,7 @@ class LiveBlock:
         if kind == "asset_started":
             self._head = f"stage {values['stage']} of {values['stages']}  {values['asset']}"
             self._asset, self._started = values["asset"], time.monotonic()
-            self._partitions, self._made, self._figures = values["partitions"], 0, {}
+            self._partitions, self._made, self._figures, self._said = values["partitions"], 0, {}, ""
         elif kind == "made" and values["asset"] == self._asset:
             self._made += len(values["partitions"]) or 1
         elif kind == "asset_finished":
@@ -97,6 +97,7 @@ class LiveBlock:
         elif kind == "subset":
             line = f"rows of {values['recipe']} for {values['task']}: {values['path']}"
             self._console.print(Text(line), soft_wrap=True)
+            self._said = ""
 
     def _hear(self, entry: Mapping[str, Any]) -> None:
         if entry["level"] != "info":
@@ -119,7 +120,7 @@ class LiveBlock:
         line.add_row(
             ProgressBar(total=max(1, total), completed=done, width=30), *(Text(word) for word in words if word)
         )
-        ready = ", ".join(self._ready[-SHOWN_READY:])
+        ready = ", ".join(self._ready[: -SHOWN_READY - 1 : -1])
         more = f" and {len(self._ready) - SHOWN_READY} more" if len(self._ready) > SHOWN_READY else ""
         return Group(
             Text(self._head, style="bold", no_wrap=True, overflow="ellipsis"),
