@@ -3,6 +3,9 @@
 Belongs here: words for a terminal. The leaderboard's tables are made by `method/leaderboard.py`.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import polars as pl
 
 from less_assets.errors import MissingArtifactError, StaleArtifactError
@@ -14,30 +17,39 @@ from less_assets.steps.registry import open_lineage
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.tables import read_parquet
 
+if TYPE_CHECKING:
+    from less_assets.running.runner import Warned
+
 REASONS = 5
 """Reasons shown against rows of the pool."""
 LOSS_LIMIT = 0.1
 """Share of unusable rows above which a run ends with a warning."""
 
 
-def results(project: Project, store: ArtifactStore) -> str:
+def results(project: Project, store: ArtifactStore, tasks: Sequence[str] = ()) -> str:
     """The leaderboard, the share of each source among the selected rows, and where everything is.
 
     Parts whose artifacts are not up to date are left out.
+
+    Args:
+        project: The project file.
+        store: Its artifacts.
+        tasks: Tables of these tasks instead of the leaderboard; empty for the leaderboard.
     """
     lineage = open_lineage(project, store)
     parts = [_pool(lineage)]
     try:
-        parts.append(_leaderboard(lineage))
-        parts += [_shares(lineage, task) for task in project.task_names]
+        boards = [lineage.folder("task_results", task) for task in tasks] or [lineage.folder("leaderboard")]
+        parts += [_leaderboard(read_parquet(board, BOARD)) for board in boards]
+        parts += [_shares(lineage, task) for task in tasks or project.task_names]
     except (MissingArtifactError, StaleArtifactError):
-        parts.append("(The leaderboard is made by a run without --until, --task and --recipe.)")
+        parts.append("(Tables of results are made by a run without --until and --recipe.)")
     if pages := _pages(lineage):
         parts.append("Reports, one page each; open them in a browser\n" + pages)
     parts.append(
         f"artifacts   {store.root}\n"
         f"subsets     {store.root}/selection/TASK/recipes/RECIPE/…/subset.jsonl\n"
-        "look at it  make dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
+        "look at it  less-assets dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -86,10 +98,15 @@ def _pages(lineage: Lineage) -> str:
     return text_table(pages)
 
 
-def _leaderboard(lineage: Lineage) -> str:
+def warnings(warned: Sequence["Warned"]) -> str:
+    """What checks found in what a run has made, one line each; empty if nothing."""
+    rows = [(check.asset, check.partition, check.check, check.said) for check in warned]
+    return f"\nWorth a look\n{text_table(rows)}\n" if rows else ""
+
+
+def _leaderboard(board: pl.DataFrame) -> str:
     from less_assets.method.evaluation.leaderboard import COSTS_HEADING, costs, differences, recipes_by_tasks
 
-    board = read_parquet(lineage.folder("leaderboard"), BOARD)
     if board.is_empty():
         return "No task has an evaluation."
     parts = [

@@ -270,7 +270,7 @@ def _build(marked: MarkedData, path: Path) -> Project:
         raise ProjectFileError(
             "A project file is a mapping of keys to values.",
             where=marked.where(()),
-            fix="start from projects/template.yaml, which shows every key",
+            fix="`less-assets init` writes one; projects/template.yaml of the repository shows every key",
         )
     try:
         project = Project.model_validate(marked.data, context=context)
