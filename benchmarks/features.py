@@ -50,7 +50,7 @@ from peft import PeftModel
 from plots import draw
 
 from less_assets.method.data.batching import collate, plan_batches
-from less_assets.method.data.chat import EncodedExample, encode_messages, encode_target
+from less_assets.method.data.chat import ChatEncoder, EncodedExample
 from less_assets.method.data.examples import read_rows
 from less_assets.method.data.targets import read_targets
 from less_assets.method.gradients.directions import AdamMoments, Directions
@@ -147,9 +147,7 @@ class Bench:
         kept: list[EncodedExample] = []
         for index in np.random.default_rng(0).permutation(len(rows)):
             row = rows[index]
-            example = encode_messages(
-                row["example_id"], row["messages"], self.tokenizer, chat_format="template", max_length=MAX_LENGTH + 1
-            )
+            example = ChatEncoder(self.tokenizer, "template", MAX_LENGTH + 1).row(row["example_id"], row["messages"])
             if example.loss_tokens and len(example.input_ids) <= MAX_LENGTH:
                 kept.append(example)
             if len(kept) == count:
@@ -159,7 +157,7 @@ class Bench:
     def targets(self) -> tuple[list[EncodedExample], list[str]]:
         """BBH's worked examples in LESS's own encoding, and their subtasks."""
         examples = read_targets("bbh", str(DATA / "tasks" / "bbh"))[: self.scale.targets]
-        encoded = [encode_target(one, self.tokenizer, chat_format="tulu", max_length=TARGET_LENGTH) for one in examples]
+        encoded = [ChatEncoder(self.tokenizer, "tulu", TARGET_LENGTH).target(one) for one in examples]
         return encoded, [one.subtask for one in examples]
 
     def extract(

@@ -16,7 +16,7 @@ How to read it
                                calls, minus 1. Both sides draw the charts, compare the recipes and look for evaluation
                                rows in the pool; neither makes certificates or reports. Runs, events, provenance,
                                storage, tables of metadata and the other checks are the overhead.
-    load_seconds               a fresh process loads definitions.py of a project with 60 shards × 4 checkpoints × 8
+    load_seconds               a fresh process loads the code location of a project with 60 shards × 4 checkpoints × 8
                                tasks × 12 recipes. The materializations are records that this benchmark reports to the
                                instance itself: nothing of that size was computed.
     partitions_for_new_shard   what one more shard makes after 60, by asset; `warmup_sample` is only checked again
@@ -45,8 +45,10 @@ import yaml
 from tiny_project import write_model, write_project, write_rows
 
 from less_assets.compute.speeds import machine
+from less_assets.demo import write_demo
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import Project, load_project
+from less_assets.running.dagster_home import WORKSPACE
 from less_assets.running.runner import GraphRunner, Outcome, Request, open_instance, register_shards
 from less_assets.steps.registry import ASSETS, open_lineage, open_store
 from less_assets.store.tables import read_parquet
@@ -186,11 +188,12 @@ def scoring(notes: Notes, small: bool, rounds: int) -> None:
 
 def demo_project(folder: str, small: bool) -> str:
     """The demo over its data, with artifacts in a folder of their own; `small`: a tenth of it."""
-    settings = yaml.safe_load((HERE.parent / "projects/demo.yaml").read_text())
-    data = HERE.parent / "demo_data"
-    if not (data / "pool").exists():
-        raise SystemExit("demo_data is missing: `make demo` writes it, or `python -m less_assets.demo demo_data`")
-    text = yaml.safe_dump(settings, sort_keys=False).replace("../demo_data", str(data))
+    path = write_demo(HERE.parent / "demo")
+    text = (
+        path.read_text()
+        .replace("path: data/", f"path: {path.parent}/data/")
+        .replace("held_out: data/", f"held_out: {path.parent}/data/")
+    )
     settings = yaml.safe_load(text)
     settings["storage"] = {"root": str(Path(folder) / "artifacts")}
     if small:
@@ -227,7 +230,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
     import polars as pl
     from less_assets.orchestration.fairness_checks import evaluated_rows
 
-    from less_assets.method.data.chat import encode_messages, encode_target
+    from less_assets.method.data.chat import ChatEncoder
     from less_assets.method.data.examples import read_rows
     from less_assets.method.data.row_files import list_files
     from less_assets.method.data.targets import read_targets
@@ -273,7 +276,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
 
     def encoded(rows: pl.DataFrame) -> list:
         return [
-            encode_messages(name, messages, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
+            ChatEncoder(tokenizer, settings.chat_format, settings.max_length).row(name, messages)
             for name, messages in rows.select("example_id", "messages").iter_rows()
         ]
 
@@ -303,7 +306,7 @@ def seconds_of_plain_calls(folder: str, path: str) -> float:
         charts.share_bars(shares, kind="source")
     targets = {
         task.name: [
-            encode_target(example, tokenizer, chat_format=settings.chat_format, max_length=settings.max_length)
+            ChatEncoder(tokenizer, settings.chat_format, settings.max_length).target(example)
             for example in read_targets(task.examples.format, task.examples.path)
         ]
         for task in project.tasks
@@ -465,8 +468,8 @@ def _fill_cache(project: Project, cache: Path) -> None:
 
 LOAD = (
     "import sys, time; started = time.perf_counter()\n"
-    "import definitions\n"
-    "repository = definitions.defs.get_repository_def(); repository.asset_graph.toposorted_asset_keys\n"
+    "from less_assets.running.code_location import defs\n"
+    "repository = defs.get_repository_def(); repository.asset_graph.toposorted_asset_keys\n"
     "heavy = [name for name in ('torch', 'transformers', 'peft', 'ray', 'lm_eval') if name in sys.modules]\n"
     "print(time.perf_counter() - started, *heavy)"
 )
@@ -543,7 +546,7 @@ def _page_seconds(environment: dict[str, str]) -> dict[str, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), "-w", "workspace.yaml"],
+        [sys.executable, "-m", "dagster_webserver", "-h", "127.0.0.1", "-p", str(port), "-w", str(WORKSPACE)],
         env=environment,
         cwd=HERE.parent,
         stdout=subprocess.DEVNULL,

@@ -319,7 +319,7 @@ def run(project: Project, home: Path, results: Path) -> None:
 
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "dagster.yaml").exists():
-        (home / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+        (home / "dagster.yaml").write_text((ROOT / "less_assets/running/dagster.yaml").read_text())
     os.environ["DAGSTER_HOME"] = str(home)
     store = open_store(project)
     with open_instance(home) as instance:

@@ -148,7 +148,7 @@ class OpenProject:
             recipes: Only these recipe keys; empty for all.
             progress: Receives one line for each asset that has something to make. Lines from within an asset go to
                 standard error.
-            home: Dagster's folder; None: the environment's DAGSTER_HOME, or `.dagster` beside the project file.
+            home: Dagster's folder; None: the environment's DAGSTER_HOME, or `.dagster` in the storage root.
 
         Returns:
             What was made, and how much was there already.
@@ -159,7 +159,8 @@ class OpenProject:
         from less_assets.orchestration.definitions import build_definitions
         from less_assets.project.data_check import check_data
         from less_assets.project.yaml_file import problems_error
-        from less_assets.running.runner import GraphRunner, Request, open_instance, register_shards
+        from less_assets.running.dagster_home import opened_records
+        from less_assets.running.runner import GraphRunner, Request, register_shards
         from less_assets.steps.registry import ASSETS
 
         if until is not None and until not in ASSETS:
@@ -168,9 +169,7 @@ class OpenProject:
         keys = tuple(self.project.recipe(key).key for key in recipes)
         if problems := check_data(self.project):
             raise problems_error(str(self.project.path), problems)
-        folder = Path(home or os.environ.get("DAGSTER_HOME") or self.project.folder / ".dagster").absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        with open_instance(folder) as instance:
+        with opened_records(self.store, home) as instance:
             register_shards(self.project, self.store, instance)
             runner = GraphRunner(build_definitions(self.project), self.project, self.store, instance, progress)
             return runner.run(Request(names, keys, until))

@@ -5,15 +5,14 @@ Belongs here: arguments, printing, exit codes. What runs and in which order is `
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,35 +27,104 @@ if TYPE_CHECKING:
     from less_assets.lineage.lineage import Lineage, Status
     from less_assets.planning.estimate import AssetEstimate, Estimate
     from less_assets.project.project import Project
-    from less_assets.running.runner import GraphRunner, Request
+    from less_assets.running.runner import GraphRunner, Outcome, Request
     from less_assets.store.artifacts import ArtifactStore
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 KEPT = "what is finished is kept, the same command goes on from there"
 
 app = typer.Typer(
     name="less-assets",
     help="Select the part of an instruction pool that teaches a task, fine-tune on it, and see why.\n\n"
     "The project file is named by --project or LESS_PROJECT; DAGSTER_HOME says where Dagster keeps its records "
-    "(default: .dagster beside the code). Typical use: `check`, then `plan`, then `run`.",
+    "(default: .dagster in the project's storage). Typical use: `check`, then `plan`, then `run`.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     # Rich's traceback prints local variables: gigabytes of tensors.
     pretty_exceptions_enable=False,
 )
 ProjectOption = Annotated[
     Path,
-    typer.Option("--project", "-p", envvar="LESS_PROJECT", help="The project file.", show_default="projects/demo.yaml"),
+    typer.Option("--project", "-p", envvar="LESS_PROJECT", help="The project file."),
 ]
-DEFAULT_PROJECT = REPOSITORY / "projects" / "demo.yaml"
+DEFAULT_PROJECT = Path("project.yaml")
 TaskOption = Annotated[list[str], typer.Option("--task", help="Only this task; may be given several times.")]
 RecipeOption = Annotated[list[str], typer.Option("--recipe", help="Only this recipe key; may be given several times.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 UntilOption = Annotated[str, typer.Option("--until", help="Stop with this asset, e.g. selected_subset.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"less-assets {version('less-assets')}")
+        raise typer.Exit
+
+
+@app.callback()
+def before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """What holds for every command; typer takes the help from `app`."""
+
+
 @app.command()
-def check(project: ProjectOption = DEFAULT_PROJECT) -> None:
+def init(
+    pool: Annotated[
+        list[str], typer.Option("--pool", help="File, folder, pattern or URL of instruction rows; may be repeated.")
+    ] = [],  # noqa: B006 - typer reads the default once
+    model: Annotated[str, typer.Option("--model", help="Hugging Face id, folder, or gguf:package/file.gguf.")] = "",
+    examples: Annotated[str, typer.Option("--examples", help="JSON lines with a few examples of the task.")] = "",
+    held_out: Annotated[str, typer.Option("--held-out", help="Rows of the task to evaluate on; optional.")] = "",
+    task: Annotated[
+        str, typer.Option("--task", help="Name of the task.", show_default="file name of its examples")
+    ] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_PROJECT,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented project file for your data, and check it; what no option says is asked for in a terminal."""
+    with _told():
+        from less_assets.project.new_file import Answers, write_project_file
+
+        pool = pool or [_asked("--pool", "Instruction rows (file, folder or pattern)")]
+        model = model or _asked("--model", "Base model (Hugging Face id or folder)")
+        examples = examples or _asked("--examples", "Examples of the task (JSON lines)")
+        if not held_out and sys.stdin.isatty():
+            held_out = typer.prompt("Held-out rows of the task (Enter: none)", default="", show_default=False)
+        answers = Answers(pool, model, task or Path(examples).stem, examples, held_out or None)
+        write_project_file(answers, output, overwrite=force)
+        print(f"wrote {output}")
+    check(output)
+
+
+def _asked(option: str, question: str) -> str:
+    """What a person answers; without a terminal, an error that names the option."""
+    if not sys.stdin.isatty():
+        raise LessAssetsError(f"{question}: not given.", fix=f"add {option}")
+    return str(typer.prompt(question)).strip()
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where data, project file and artifacts go.")] = Path(
+        "less-assets-demo"
+    ),
+    run_it: Annotated[bool, typer.Option("--run/--no-run", help="Run it, or only write it.")] = True,
+) -> None:
+    """Write a small pool of questions with two tasks into a folder, and run everything on it: minutes on a CPU."""
+    with _told():
+        from less_assets.demo import write_demo
+
+        project = write_demo(folder)
+        print(f"wrote {project}; to go on with it: less-assets run --project {project}")
+    if run_it:
+        run(project)
+
+
+@app.command()
+def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
     from less_assets.project.data_check import check_data, skipped_files, unknown_keys_in_words
     from less_assets.project.project import load_project
@@ -65,7 +133,12 @@ def check(project: ProjectOption = DEFAULT_PROJECT) -> None:
         loaded = load_project(project)
         unknown: dict[str, Counter[str]] = {}
         problems = check_data(loaded, unknown)
-        for line in (*skipped_files(loaded), *problems, *unknown_keys_in_words(unknown)):
+        notes = (*skipped_files(loaded), *unknown_keys_in_words(unknown))
+        if as_json:
+            named = [{"where": problem.where, "what": problem.what, "fix": problem.fix} for problem in problems]
+            _print_json({"project": loaded.name, "usable": not problems, "problems": named, "notes": notes})
+            raise typer.Exit(1 if problems else 0)
+        for line in (*problems, *notes):
             print(line)
         if problems:
             print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''} found; nothing was changed.")
@@ -89,6 +162,7 @@ def plan(
             help="Where earlier runs have not measured a speed, try it on the real model, for up to a minute.",
         ),
     ] = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with _told(), _opened(project) as (loaded, store, instance, runner):
@@ -100,7 +174,11 @@ def plan(
         register_shards(loaded, store, instance)
         models = ModelLoader(loaded, cache_folder(store))
         request = _request(task, recipe, until, loaded)
-        _print_plan(estimate(runner, open_lineage(loaded, store), models, request, calibrate=calibrate, log=_say))
+        planned = estimate(runner, open_lineage(loaded, store), models, request, calibrate=calibrate, log=_say)
+        if as_json:
+            _print_json(_plan_as_data(planned))
+        else:
+            _print_plan(planned)
 
 
 def _print_plan(forecast: "Estimate") -> None:
@@ -125,6 +203,23 @@ def _print_plan(forecast: "Estimate") -> None:
     ):
         if names:
             print(f"{words}: {', '.join(names)}")
+
+
+def _plan_as_data(forecast: "Estimate") -> dict[str, Any]:
+    assets = [
+        {
+            "asset": planned.asset,
+            "fresh": len(planned.statuses) - planned.due,
+            "to_make": [partition or "" for partition, status in planned.statuses.items() if status.state != "fresh"],
+            "tokens": planned.amount.tokens if planned.amount else 0,
+            "seconds": planned.seconds if planned.amount else 0,
+            "bytes": planned.amount.bytes if planned.amount else 0,
+            "why": _why(planned.statuses.values()),
+        }
+        for planned in forecast.assets
+    ]
+    totals = {"seconds": forecast.seconds, "tokens": forecast.tokens, "bytes": forecast.bytes}
+    return {"assets": assets, **totals, "speeds_not_known": forecast.unknown}
 
 
 def _plan_row(planned: "AssetEstimate") -> tuple[str, ...]:
@@ -178,34 +273,102 @@ def run(
     verify: Annotated[
         bool, typer.Option(help="Compare every stored file with its digest first; damaged artifacts are made again.")
     ] = False,
+    extras: Annotated[
+        bool,
+        typer.Option(help="Also certificates of scores, shares of tokens, and reports; nothing is made from them."),
+    ] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing until the end, but errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON event a line, for programs, and nothing else.")
+    ] = False,
 ) -> None:
     """Make what is missing or stale, in order, through Dagster; what is done stays done if it is interrupted."""
     from less_assets.inspection import summary
 
     started = time.monotonic()
-    with _told(), _termination_as_ctrl_c(), _opened(project) as (loaded, store, instance, runner):
+    without = set() if extras else {"certificate_rows", "real_step_rows"}
+    with (
+        _told(as_json),
+        _termination_as_ctrl_c(),
+        _opened(project, without) as (loaded, store, instance, runner),
+    ):
         from less_assets.lineage.warmup_draw import draw_sample_again
         from less_assets.project.data_check import check_data
         from less_assets.project.yaml_file import problems_error
         from less_assets.running.runner import register_shards
 
-        request = replace(_request(task, recipe, until, loaded), verify=verify)
+        request = replace(_request(task, recipe, until, loaded), verify=verify, extras=extras)
         if problems := check_data(loaded):  # a task's missing file shall not be found after hours of gradients
             raise problems_error(str(project), problems)
         if resample_warmup:
             draw_sample_again(store)
         register_shards(loaded, store, instance)
         try:
-            outcome = runner.run(request)
+            outcome = _watched(runner, loaded, store, request, quiet=quiet, as_json=as_json)
         except (LessAssetsError, OSError):
             print(f"\nstopped after {duration(time.monotonic() - started)}; {KEPT}", file=sys.stderr)
             raise
         made = sum(len(partitions) for partitions in outcome.materialized.values())
+        if as_json:
+            return
         seconds = duration(time.monotonic() - started)
         print(f"\n{made} artifacts made, {outcome.fresh} were fresh; {seconds}")
         if not made:
             print("nothing was computed: everything is as the project file says")
-        print(summary.results(loaded, store))
+        print(summary.results(loaded, store, request.tasks))
+        print(summary.warnings(outcome.warned), end="")
+
+
+def _watched(
+    runner: "GraphRunner",
+    project: "Project",
+    store: "ArtifactStore",
+    request: "Request",
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> "Outcome":
+    """Run, and show it: one live block in a terminal, lines in a pipe, events for programs."""
+    from rich.console import Console
+
+    from less_assets.orchestration.console_log import heard_by
+    from less_assets.running.watch import JsonEvents, LiveBlock
+
+    console = Console(stderr=True)
+    if as_json:
+        events = JsonEvents(sys.stdout)
+        with events.watching():
+            outcome = runner.run(request, events.log, events.tell)
+        warned = [asdict(check) for check in outcome.warned]
+        made = sum(map(len, outcome.materialized.values()))
+        events.tell("finished", {"made": made, "fresh": outcome.fresh, "warned": warned})
+        return outcome
+    if quiet:
+        with heard_by(lambda entry: None):
+            return runner.run(request, lambda line: None)
+    if not console.is_terminal:
+        return runner.run(request)
+    block = LiveBlock(console, _planned_seconds(runner, project, store, request))
+    with block.watching():
+        return runner.run(request, block.log, block.tell)
+
+
+def _planned_seconds(
+    runner: "GraphRunner", project: "Project", store: "ArtifactStore", request: "Request"
+) -> dict[str, float]:
+    """Time that the plan expects of each asset, where speeds are known; nothing if the plan cannot be made."""
+    from less_assets.compute.models import ModelLoader, cache_folder
+    from less_assets.planning.estimate import estimate
+    from less_assets.steps.registry import open_lineage
+
+    models = ModelLoader(project, cache_folder(store))
+    try:
+        planned = estimate(
+            runner, open_lineage(project, store), models, request, calibrate=False, log=lambda line: None
+        )
+    except LessAssetsError:  # the run will say it
+        return {}
+    return {asset.asset: asset.seconds for asset in planned.assets if asset.seconds}
 
 
 @app.command()
@@ -222,7 +385,7 @@ def explain(
             "`-` reads it from standard input.",
         ),
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: JsonOption = False,
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Say why a row scores as it does for a task. Computes nothing, unless --text gives a new row."""
@@ -245,7 +408,7 @@ def explain(
 @app.command()
 def trace(
     example_id: Annotated[str, typer.Argument(help="Id of a row of the pool, its first characters, or FILE:LINE.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: JsonOption = False,
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Follow a row: back to its file, arrays, settings and code, forward to all that selected it. Computes nothing."""
@@ -285,6 +448,25 @@ def export(
 
 
 @app.command()
+def dev(
+    project: ProjectOption = DEFAULT_PROJECT,
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 3000,
+) -> None:
+    """Serve Dagster's UI for this project on http://127.0.0.1:3000, for this machine alone, until Ctrl-C."""
+    with _told():
+        from less_assets.project.project import load_project
+        from less_assets.running.dagster_home import WORKSPACE, prepare_home
+        from less_assets.steps.registry import open_store
+
+        loaded = load_project(project)
+        os.environ["DAGSTER_HOME"] = str(prepare_home(open_store(loaded)))
+        os.environ["LESS_PROJECT"] = str(loaded.path)
+        server = ("-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port), "--workspace", str(WORKSPACE))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *server])
+
+
+@app.command()
 def gc(
     project: ProjectOption = DEFAULT_PROJECT,
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = False,
@@ -320,11 +502,13 @@ def _request(task: list[str], recipe: list[str], until: str, project: "Project")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Print a user's problem without a traceback, and leave with status 1."""
+def _told(as_json: bool = False) -> Iterator[None]:
+    """Print a user's problem without a traceback, as an event too if asked, and leave with status 1."""
     try:
         yield
     except LessAssetsError as error:
+        if as_json:
+            _print_json({"event": "error", "what": error.what, "where": error.where, "fix": error.fix}, indent=None)
         print(f"\nerror: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:  # of a disk or folder that nobody above has named better
@@ -358,40 +542,36 @@ def _read(path: Path) -> Iterator["Lineage"]:
     yield open_lineage(loaded, open_store(loaded))
 
 
+def _print_json(data: Mapping[str, Any], indent: int | None = 1) -> None:
+    print(json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False), flush=True)
+
+
 def _print(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    print(json.dumps(answer, ensure_ascii=False, indent=1, allow_nan=False) if as_json else in_words(answer))
+    _print_json(answer) if as_json else print(in_words(answer))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple["Project", "ArtifactStore", "dg.DagsterInstance", "GraphRunner"]]:
-    """The project, its store, the Dagster instance, and what runs the graph on them."""
+def _opened(
+    path: Path, without: Collection[str] = ()
+) -> Iterator[tuple["Project", "ArtifactStore", "dg.DagsterInstance", "GraphRunner"]]:
+    """The project, its store, the Dagster instance, and what runs the graph on them.
+
+    `without` names settings of `gradients` that count rows and are to be 0.
+    """
     from less_assets.orchestration.definitions import build_definitions
     from less_assets.project.project import load_project
-    from less_assets.running.runner import GraphRunner, open_instance
+    from less_assets.running.dagster_home import opened_records
+    from less_assets.running.runner import GraphRunner
     from less_assets.steps.registry import open_store
-    from less_assets.store.artifacts import exclusive_lock
 
     loaded = load_project(path)
+    if without:
+        fewer = loaded.gradients.model_copy(update=dict.fromkeys(without, 0))
+        loaded = loaded.model_copy(update={"gradients": fewer})
     definitions = build_definitions(loaded)
     store = open_store(loaded)
-    home = dagster_home()
-    with ExitStack() as opened:
-        with exclusive_lock(home / "creating.lock"):  # two first commands at once would both create Dagster's tables
-            instance = opened.enter_context(open_instance(home))
-            instance.get_runs(limit=1)
-            instance.get_asset_keys(limit=1)
+    with opened_records(store) as instance:
         yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, _say)
-
-
-def dagster_home() -> Path:
-    """DAGSTER_HOME, with this project's instance defaults if it has none of its own."""
-    home = Path(os.environ.get("DAGSTER_HOME") or REPOSITORY / ".dagster").absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    defaults = REPOSITORY / "dagster.yaml"
-    if not (home / "dagster.yaml").exists() and defaults.exists():
-        shutil.copy(defaults, home / "dagster.yaml")
-    os.environ["DAGSTER_HOME"] = str(home)
-    return home
 
 
 def _say(line: str) -> None:

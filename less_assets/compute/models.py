@@ -22,6 +22,7 @@ from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import hold_folder, local_path, storage_trouble
 
 if TYPE_CHECKING:
+    from less_assets.method.data.chat import ChatEncoder
     from less_assets.method.gradients.directions import AdamMoments
     from less_assets.method.gradients.features import Batching
     from less_assets.method.gradients.sketch import Sketch
@@ -103,6 +104,7 @@ class ModelLoader:
         self._project, self._cache = project, cache
         self._checkpoint: tuple[str, LoadedCheckpoint] | None = None
         self._tokenizer: Any = None
+        self._encoder: ChatEncoder | None = None
         self._frozen: tuple[Any, Any] | None = None
         self.loads, self.loading_seconds = 0, 0.0
 
@@ -163,6 +165,24 @@ class ModelLoader:
                 model.base, cache_dir=self._cache, trust_remote_code=model.trust_remote_code
             )
         return self._tokenizer
+
+    def encoder(self, tokenizer: Any = None) -> "ChatEncoder":
+        """How the project's conversations become tokens; made once for each model.
+
+        Args:
+            tokenizer: That of a model other than the base model; None: the base model's.
+
+        Raises:
+            ChatFormatError: No conversation can be encoded with its template.
+        """
+        from less_assets.method.data.chat import ChatEncoder, check_chat_format
+
+        tokenizer = tokenizer or self.tokenizer()
+        if self._encoder is None or self._encoder.tokenizer is not tokenizer:
+            model = self._project.model
+            check_chat_format(tokenizer, model.chat_format, model.date)
+            self._encoder = ChatEncoder(tokenizer, model.chat_format, model.max_length, model.date)
+        return self._encoder
 
     def adapter_parameters(self) -> int:
         """P, the number of parameters of the project's adapter on the base model; no weights are loaded for it."""

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import MODEL_LOAD, Rates
@@ -16,6 +16,9 @@ from less_assets.errors import CorruptArtifactError, MissingArtifactError, Stale
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.pool_files import Shard, data_path
 from less_assets.project.project import Project
+
+if TYPE_CHECKING:
+    from less_assets.method.data.chat import ChatEncoder
 
 RUN_SECONDS = 0.25
 """Starting and recording one Dagster run in this process (the demo: 0.2 to 0.3 s, two cores, local disk)."""
@@ -78,11 +81,10 @@ class SourceSample:
     examples: Sequence[Any]
 
 
-def sample_source(project: Project, shards: Sequence[Shard], tokenizer: Any) -> SourceSample:
+def sample_source(project: Project, shards: Sequence[Shard], encoder: "ChatEncoder") -> SourceSample:
     """Read and encode a few rows from several places of a source."""
     import polars as pl
 
-    from less_assets.method.data.chat import encode_messages
     from less_assets.method.data.examples import pool_table, read_rows
 
     source = project.source(shards[0].source)
@@ -95,10 +97,9 @@ def sample_source(project: Project, shards: Sequence[Shard], tokenizer: Any) -> 
         tables += read_rows(file, source.name, source.format, first.first_row, rows, begins=first.begins)
     table = pl.concat(tables)
     good = table.filter(pl.col("status") == "ok")
-    model = project.model
     encoded = [
-        encode_messages(name, messages, tokenizer, chat_format=model.chat_format, max_length=model.max_length)
-        for name, messages in good.select("example_id", "messages").iter_rows()
+        encoder.row(name, messages, tools)
+        for name, messages, tools in good.select("example_id", "messages", "tools").iter_rows()
     ]
     buffer = io.BytesIO()
     table.write_parquet(buffer, compression="zstd")
@@ -134,7 +135,7 @@ class Workload:
     def samples(self) -> dict[str, SourceSample]:
         """A sample of each source of the pool."""
         return {
-            source: sample_source(self.project, shards, self._models.tokenizer())
+            source: sample_source(self.project, shards, self._models.encoder())
             for source, shards in self._shards.items()
         }
 
@@ -170,15 +171,13 @@ class Workload:
 
     def targets(self, task: str) -> list[Any]:
         """A task's target examples, encoded; read from its files."""
-        from less_assets.method.data.chat import encode_target
         from less_assets.method.data.targets import read_targets
 
-        model, found = self.project.model, []
+        encoder, found = self._models.encoder(), []
         for member in self.project.member_tasks(task):
             assert member.examples is not None
-            longest = member.examples.max_length or model.max_length
             found += [
-                encode_target(example, self._models.tokenizer(), chat_format=model.chat_format, max_length=longest)
+                encoder.target(example, member.examples.max_length)
                 for example in read_targets(member.examples.format, member.examples.path)
             ]
         return found

@@ -113,7 +113,6 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
     Raises:
         LessAssetsError: There is no such task, the text is no row, or something needed is missing or stale.
     """
-    from less_assets.method.data.chat import encode_messages
     from less_assets.method.gradients.features import RowStatus, extract_features
     from less_assets.method.gradients.quantization import decode, encode
     from less_assets.method.selection.influence import score_block, target_directions
@@ -123,8 +122,7 @@ def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) ->
     messages, tools = parse_row(text)
     model, settings = lineage.project.model, lineage.project.gradients
     row_id = conversation_id(messages, tools)
-    tokenizer = models.tokenizer()
-    encoded = encode_messages(row_id, messages, tokenizer, chat_format=model.chat_format, max_length=model.max_length)
+    encoded = models.encoder().row(row_id, messages, tools)
     if not encoded.loss_tokens:
         raise PoolFormatError(
             "The row has no token to take the loss over.",

@@ -3,38 +3,88 @@
 Belongs here: words for a terminal. The leaderboard's tables are made by `method/leaderboard.py`.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import polars as pl
 
 from less_assets.errors import MissingArtifactError, StaleArtifactError
 from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
-from less_assets.reading.files import BOARD, REPORT, SUBSET
+from less_assets.reading.files import BOARD, EXAMPLES, REPORT, SUBSET, score_file
 from less_assets.steps.registry import open_lineage
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.tables import read_parquet
 
+if TYPE_CHECKING:
+    from less_assets.running.runner import Warned
 
-def results(project: Project, store: ArtifactStore) -> str:
+REASONS = 5
+"""Reasons shown against rows of the pool."""
+LOSS_LIMIT = 0.1
+"""Share of unusable rows above which a run ends with a warning."""
+
+
+def results(project: Project, store: ArtifactStore, tasks: Sequence[str] = ()) -> str:
     """The leaderboard, the share of each source among the selected rows, and where everything is.
 
     Parts whose artifacts are not up to date are left out.
+
+    Args:
+        project: The project file.
+        store: Its artifacts.
+        tasks: Tables of these tasks instead of the leaderboard; empty for the leaderboard.
     """
     lineage = open_lineage(project, store)
-    parts = []
+    parts = [_pool(lineage)]
     try:
-        parts.append(_leaderboard(lineage))
-        parts += [_shares(lineage, task) for task in project.task_names]
+        boards = [lineage.folder("task_results", task) for task in tasks] or [lineage.folder("leaderboard")]
+        parts += [_leaderboard(read_parquet(board, BOARD)) for board in boards]
+        parts += [_shares(lineage, task) for task in tasks or project.task_names]
     except (MissingArtifactError, StaleArtifactError):
-        parts.append("(The leaderboard is made by a run without --until, --task and --recipe.)")
+        parts.append("(Tables of results are made by a run without --until and --recipe.)")
     if pages := _pages(lineage):
         parts.append("Reports, one page each; open them in a browser\n" + pages)
     parts.append(
         f"artifacts   {store.root}\n"
         f"subsets     {store.root}/selection/TASK/recipes/RECIPE/…/subset.jsonl\n"
-        "look at it  make dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
+        "look at it  less-assets dev   (Dagster on http://127.0.0.1:3000, e.g. /assets/leaderboard)"
     )
     return "\n\n".join(part for part in parts if part)
+
+
+def _pool(lineage: Lineage) -> str:
+    """How many rows of the pool can be used, and the most frequent reasons against the others, each with a row."""
+    if lineage.status("pool_index").state != "fresh":
+        return ""
+    scored = [task for task in lineage.project.task_names if lineage.status("influence_scores", task).state == "fresh"]
+    parts = []
+    for shard in lineage.shards():
+        table = read_parquet(
+            lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source_file", "source_row", "status"]
+        )
+        status = table["status"]
+        if scored:  # it knows, too, which rows the chat template refuses, and which have no gradient
+            status = read_parquet(lineage.folder("influence_scores", scored[0]), score_file(shard), ["status"])[
+                "status"
+            ]
+        row = pl.coalesce("example_id", pl.format("{}:{}", "source_file", "source_row")).alias("for example")
+        judged = table.select(row, pl.col("status").alias("pool"), status.alias("reason")).filter(
+            pl.col("pool") != "blank"
+        )
+        parts.append(judged.group_by("pool", "reason").agg(pl.len().alias("rows"), pl.first("for example")))
+    counts = pl.concat(parts).group_by("pool", "reason").agg(pl.sum("rows"), pl.first("for example"))
+    lost = counts.filter(pl.col("reason") != "ok").sort("rows", "reason", descending=[True, False])
+    total, unused = int(counts["rows"].sum()), int(lost["rows"].sum())
+    quarantined = int(lost.filter(pl.col("pool") != "ok")["rows"].sum())
+    refused = unused - quarantined
+    lines = [f"Pool: {total:,} rows, {total - unused:,} usable, {quarantined:,} quarantined, {refused:,} refused"]
+    if unused:
+        lines.append(_table(lost.select("reason", "rows", "for example").head(REASONS)))
+    if unused > LOSS_LIMIT * total:
+        lines.append(f"Warning: {unused / total:.0%} of the pool cannot be used; look at the reasons first.")
+    return "\n".join(lines)
 
 
 def _pages(lineage: Lineage) -> str:
@@ -48,7 +98,13 @@ def _pages(lineage: Lineage) -> str:
     return text_table(pages)
 
 
-def _leaderboard(lineage: Lineage) -> str:
+def warnings(warned: Sequence["Warned"]) -> str:
+    """What checks found in what a run has made, one line each; empty if nothing."""
+    rows = [(check.asset, check.partition, check.check, check.said) for check in warned]
+    return f"\nWorth a look\n{text_table(rows)}\n" if rows else ""
+
+
+def _leaderboard(board: pl.DataFrame) -> str:
     from less_assets.method.evaluation.leaderboard import (
         COSTS_HEADING,
         HEADINGS,
@@ -59,7 +115,7 @@ def _leaderboard(lineage: Lineage) -> str:
         with_named_numbers,
     )
 
-    board = with_named_numbers(read_parquet(lineage.folder("leaderboard"), BOARD))
+    board = with_named_numbers(board)
     if board.is_empty():
         return "No task has an evaluation."
     parts = [

@@ -34,6 +34,9 @@ def model_stamp(base: str) -> str:
         return f"{metadata[0].stat().st_size} bytes" if metadata else "not installed"
     folder = Path(base)
     if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.is_file())
-        return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+        templates = folder.glob("additional_chat_templates/*")
+        files = sorted(file for file in [*folder.iterdir(), *templates] if file.is_file())
+        return digest(
+            [[file.relative_to(folder).as_posix(), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        )
     return base

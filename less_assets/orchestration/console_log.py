@@ -7,6 +7,9 @@ import json
 import logging
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
@@ -15,6 +18,9 @@ from less_assets.compute.progress import FIGURES
 
 FORMAT_VARIABLE = "LESS_ASSETS_LOG"
 """Set to `json`, it makes every line one JSON object: time, level, run, asset, message; figures of progress."""
+
+
+_listeners: list[Callable[[Mapping[str, Any]], object]] = []
 
 
 def _meta(record: logging.LogRecord) -> dict[str, Any]:
@@ -30,6 +36,20 @@ def _is_wanted(record: logging.LogRecord) -> bool:
     return not _message(record).startswith("Skipping step ")
 
 
+def _entry(record: logging.LogRecord) -> dict[str, Any]:
+    """A line for programs: time, level, run, asset, message, and the figures of progress."""
+    meta = _meta(record)
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created)),
+        "level": record.levelname.lower(),
+        "run": meta.get("run_id"),
+        "asset": meta.get("step_key"),
+        "message": _message(record),
+        **FIGURES.get(),
+    }
+    return {key: value for key, value in entry.items() if value is not None}
+
+
 class _Message(logging.Formatter):
     """Time and message; the message alone says which asset and partition it is about."""
 
@@ -42,16 +62,27 @@ class _Json(logging.Formatter):
     """One JSON object a line, for programs that collect logs."""
 
     def format(self, record: logging.LogRecord) -> str:
-        meta = _meta(record)
-        entry = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "run": meta.get("run_id"),
-            "asset": meta.get("step_key"),
-            "message": _message(record),
-            **FIGURES.get(),
-        }
-        return json.dumps({key: value for key, value in entry.items() if value is not None}, ensure_ascii=False)
+        return json.dumps(_entry(record), ensure_ascii=False)
+
+
+class _Console(logging.StreamHandler):
+    """Standard error, or whoever listens instead."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _listeners:
+            _listeners[-1](_entry(record))
+        else:
+            super().emit(record)
+
+
+@contextmanager
+def heard_by(listener: Callable[[Mapping[str, Any]], object]) -> Iterator[None]:
+    """Give every line of this process to a function, as LESS_ASSETS_LOG=json has it, instead of printing it."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @dg.logger(
@@ -61,7 +92,7 @@ class _Json(logging.Formatter):
 def compact_console(init_context: dg.InitLoggerContext) -> logging.Logger:
     """Dagster's console logger of this project."""
     logger = logging.Logger("less_assets", level=init_context.logger_config["log_level"])
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Console(sys.stderr)
     handler.setFormatter(_Json() if os.environ.get(FORMAT_VARIABLE) == "json" else _Message())
     handler.addFilter(_is_wanted)
     logger.addHandler(handler)

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from pydantic import JsonValue, PrivateAttr, ValidationError
 
 from less_assets.errors import ProjectFileError
-from less_assets.method import DRAW_VERSION, SKETCH_VERSION
+from less_assets.method import DEFAULT_DATE, DRAW_VERSION, SKETCH_VERSION
 from less_assets.project.keys import Section, explain, nearest, setting, shown_path
+from less_assets.project.model_files import template_writes_day
 from less_assets.project.recipes import ResolvedRecipe, resolve
 from less_assets.project.rules import rules_between_sections
 from less_assets.project.sections import (
@@ -56,7 +57,7 @@ class Fold:
         return f"{self.task}.fold-{self.number}"
 
 
-_TOKENIZER_KEYS = ("base", "chat_format", "max_length")
+_TOKENIZER_KEYS = ("base", "chat_format", "max_length", "date")
 
 Value = TypeVar("Value")
 
@@ -185,7 +186,15 @@ class Project(Section):
 
     def model_settings(self) -> dict[str, JsonValue]:
         """Settings of the base model and of how examples are encoded for it."""
-        return self.model.model_dump(exclude={"device", "device_map"}) | {"base": self.as_written(self.model.base)}
+        settings = self.model.model_dump(exclude={"device", "device_map", "date"})
+        return settings | {"base": self.as_written(self.model.base)} | self._day_settings(self.model.base)
+
+    def _day_settings(self, base: str) -> dict[str, JsonValue]:
+        """The day that a model's template is told, if it asks for one; if that is not known, a day that was chosen."""
+        asked = template_writes_day(base)
+        if self.model.chat_format == "tulu" or not (self.model.date != DEFAULT_DATE if asked is None else asked):
+            return {}
+        return {"date": self.model.date.isoformat()}
 
     def source_settings(self, name: str) -> dict[str, JsonValue]:
         """Settings of a pool source; which rows it has is the ledger's matter."""
@@ -274,7 +283,8 @@ class Project(Section):
         recipe = self.recipe(key) if key else None
         model = self.model_settings()
         if recipe and recipe.model:
-            model["base"] = self.as_written(recipe.model)
+            model = {name: value for name, value in model.items() if name != "date"}
+            model |= {"base": self.as_written(recipe.model)} | self._day_settings(recipe.model)
         if recipe and not recipe.traits.chooses_rows:
             return {"model": model, "training": None}
         return {"model": model, "lora": self.lora.model_dump(), "training": self.finetuning.training_settings()}
@@ -309,7 +319,7 @@ def _build(marked: MarkedData, path: Path) -> Project:
         raise ProjectFileError(
             "A project file is a mapping of keys to values.",
             where=marked.where(()),
-            fix="start from projects/template.yaml, which shows every key",
+            fix="`less-assets init` writes one; projects/template.yaml of the repository shows every key",
         )
     try:
         project = Project.model_validate(marked.data, context=context)

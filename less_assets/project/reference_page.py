@@ -17,9 +17,10 @@ from less_assets.project.project import Project
 _INTRODUCTION = """\
 # The project file
 
-One YAML file is the whole experiment: `LESS_PROJECT` or `--project` names it, `projects/demo.yaml` is the default.
-[`projects/template.yaml`](../projects/template.yaml) shows every key in place; copy it. This page is written from the
-models in `less_assets/project/sections.py` by `python -m less_assets.project.reference_page`.
+One YAML file is the whole experiment: `LESS_PROJECT` or `--project` names it; without them it is `project.yaml` in the
+current folder, as `less-assets init` writes it. [`projects/template.yaml`](../projects/template.yaml) shows
+every key in place. This page is written from the models in `less_assets/project/sections.py` by
+`python -m less_assets.project.reference_page`.
 
 - Relative paths are meant from the project file's folder. URLs are any that fsspec knows.
 - Names (project, sources, tasks, recipes) consist of `a-z`, `0-9`, `_`, `.`, `-`, begin with a letter or digit, and are

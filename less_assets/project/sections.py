@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, JsonValue
 
+from less_assets.method import DEFAULT_DATE
 from less_assets.project.keys import BrokenRule, Section, setting
 from less_assets.project.strategies import STRATEGIES, STRATEGY_KEYS, readers
 from less_assets.project.values import (
     AutoCount,
+    Day,
     HarnessTask,
     Location,
     ModelReference,
@@ -72,6 +74,11 @@ class Model(Section):
     )
     chat_format: Literal["template", "tulu"] = setting(
         "template", "`template`: the tokenizer's own chat template; `tulu`: `<|user|>\\n…`, as in LESS"
+    )
+    date: Day = setting(
+        DEFAULT_DATE,
+        "The day that a chat template is told which asks for it (Llama 3, gpt-oss); it stays, so that token ids do",
+        type="date",
     )
     quantization: Literal["none", "4bit"] = setting("none", "4-bit base weights by bitsandbytes (CUDA only)")
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model; only for sources you trust")

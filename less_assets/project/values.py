@@ -3,6 +3,7 @@
 Belongs here: how one value is checked and brought into one form. Which keys have which values is `sections.py`.
 """
 
+import datetime
 import glob
 import os
 import re
@@ -42,6 +43,14 @@ def _located(path: str, info: ValidationInfo) -> str:
     # The pattern is the user's part only: a folder called `data [old]` is no pattern.
     prefix = glob.escape(folder) if glob.has_magic(path) else folder
     return os.path.normpath(os.path.join(prefix, os.path.expanduser(path)))
+
+
+def _day(value: object) -> object:
+    """A date, also as text: YAML reads `2025-01-01` as a date, and in quotes as text."""
+    try:
+        return datetime.date.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        raise PydanticCustomError("day", "must be a date such as 2025-01-31") from None
 
 
 def _located_model(base: str, info: ValidationInfo) -> str:
@@ -93,6 +102,7 @@ def _is_json(value: object) -> bool:
 Name = Annotated[str, AfterValidator(_checked_name)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Location = Annotated[Text, AfterValidator(_located)]
+Day = Annotated[datetime.date, BeforeValidator(_day)]
 ModelReference = Annotated[Text, AfterValidator(_located_model)]
 Size = Annotated[int, BeforeValidator(_size)]
 OptionalSize = Annotated[int | None, BeforeValidator(_size)]

@@ -102,7 +102,8 @@ def read_yaml(path: Path, shown: str | None = None) -> MarkedData:
         raise ProjectFileError(
             "There is no such project file.",
             where=shown,
-            fix="name one with --project or the environment variable LESS_PROJECT; projects/template.yaml is a start",
+            fix="name one with --project or LESS_PROJECT; `less-assets init` writes one for your data, "
+            "`less-assets demo` an example",
         ) from error
     except (OSError, ValueError) as error:
         raise ProjectFileError(
@@ -163,7 +164,9 @@ def _parse(text: str, file: str) -> MarkedData:
         root = loader.get_single_node()
         if root is None:
             raise ProjectFileError(
-                "The project file is empty.", where=file, fix="start from projects/template.yaml, which shows every key"
+                "The project file is empty.",
+                where=file,
+                fix="`less-assets init` writes one; projects/template.yaml of the repository shows every key",
             )
         size, depth = _expanded(root, {})
         if depth > MAX_DEPTH:

@@ -7,6 +7,11 @@ Runs that Dagster's daemon has launched are the daemon's matter (`run_monitoring
 
 import contextlib
 import fcntl
+import json
+import os
+import socket
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +44,9 @@ def process_name(instance: dg.DagsterInstance) -> Iterator[str]:
         fix = "Check free space and permissions of DAGSTER_HOME."
         raise StorageError(f"Cannot write Dagster's records: {error}", where=str(path), fix=fix) from error
     with stream:
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "started": time.ctime()}
+        stream.write(json.dumps(who).encode())
+        stream.flush()
         with contextlib.suppress(OSError):  # a file system without locks: then nobody will take us for dead
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield name
@@ -65,6 +73,23 @@ def report_killed_runs(instance: dg.DagsterInstance, log: Callable[[str], object
             log(f"run {run.run_id[:8]} was killed; what it had finished is kept")
     for name in dead:
         (folder / name).unlink(missing_ok=True)
+
+
+def living_processes(home: Path) -> list[str]:
+    """Other processes that run the graph on a home and have not ended: pid, host, command, since when.
+
+    Args:
+        home: DAGSTER_HOME.
+    """
+    lines = []
+    for path in sorted((home / FOLDER).glob("*")):
+        try:
+            who = json.loads(path.read_text())
+        except (OSError, ValueError):  # it has just ended, or began before this version
+            continue
+        if who["pid"] != os.getpid() and not _is_dead(path):
+            lines.append(f"process {who['pid']} on {who['host']} ({who['command']}) since {who['started']}")
+    return lines
 
 
 def _folder(instance: dg.DagsterInstance) -> Path:

@@ -30,6 +30,7 @@ from less_assets.orchestration.dagster_internals import (
 )
 from less_assets.project.project import Project
 from less_assets.reading.certificates import lacks_certificate
+from less_assets.reading.files import SUBSET_JSONL
 from less_assets.running.event_log import KeptEventLog
 from less_assets.running.killed_runs import PROCESS_TAG, process_name, report_killed_runs
 from less_assets.steps.registry import ASSETS, open_lineage
@@ -50,12 +51,24 @@ class Request:
         recipes: Only these recipe keys; empty for all.
         until: Stop with this asset; None runs everything.
         verify: Compare every stored file with its digest; what is damaged is made again.
+        extras: Also make what only explains (token attribution, reports), and certificates of scores.
     """
 
     tasks: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
     until: str | None = None
     verify: bool = False
+    extras: bool = True
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A check that found something to look at, in what a run has made."""
+
+    asset: str
+    partition: str
+    check: str
+    said: str
 
 
 @dataclass
@@ -65,10 +78,16 @@ class Outcome:
     Attributes:
         materialized: Asset → partitions that were materialized (None: the asset is unpartitioned).
         fresh: Number of artifacts that were there already and matched.
+        warned: Checks of what was made that warn.
     """
 
     materialized: dict[str, list[Partition]] = field(default_factory=dict)
     fresh: int = 0
+    warned: list[Warned] = field(default_factory=list)
+
+
+Tell = Callable[[str, Mapping[str, Any]], object]
+"""Receives what happens, for programs: a kind of event, and its values as plain data. docs/watching.md has them."""
 
 
 class GraphRunner:
@@ -91,16 +110,23 @@ class GraphRunner:
         log: Callable[[str], object],
     ) -> None:
         self._project, self._store, self._instance, self._log = project, store, instance, log
+        self._tell: Tell = lambda kind, values: None
         self._graph = definitions.resolve_asset_graph()
         self._job = definitions.resolve_implicit_global_asset_job_def()
 
-    def run(self, request: Request) -> Outcome:
+    def run(self, request: Request, log: Callable[[str], object] | None = None, tell: Tell | None = None) -> Outcome:
         """Materialize what is missing or stale, in order; status is looked at again after each asset.
+
+        Args:
+            request: What to make.
+            log: Receives the lines of this run, instead of the runner's own `log`.
+            tell: Receives its events.
 
         Raises:
             LessAssetsError: What was asked for does not exist, or something failed: what can be made without it is made
                 first, unless `Failures` has no hope. What is done stays done.
         """
+        self._log, self._tell = log or self._log, tell or self._tell
         report_killed_runs(self._instance, self._log)
         with process_name(self._instance) as name:
             return self._run(request, name)
@@ -111,21 +137,23 @@ class GraphRunner:
         made: dict[str, set[Partition]] = {asset: set() for asset in needed}
         failed: dict[str, set[Partition]] = {asset: set() for asset in needed}
         trouble: LessAssetsError | None = None
-        for asset, partitions in needed.items():
+        for stage, (asset, partitions) in enumerate(needed.items(), 1):
             lineage = open_lineage(self._project, self._store, verify_files=request.verify)
             due = [partition for partition in partitions if not self._is_current(lineage, asset, partition)]
-            if asset == "influence_scores":
+            if asset == "influence_scores" and request.extras:
                 self._certify(lineage, [partition for partition in partitions if partition not in due], process)
             if trouble:
                 due = self._not_waiting(lineage, asset, [each for each in due if each not in failed[asset]])
             if due:
                 first = [asset, *self._never_made_from(asset, due[:1], needed)]
                 self._log(f"{', '.join(first)}: {_count(due, partitions)}")
+                stages = {"stage": stage, "stages": len(needed)}
+                self._tell("asset_started", {"asset": asset, **stages, "partitions": len(due)})
             failures = Failures(asset, self._log)
             for chunk in self.runs(asset, due):
                 together = [asset, *self._never_made_from(asset, chunk, needed)]
                 try:
-                    self._execute(together, chunk, process)
+                    outcome.warned += self._execute(together, chunk, process)
                 except LessAssetsError as error:
                     failures.add(_span(chunk), error)
                     if failures.hopeless:
@@ -136,13 +164,28 @@ class GraphRunner:
                     failures.succeeded()
                     for each in together:
                         made[each].update(chunk)
+                        self._tell("made", {"asset": each, "partitions": [key for key in chunk if key]})
+                        if each == "selected_subset":
+                            self._show_subsets(chunk)
             trouble = trouble or failures.first
+            if due:
+                self._tell("asset_finished", {"asset": asset, "made": len(made[asset]), "failed": len(failed[asset])})
             if made[asset]:
                 outcome.materialized[asset] = [partition for partition in partitions if partition in made[asset]]
             outcome.fresh += len(partitions) - len(made[asset])
         if trouble:
             raise trouble
         return outcome
+
+    def _show_subsets(self, keys: Sequence[Partition]) -> None:
+        """Say where the rows lie that were just selected."""
+        lineage = open_lineage(self._project, self._store)
+        for key in map(str, keys):
+            recipe, _, task = key.partition("|")
+            if self._project.recipe(recipe).strategy != "none":
+                path = str(lineage.folder("selected_subset", key).path(SUBSET_JSONL))
+                self._log(f"rows of {recipe} for {task}: {path}")
+                self._tell("subset", {"recipe": recipe, "task": task, "path": path})
 
     def _not_waiting(self, lineage: Lineage, asset: str, due: Sequence[Partition]) -> list[Partition]:
         """What of an asset can be made although something has failed before; the log says how much cannot."""
@@ -180,7 +223,8 @@ class GraphRunner:
         needed: dict[dg.AssetKey, set[Partition]] = {key: set() for key in order}
         with partition_loading_context(dynamic_partitions_store=self._instance):
             for key in order:
-                if request.until in (None, key.to_user_string()):
+                asset = key.to_user_string()
+                if request.until in (None, asset) and (request.extras or not ASSETS[asset].explains):
                     needed[key] = {part for part in self._partitions(key) if self._asked_for(key, part, request)}
             for key in reversed(order):
                 for parent in self._graph.get(key).parent_keys:
@@ -262,8 +306,8 @@ class GraphRunner:
                 runs.append([partition])
         return runs
 
-    def _execute(self, assets: Sequence[str], partitions: Sequence[Partition], process: str) -> None:
-        """Run assets of the same partitions; of several partitions, one asset."""
+    def _execute(self, assets: Sequence[str], partitions: Sequence[Partition], process: str) -> list[Warned]:
+        """Run assets of the same partitions, or one asset of several; returns the checks that warn."""
         for asset in assets:
             self._tell_who_is_waited_for(asset)
         tags = {"less-assets/command": "run", PROCESS_TAG: process}
@@ -273,7 +317,7 @@ class GraphRunner:
         else:
             partition_key = partitions[0]
         with _interrupts():
-            self._job.execute_in_process(
+            result = self._job.execute_in_process(
                 asset_selection=[dg.AssetKey(asset) for asset in assets],
                 run_config={"loggers": {"console": {"config": {}}}},
                 partition_key=partition_key,
@@ -281,6 +325,14 @@ class GraphRunner:
                 instance=self._instance,
                 raise_on_error=True,
             )
+        warned = [check for check in result.get_asset_check_evaluations() if not check.passed]
+        single = _span(partitions) if len(partitions) == 1 else ""
+        return [
+            Warned(
+                check.asset_key.to_user_string(), check.partition or single, check.check_name, check.description or ""
+            )
+            for check in warned
+        ]
 
     def _check(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
         """Run an asset's checks on partitions that are there already."""
@@ -310,7 +362,7 @@ class GraphRunner:
                 holders = ", ".join(sorted(slot.run_id[:8] for slot in found.claimed_slots))
                 self._log(
                     f"{asset}: waiting for the pool {pool}, held by run {holders}. If that run is dead, start "
-                    "Dagster (make dev): it frees the pool, or do it by hand under Deployment, Concurrency."
+                    "Dagster (`less-assets dev`): it frees the pool, or do it by hand under Deployment, Concurrency."
                 )
 
 

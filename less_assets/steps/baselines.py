@@ -18,6 +18,7 @@ from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.reading.files import EMBEDDINGS, EXAMPLES, PLACES, TARGETS, score_file
+from less_assets.reading.rows import conversations_of
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.shown import one_table
@@ -30,24 +31,15 @@ if TYPE_CHECKING:
 
 def embed_shard(work: StepInputs) -> StepResult:
     """Embed a shard's examples; a row that cannot be encoded or has no loss token says so."""
-    from less_assets.method.data.chat import encode_messages
     from less_assets.method.selection.baselines import embed
 
-    columns = ["example_id", "source", "messages", "status"]
+    columns = ["example_id", "source", "status"]
     table = read_parquet(work.lineage.folder("instruction_pool", work.partition), EXAMPLES, columns)
-    settings = work.project.model
-    model, tokenizer = work.models.frozen_base()
+    model, _ = work.models.frozen_base()
+    encoder = work.models.encoder()
     encoded = [
-        encode_messages(
-            row["example_id"],
-            row["messages"],
-            tokenizer,
-            chat_format=settings.chat_format,
-            max_length=settings.max_length,
-        )
-        if row["status"] == "ok"
-        else None
-        for row in table.iter_rows(named=True)
+        encoder.row(name, messages, tools) if name else None
+        for name, messages, tools in conversations_of(work.lineage, work.partition).iter_rows()
     ]
     usable = [example for example in encoded if example and example.loss_tokens]
     found = embed(model, usable, on_progress=work.progress(len(usable), "rows"))
@@ -56,17 +48,17 @@ def embed_shard(work: StepInputs) -> StepResult:
     embeddings = np.zeros((table.height, width), dtype=np.float32)
     losses = np.full(table.height, np.nan, dtype=np.float32)
     embeddings[places], losses[places] = found.embeddings, found.losses
-    known = pl.Series(np.isin(np.arange(table.height), places))
+    statuses = [
+        status if example is None or example.loss_tokens else (example.status if example.problem else "no_loss_tokens")
+        for status, example in zip(table["status"], encoded, strict=True)
+    ]
     write_parquet(
         work.folder,
         EMBEDDINGS,
         table.select(
             "example_id",
             "source",
-            pl.when(known | (pl.col("status") != "ok"))
-            .then("status")
-            .otherwise(pl.lit("no_loss_tokens"))
-            .alias("status"),
+            pl.Series("status", statuses, dtype=pl.String),
             pl.Series("loss", losses),
             pl.Series("loss_tokens", [example.loss_tokens if example else 0 for example in encoded], dtype=pl.Int32),
             pl.Series("embedding", embeddings, dtype=pl.Array(pl.Float32, width)),
@@ -89,8 +81,8 @@ def embed_targets(work: StepInputs) -> StepResult:
     """Embed a task's target examples, prompt and completion."""
     from less_assets.method.selection.baselines import embed
 
-    model, tokenizer = work.models.frozen_base()
-    examples, subtasks = encode_targets(work, work.partition, tokenizer)
+    model, _ = work.models.frozen_base()
+    examples, subtasks = encode_targets(work, work.partition)
     found = embed(model, examples, on_progress=work.progress(len(examples), "target examples"))
     table = read_parquet(work.lineage.folder("target_examples", work.partition), TARGETS, ["example_id", "member"])
     stored = table.with_columns(

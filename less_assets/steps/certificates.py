@@ -242,7 +242,7 @@ def measure_steps(work: StepInputs) -> StepResult:
     sample = draw_sample(lineage, task, settings.real_step_rows)
     loaded = work.models.checkpoint(lineage, checkpoint)
     examples = encode_rows(work, sample)
-    targets, _ = encode_targets(work, task, loaded.tokenizer)
+    targets, _ = encode_targets(work, task)
     targets = targets[:: -(-len(targets) // STEP_TARGETS)]
     longest = max(len(example.input_ids) for example in [*examples, *targets])
     effects = step_effects(

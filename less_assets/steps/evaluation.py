@@ -107,6 +107,7 @@ def evaluation_settings(project: Project, task: Task) -> Any:
         rule="bbh_as_less" if as_less else evaluated.format or "exact_match",
         max_new_tokens=evaluated.max_new_tokens,
         chat_format=project.model.chat_format,
+        date=project.model.date,
         max_length=evaluated.max_length or project.model.max_length,
         token_budget=evaluated.token_budget,
     )

@@ -86,13 +86,10 @@ def attribute(work: StepInputs, recipe: ResolvedRecipe, task: str, rows: pl.Data
 
     The number that comes with them: tokens of these rows and of the target examples, at every checkpoint.
     """
-    from less_assets.method.data.chat import encode_messages, loss_token_texts
-
-    lineage, model, tokenizer = work.lineage, work.project.model, work.models.tokenizer()
-    style: dict[str, Any] = {"chat_format": model.chat_format, "max_length": model.max_length}
-    said = {name: conversation.messages for name, conversation in conversations_by_id(lineage, rows).items()}
-    examples = [encode_messages(name, said[name], tokenizer, **style) for name in rows["example_id"]]
-    words = [loss_token_texts(said[name], tokenizer, **style) for name in rows["example_id"]]
+    lineage, encoder = work.lineage, work.models.encoder()
+    said = conversations_by_id(lineage, rows)
+    examples = [encoder.row(name, *said[name]) for name in rows["example_id"]]
+    words = [encoder.loss_token_texts(*said[name]) for name in rows["example_id"]]
     table = rows.select(
         "example_id",
         subtask_label(lineage, task).alias("subtask"),
@@ -117,7 +114,7 @@ def attribute(work: StepInputs, recipe: ResolvedRecipe, task: str, rows: pl.Data
                 momentum[place] += weights[checkpoint] * shared
                 influence[place] += weights[checkpoint] * whole
         columns.append(pl.Series(f"share.{checkpoint}", [own.tolist() for own in at_checkpoint], pl.List(pl.Float32)))
-    read = sum(len(example.input_ids) for example in [*examples, *encode_targets(work, task, tokenizer)[0]])
+    read = sum(len(example.input_ids) for example in [*examples, *encode_targets(work, task)[0]])
     shown = table.with_columns(
         pl.Series("share", [own.tolist() for own in shares], pl.List(pl.Float32)),
         pl.Series("momentum", momentum, pl.Float32),
@@ -161,7 +158,7 @@ def _targets_in_parts(
     from less_assets.method.gradients.exact import mean_target_directions
     from less_assets.method.gradients.per_example import lora_slices
 
-    encoded, labels = encode_targets(work, task, loaded.tokenizer)
+    encoded, labels = encode_targets(work, task)
     size = sum(part.size for part in lora_slices(loaded.model))
     at_once = max(1, work.project.gradients.directions_limit // (8 * size))  # two means of 4-byte numbers each
     wanted = sorted(set(subtasks))

@@ -73,13 +73,12 @@ def finetune(work: StepInputs) -> StepResult:
 
 def subset_examples(work: StepInputs, tokenizer: Any) -> list[Any]:
     """The selected rows, encoded for the model that is trained; rows without loss tokens are left out."""
-    from less_assets.method.data.chat import encode_messages
+    from less_assets.method.data.conversations import with_all_fields
 
-    table = read_parquet(work.lineage.folder("selected_subset", work.partition), SUBSET, ["example_id", "messages"])
-    model = work.project.model
+    table = with_all_fields(read_parquet(work.lineage.folder("selected_subset", work.partition), SUBSET))
+    encoder = work.models.encoder(tokenizer)
     encoded = [
-        encode_messages(name, messages, tokenizer, chat_format=model.chat_format, max_length=model.max_length)
-        for name, messages in table.iter_rows()
+        encoder.row(*conversation) for conversation in table.select("example_id", "messages", "tools").iter_rows()
     ]
     usable = [example for example in encoded if example.loss_tokens]
     if not usable:

@@ -20,7 +20,8 @@ from less_assets.errors import StaleArtifactError, TargetFormatError
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
-from less_assets.reading.files import BATCHING, EXAMPLES, FEATURES, TARGET_FEATURES, TARGETS
+from less_assets.reading.files import BATCHING, FEATURES, TARGET_FEATURES, TARGETS
+from less_assets.reading.rows import conversations_of
 from less_assets.steps.asset import Asset
 from less_assets.steps.shown import Shown, Stored, Table, one_table
 from less_assets.store.features import FeatureWriter, open_features
@@ -28,29 +29,20 @@ from less_assets.store.files import read_bytes
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
 REASONS = 20
-"""Reasons shown for rows that the chat template refuses, the most frequent ones."""
+"""Reasons shown for rows that cannot be encoded with the chat template, the most frequent ones."""
 
 
 def extract_train_gradients(work: StepInputs) -> StepResult:
     """Extract a shard's features block by block; blocks that an interrupted run finished are kept."""
-    from less_assets.method.data.chat import encode_messages
     from less_assets.method.gradients.features import RowStatus
 
     checkpoint, shard = split(work.partition)
-    table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages", "status"])
-    settings, model = work.project.gradients, work.project.model
+    settings = work.project.gradients
     loaded = work.models.checkpoint(work.lineage, checkpoint)
+    encoder = work.models.encoder()
     examples = [
-        encode_messages(
-            row["example_id"],
-            row["messages"],
-            loaded.tokenizer,
-            chat_format=model.chat_format,
-            max_length=model.max_length,
-        )
-        if row["status"] == "ok"
-        else None
-        for row in table.iter_rows(named=True)
+        encoder.row(name, messages, tools) if name else None
+        for name, messages, tools in conversations_of(work.lineage, shard).iter_rows()
     ]
     writer = FeatureWriter(
         work.folder.path(FEATURES),
@@ -62,7 +54,7 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
     )
     extracted = _extract_blocks(work, loaded, writer, examples)
     reasons = Counter(example.problem for example in examples if example and example.problem)
-    refused: dict[str, Any] = {"template_refused": dict(reasons.most_common(REASONS))} if reasons else {}
+    refused: dict[str, Any] = {"refused_rows": dict(reasons.most_common(REASONS))} if reasons else {}
     sketch = {"sketch_digest": loaded.sketch(settings).fingerprint}
     summary = _feature_summary(work, RowStatus, total_tokens(examples)) | sketch | refused
     return StepResult(summary, units=extracted)
@@ -192,7 +184,7 @@ def extract_target_gradients(work: StepInputs) -> StepResult:
         return known
     settings = work.project.gradients
     loaded = work.models.checkpoint(work.lineage, checkpoint)
-    examples, _ = encode_targets(work, task, loaded.tokenizer)
+    examples, _ = encode_targets(work, task)
     longest = max(len(example.input_ids) for example in examples)
     block = extract_features(
         loaded.model,
@@ -251,31 +243,30 @@ def _without_the_fold(work: StepInputs, checkpoint: str, task: str, table: pl.Da
     return _stored_targets(work, kept, known["tokens"], known["sketch_digest"], units=0)
 
 
-def encode_targets(work: StepInputs, task: str, tokenizer: Any) -> tuple[list[Any], list[str]]:
+def encode_targets(work: StepInputs, task: str) -> tuple[list[Any], list[str]]:
     """A task's target examples as tokens, and the subtask of each; a group's members keep their own longest length."""
-    from less_assets.method.data.chat import encode_target
     from less_assets.method.data.targets import targets_from_table
 
-    model = work.project.model
+    encoder = work.models.encoder()
     table = read_parquet(work.lineage.folder("target_examples", task), TARGETS)
     longest = {
-        member.name: (member.examples.max_length if member.examples else None) or model.max_length
+        member.name: (member.examples.max_length if member.examples else None) or encoder.max_length
         for member in work.project.member_tasks(task)
     }
     examples = [
-        encode_target(target, tokenizer, chat_format=model.chat_format, max_length=longest[member])
+        encoder.target(target, longest[member])
         for target, member in zip(targets_from_table(table), table["member"], strict=True)
     ]
     return examples, table["subtask"].to_list()
 
 
 def describe_train_gradients(stored: Stored) -> Shown:
-    """The shard's median norms, and why the template refused rows."""
+    """The shard's median norms, and why rows cannot be encoded with the template."""
     summary: Any = stored.manifest.summary
     # One figure each, so that the UI plots them over checkpoints and shards.
     values: dict[str, Any] = {f"median_norm/{form}": norm for form, norm in summary["median_norm"].items()}
-    if refused := summary.get("template_refused"):
-        values["template_refused"] = Table(pl.DataFrame(list(refused.items()), ["reason", "rows"], orient="row"))
+    if refused := summary.get("refused_rows"):
+        values["refused_rows"] = Table(pl.DataFrame(list(refused.items()), ["reason", "rows"], orient="row"))
     return Shown(values, summary["rows"])
 
 

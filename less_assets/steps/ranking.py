@@ -14,8 +14,8 @@ from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, PLACES, score_file
-from less_assets.reading.rows import checkpoint_weights
+from less_assets.reading.files import FEATURES, INDEX, PLACES, score_file
+from less_assets.reading.rows import checkpoint_weights, conversations_of
 from less_assets.reading.scores import candidates_of, exact_scores_of
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.matching import select_by_matching
@@ -64,16 +64,9 @@ class Pool:
 
 
 def _loss_tokens(work: StepInputs, shard: str, rows: pl.DataFrame) -> pl.Series:
-    from less_assets.method.data.chat import encode_messages
-
-    table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
-    tokenizer, model = work.models.tokenizer(), work.project.model
-    counts = [
-        encode_messages(
-            each["example_id"], each["messages"], tokenizer, chat_format=model.chat_format, max_length=model.max_length
-        ).loss_tokens
-        for each in table[rows["row"].to_list()].iter_rows(named=True)
-    ]
+    encoder = work.models.encoder()
+    wanted = conversations_of(work.lineage, shard)[rows["row"].to_list()]
+    counts = [encoder.row(*conversation).loss_tokens for conversation in wanted.iter_rows()]
     return pl.Series("loss_tokens", counts, pl.Int32)
 
 
@@ -230,7 +223,7 @@ def _length_weights(
 def _matched_lengths(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> np.ndarray:
     """Loss tokens of the rows that the matched recipe selects, or of the task's target examples."""
     if recipe.match is None:
-        examples, _ = encode_targets(work, task, work.models.tokenizer())
+        examples, _ = encode_targets(work, task)
         return np.array([example.loss_tokens + 1 for example in examples])  # a row of the pool has its end token
     chosen = select_rows(work, pool, work.project.recipe(recipe.match), task).table
     parts = []

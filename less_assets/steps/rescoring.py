@@ -15,14 +15,14 @@ from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, split
-from less_assets.reading.files import EXACT, EXACT_COLUMN, EXAMPLES
-from less_assets.reading.rows import checkpoint_weights
+from less_assets.reading.files import EXACT, EXACT_COLUMN
+from less_assets.reading.rows import checkpoint_weights, conversations_of
 from less_assets.reading.scores import candidates_of
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets, total_tokens
 from less_assets.steps.ranking import budget_of
 from less_assets.steps.shown import one_table
-from less_assets.store.tables import read_parquet, write_parquet
+from less_assets.store.tables import write_parquet
 
 
 def rescore(work: StepInputs) -> StepResult:
@@ -104,7 +104,7 @@ def score_rows_exactly(
     progress = work.progress(len(work.project.checkpoints) * len(rules) * passes, "rows")
     for checkpoint in work.project.checkpoints:
         loaded = work.models.checkpoint(lineage, checkpoint)
-        targets, subtasks = encode_targets(work, task, loaded.tokenizer)
+        targets, subtasks = encode_targets(work, task)
         batching = loaded.batching(settings, max(len(example.input_ids) for example in [*examples, *targets]))
         tokens += len(rules) * (row_tokens + 2 * total_tokens(targets))
         for rule in rules:
@@ -127,16 +127,11 @@ def score_rows_exactly(
 
 def encode_rows(work: StepInputs, rows: pl.DataFrame) -> list[Any]:
     """Pool rows as tokens; `rows` has columns shard and row, those of a shard next to each other."""
-    from less_assets.method.data.chat import encode_messages
-
-    model, tokenizer = work.project.model, work.models.tokenizer()
+    encoder = work.models.encoder()
     examples = []
     for shard in rows["shard"].unique(maintain_order=True):
-        table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
-        for name, messages in table[rows.filter(pl.col("shard") == shard)["row"].to_list()].iter_rows():
-            examples.append(
-                encode_messages(name, messages, tokenizer, chat_format=model.chat_format, max_length=model.max_length)
-            )
+        wanted = conversations_of(work.lineage, shard)[rows.filter(pl.col("shard") == shard)["row"].to_list()]
+        examples += [encoder.row(*conversation) for conversation in wanted.iter_rows()]
     return examples
 
 

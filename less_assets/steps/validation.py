@@ -19,15 +19,12 @@ def validate(work: StepInputs, task: Task, model: Any, tokenizer: Any, on_progre
 
     Examples are encoded as target examples are, for the model that was trained.
     """
-    from less_assets.method.data.chat import encode_target
     from less_assets.method.evaluation.evaluation import Evaluation, held_out_loss, summarize, validation_samples
 
-    settings = work.project.model
+    encoder = work.models.encoder(tokenizer)
     examples = validation_examples(work.project, task)
-    longest = (task.examples.max_length if task.examples else None) or settings.max_length
-    encoded = [
-        encode_target(example, tokenizer, chat_format=settings.chat_format, max_length=longest) for example in examples
-    ]
+    longest = (task.examples.max_length if task.examples else None) or encoder.max_length
+    encoded = [encoder.target(example, longest) for example in examples]
     losses, tokens = held_out_loss(model, encoded, on_progress=on_progress)
     samples = validation_samples(examples, losses, tokens)
     return Evaluation(samples, summarize(samples, average="samples"))

@@ -24,7 +24,8 @@ from less_assets.lineage.lineage import Input, Keys, Lineage
 from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.warmup_draw import sample_draw
 from less_assets.project.project import Project
-from less_assets.reading.files import EXAMPLES, INDEX, SAMPLE
+from less_assets.reading.files import INDEX, SAMPLE
+from less_assets.reading.rows import conversations_of
 from less_assets.steps.asset import Asset
 from less_assets.steps.shown import Picture, Shown, Stored, one_table
 from less_assets.store.artifacts import ArtifactFolder
@@ -160,19 +161,14 @@ def adopt_checkpoint(work: StepInputs) -> StepResult:
 
 def warmup_examples(work: StepInputs) -> list[Any]:
     """The warm-up sample, encoded, in the order it was drawn; rows without loss tokens are left out."""
-    from less_assets.method.data.chat import encode_messages
-
     sample = read_parquet(work.lineage.folder("warmup_sample"), SAMPLE)
-    tokenizer, model = work.models.tokenizer(), work.project.model
-    messages: dict[str, Any] = {}
+    encoder = work.models.encoder()
+    said: dict[str, Any] = {}
     for shard in sample["shard"].unique(maintain_order=True):
-        table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages"])
+        table = conversations_of(work.lineage, shard)
         wanted = table.filter(pl.col("example_id").is_in(sample["example_id"].implode()))
-        messages |= dict(wanted.iter_rows())
-    encoded = [
-        encode_messages(name, messages[name], tokenizer, chat_format=model.chat_format, max_length=model.max_length)
-        for name in sample["example_id"]
-    ]
+        said |= {name: conversation for name, *conversation in wanted.iter_rows()}
+    encoded = [encoder.row(name, *said[name]) for name in sample["example_id"]]
     return [example for example in encoded if example.loss_tokens]
 
 

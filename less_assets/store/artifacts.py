@@ -37,6 +37,8 @@ from less_assets.store.manifest import MANIFEST_NAME, Manifest, StoredFile, cano
 
 CURRENT_NAME = "current.json"
 LOCK_NAME = "store.lock"
+RECORDS_FOLDER = ".dagster"
+"""Folder in a store's root that Dagster keeps its records in; no artifact's."""
 FINGERPRINT = re.compile(r"[0-9a-f]{16,64}")
 _KEY_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")

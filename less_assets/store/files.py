@@ -22,19 +22,32 @@ from less_assets.errors import StorageError
 PARTIAL_SUFFIX = ".partial"  # the suffix of Zarr's own temporary files too: one rule finds every leftover
 CHUNK_BYTES = 8 << 20
 BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl"}
+STORAGE_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+STORAGE_PACKAGES |= dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs")
 # Packages of object-store clients that raise types of their own instead of OSError.
 CLIENT_PACKAGES = {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "requests"}
 
 
 def open_root(root: str, storage_options: Mapping[str, Any] | None = None) -> UPath:
-    """Path object of a storage root: an absolute local path, or an fsspec URL such as `s3://bucket/prefix`."""
+    """Path object of a storage root: an absolute local path, or an fsspec URL such as `s3://bucket/prefix`.
+
+    Raises:
+        StorageError: The URL holds a password, or its client's package is not installed.
+    """
     if "://" not in root or root.startswith("file://"):
         return UPath(os.path.abspath(os.path.expanduser(root.removeprefix("file://"))))
     if urlsplit(root).password:
         what = "The storage root holds a password, which would show in logs and in Dagster."
         raise StorageError(what, where="storage.root", fix="Give credentials in the environment.")
     # A cached listing would show a folder as it was before another process wrote to it.
-    path: UPath = UPath(root.rstrip("/"), **{"use_listings_cache": False, **(storage_options or {})})
+    try:
+        path: UPath = UPath(root.rstrip("/"), **{"use_listings_cache": False, **(storage_options or {})})
+        _ = path.fs  # the client is imported here
+    except ImportError as error:
+        scheme = root.partition("://")[0]
+        what = f"Storage at {scheme}:// needs a Python package that is not installed: {error}"
+        fix = f"pip install {STORAGE_PACKAGES.get(scheme, 'the package that the message names')}"
+        raise StorageError(what, where="storage.root", fix=fix) from error
     return path
 
 

@@ -10,7 +10,14 @@ from collections import defaultdict
 from upath import UPath
 
 from less_assets.errors import CorruptArtifactError, LessAssetsError, MissingArtifactError, StaleArtifactError
-from less_assets.store.artifacts import CURRENT_NAME, FINGERPRINT, ArtifactFolder, ArtifactStore, check_key
+from less_assets.store.artifacts import (
+    CURRENT_NAME,
+    FINGERPRINT,
+    RECORDS_FOLDER,
+    ArtifactFolder,
+    ArtifactStore,
+    check_key,
+)
 from less_assets.store.files import PARTIAL_SUFFIX, is_held, list_files, modified_at, remove_tree, storage_trouble
 from less_assets.store.manifest import MANIFEST_NAME
 
@@ -37,6 +44,7 @@ def collect_garbage(
         CorruptArtifactError: A `current.json` is damaged, so that nobody can say what is in use; nothing is removed.
     """
     files = list_files(store.root, partial=True)
+    files = {name: size for name, size in files.items() if not name.startswith(f"{RECORDS_FOLDER}/")}
     in_use = set()
     for name in files:
         key, _, file = name.rpartition("/")

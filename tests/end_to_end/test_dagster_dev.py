@@ -24,7 +24,6 @@ from less_assets.project.project import load_project
 from less_assets.running.runner import Request, register_shards
 from less_assets.steps.registry import open_store
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = {"plus-00000": 16, "plus-00001": 8, "colors-00000": 16, "colors-00001": 4}
 SHARDS = list(ROWS)
 READY_SECONDS = 90
@@ -57,12 +56,11 @@ class DagsterDev:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.home = home
-        shutil.copy(REPOSITORY / "dagster.yaml", home)
         self._log = (home / "server.log").open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(self.port), "-w", "workspace.yaml"],
-            cwd=REPOSITORY,
-            env={**os.environ, "DAGSTER_HOME": str(home), "LESS_PROJECT": str(project_file), "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-m", "less_assets.cli", "dev", "-p", str(project_file), "--port", str(self.port)],
+            cwd=home,
+            env={**os.environ, "DAGSTER_HOME": str(home), "OMP_NUM_THREADS": "1"},
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from support.graph import run
 
+from less_assets.inspection.summary import results
 from less_assets.project.project import load_project
 from less_assets.reading.files import EXACT, EXACT_COLUMN, SUBSET
 from less_assets.running.runner import Request
@@ -45,15 +46,30 @@ def test_rows_that_the_chat_template_refuses_are_told_with_its_own_words(tiny_pr
     project = load_project(tiny_project.path)
     lineage = open_lineage(project, open_store(project))
     scores = read_parquet(lineage.folder("influence_scores", "sums"), "scores/plus-00000.parquet")
-    assert scores["status"].to_list() == ["template_refused", *["ok"] * 15]
+    assert scores["status"].to_list() == ["template_refuses", *["ok"] * 15]
     summary = lineage.summary("train_gradients", "epoch-1|plus-00000")
-    assert summary["status"] == {"ok": 15, "template_refused": 1}
-    (reason,) = summary["template_refused"]
+    assert summary["status"] == {"ok": 15, "template_refuses": 1}
+    (reason,) = summary["refused_rows"]
     assert "no such words here" in reason
     manifest = lineage.fresh("train_gradients", "epoch-1|plus-00000")
     folder = lineage.folder("train_gradients", "epoch-1|plus-00000")
     shown = describe_train_gradients(Stored(lineage, "epoch-1|plus-00000", folder, manifest))
-    assert shown.values["template_refused"].frame.rows() == [(reason, 1)]
+    assert shown.values["refused_rows"].frame.rows() == [(reason, 1)]
+    said = results(project, open_store(project))
+    assert "Pool: 44 rows, 43 usable, 0 quarantined, 1 refused" in said
+    assert scores["example_id"][0] in said
+    assert "Warning" not in said
+
+
+def test_a_run_warns_of_a_pool_that_lost_more_than_a_tenth(tiny_project, instance):
+    pool = tiny_project.folder / "data/plus.jsonl"
+    pool.write_text(pool.read_text() + '{"messages": []}\n' * 6)
+    run(tiny_project.path, instance, Request(until="pool_index"))
+    project = load_project(tiny_project.path)
+    said = results(project, open_store(project))
+    assert "Pool: 50 rows, 44 usable, 6 quarantined, 0 refused" in said
+    assert "plus.jsonl:25" in said
+    assert "Warning: 12% of the pool cannot be used" in said
 
 
 def test_exact_rescoring_of_the_whole_pool_selects_the_exact_best(tiny_project, instance):

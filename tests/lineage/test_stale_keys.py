@@ -57,6 +57,7 @@ STALE: dict[str, set[str]] = {
     "model.device_map": NOTHING,
     "model.max_length": {"base_model", "target_examples"},
     "model.chat_format": {"base_model"},
+    "model.date": {"base_model"},
     "model.quantization": {"base_model"},
     "model.trust_remote_code": {"base_model"},
     "lora.rank": TRAINED,
@@ -159,6 +160,7 @@ class Planned:
         for name in ("model", "model2", "import"):
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(name))
+            (folder / name / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}")
         self.store = ArtifactStore(str(folder / "artifacts"))
         self._put: dict | None = None
 

@@ -56,7 +56,7 @@ def memorizing_model(byte_model, byte_tokenizer):
     from transformers import LlamaForCausalLM
 
     from less_assets.method.data.batching import collate
-    from less_assets.method.data.chat import EncodedExample, encode_target
+    from less_assets.method.data.chat import ChatEncoder, EncodedExample
     from less_assets.method.data.targets import TargetExample
 
     model = LlamaForCausalLM(byte_model.config)
@@ -65,7 +65,7 @@ def memorizing_model(byte_model, byte_tokenizer):
     end = [byte_tokenizer.eos_token_id]
     for question, answer in (("sky?", "blue."), ("sum?", "10")):
         asked = TargetExample("", "", [{"role": "user", "content": question}], "", answer)
-        target = encode_target(asked, byte_tokenizer, chat_format="template", max_length=64)
+        target = ChatEncoder(byte_tokenizer, "template", 64).target(asked)
         rows.append(EncodedExample("", np.append(target.input_ids, end), np.append(target.labels, end)))
     batch = collate(rows, byte_tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

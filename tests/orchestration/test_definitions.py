@@ -13,6 +13,7 @@ import yaml
 from less_assets.errors import LessAssetsError
 from less_assets.orchestration.definitions import build_definitions, code_versions
 from less_assets.project.project import Project, parse_project
+from less_assets.running.dagster_home import WORKSPACE
 from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG, register_shards
 from less_assets.steps.registry import open_store
 
@@ -48,8 +49,9 @@ def versions(of: Project) -> dict[str, str | None]:
 def in_fresh_process(code: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run Python without anything this process has imported or set."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "DAGSTER_HOME": str(home)}
+    environment |= {"LESS_PROJECT": str(REPOSITORY / "projects/template.yaml"), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, *(["-c", code] if code else []), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -61,8 +63,9 @@ def home(tmp_path) -> Path:
 
 def test_the_code_location_loads_without_heavy_libraries(home):
     code = (
-        "import json, sys, definitions\n"
-        "definitions.defs.resolve_asset_graph(); definitions.defs.get_repository_def()\n"
+        "import json, sys\n"
+        "from less_assets.running.code_location import defs\n"
+        "defs.resolve_asset_graph(); defs.get_repository_def()\n"
         f"print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))\n"
     )
     done = in_fresh_process(code, home)
@@ -71,7 +74,7 @@ def test_the_code_location_loads_without_heavy_libraries(home):
 
 
 def test_dagster_validates_the_workspace(home):
-    done = in_fresh_process("", home, "-m", "dagster", "definitions", "validate")
+    done = in_fresh_process("", home, "-m", "dagster", "definitions", "validate", "-w", str(WORKSPACE))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All code locations passed validation" in done.stdout + done.stderr
 
@@ -220,5 +223,5 @@ def test_everything_that_loads_a_model_is_in_the_pool_of_which_one_step_runs_at_
         ),
         *("pool_embeddings", "target_embeddings", "token_attribution", "finetuned_model", "eval_results"),
     }
-    defaults = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
+    defaults = yaml.safe_load((REPOSITORY / "less_assets/running/dagster.yaml").read_text())
     assert defaults["concurrency"]["pools"] == {"granularity": "op", "default_limit": 1}

@@ -32,7 +32,7 @@ with dg.DagsterInstance.from_config(sys.argv[1]) as instance, process_name(insta
 
 @pytest.fixture
 def instance(tmp_path) -> Iterator[dg.DagsterInstance]:
-    (tmp_path / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+    (tmp_path / "dagster.yaml").write_text((ROOT / "less_assets/running/dagster.yaml").read_text())
     with dg.DagsterInstance.from_config(str(tmp_path)) as found:
         yield found
 

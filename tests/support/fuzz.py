@@ -39,8 +39,8 @@ from less_assets.errors import (
 )
 from less_assets.lineage.plan import ArtifactPlan
 from less_assets.lineage.pool_files import LEDGER_FILE, PoolFiles
-from less_assets.method.data.chat import IGNORED, encode_messages, encode_target
-from less_assets.method.data.conversations import ROLES, Conversation, example_id, for_trainers, stated
+from less_assets.method.data.chat import IGNORED, ChatEncoder
+from less_assets.method.data.conversations import ROLES, Conversation, carries_loss, example_id, for_trainers, stated
 from less_assets.method.data.examples import read_rows
 from less_assets.method.data.row_files import count_rows, scan_ranges
 from less_assets.method.data.row_formats import (
@@ -290,6 +290,10 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 STRIPPING = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
+THINKING = TEMPLATE.replace(
+    "{{ m['content'] }}",
+    "{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}{{ m['content'] }}",
+)
 
 
 @cache
@@ -312,27 +316,47 @@ def byte_tokenizer(template: str) -> Any:
 TEXT = st.text(max_size=20) | st.sampled_from(
     ["<|end|>", "<|assistant|>", " ", "\n", "{{ 1/0 }}", "\u2028", "a\0b", "<|user|><|assistant|>x<|end|>", "e\u0301"]
 )
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLES), "content": TEXT},
+    optional={"reasoning": TEXT, "train": st.booleans(), "name": TEXT, "tool_call_id": TEXT},
+)
 CHAT = st.tuples(
-    st.lists(st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": TEXT}), min_size=1, max_size=5),
+    st.lists(TURN, min_size=1, max_size=5),
     TEXT,
     st.sampled_from(["template", "tulu"]),
-    st.sampled_from([TEMPLATE, STRIPPING]),
+    st.sampled_from([TEMPLATE, STRIPPING, THINKING]),
     st.integers(1, 80),
 )
 
 
-def check_chat(case: tuple[list[dict[str, str]], str, Any, str, int]) -> None:
-    """Ids and labels of one length within the limit, labels those of the ids or ignored; or the project's error."""
+def check_chat(case: tuple[list[Any], str, Any, str, int]) -> None:
+    """Ids within the limit and loss on the unmasked assistant turns' own texts; or a status; or the project's error."""
     messages, completion, chat_format, template, longest = case
     tokenizer, name = byte_tokenizer(template), example_id(messages)
+    encoder = ChatEncoder(tokenizer, chat_format, longest)
     with contextlib.suppress(ChatFormatError):
-        found = encode_messages(name, messages, tokenizer, chat_format=chat_format, max_length=longest)
-        _check_encoded(found, longest)
+        encoded = encoder.row(name, messages)
+        _check_encoded(encoded, longest)
+        if encoded.status == "ok":
+            _check_loss_text(ChatEncoder(tokenizer, chat_format, 10**6), messages)
     target = TargetExample(name, "s", messages, "", completion)
     with contextlib.suppress(ChatFormatError, TargetFormatError):
-        encoded = encode_target(target, tokenizer, chat_format=chat_format, max_length=longest)
+        encoded = encoder.target(target)
         _check_encoded(encoded, longest)
         assert encoded.loss_tokens
+
+
+def _check_loss_text(encoder: ChatEncoder, messages: list[Any]) -> None:
+    """The decoded loss is what the unmasked assistant turns say, and their ends."""
+    encoded = encoder.row("row", messages)
+    ids = encoded.input_ids[1:][encoded.labels[1:] != IGNORED]
+    texts = []
+    for turn in filter(carries_loss, messages):
+        content, thought = turn["content"].strip(), (turn.get("reasoning") or "").strip()
+        said = f"{thought}</think>{content}" if thought else content
+        texts.append(f"{said}<|end|>" if said or encoder.chat_format == "tulu" else "")
+    decoded = encoder.tokenizer.decode(ids)
+    assert "".join(decoded.split()) == "".join("".join(texts).split())
 
 
 def _check_encoded(found: Any, longest: int) -> None:

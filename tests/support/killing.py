@@ -43,7 +43,7 @@ def dagster_settings(home: Path) -> str:
     Setting those up would take most of a tiny run's time.
     """
     storage = {"module": "dagster._core.storage.event_log", "class": "ConsolidatedSqliteEventLogStorage"}
-    settings = yaml.safe_load((ROOT / "dagster.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "less_assets/running/dagster.yaml").read_text())
     return yaml.safe_dump(settings | {"event_log_storage": {**storage, "config": {"base_dir": str(home)}}})
 
 

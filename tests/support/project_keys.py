@@ -1,5 +1,7 @@
 """What a change of each key of the project file makes stale."""
 
+import datetime
+
 MODEL = {"model", "finetuning", "untrained", "task"}
 EVALUATION = {"task"}
 RECIPE = {"recipe"}
@@ -13,6 +15,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "model.device_map": ("auto", set()),
     "model.max_length": (99, MODEL),
     "model.chat_format": ("tulu", {"model", "finetuning", "untrained"}),
+    "model.date": (datetime.date(2026, 2, 1), {"model", "finetuning", "untrained"}),
     "model.quantization": ("4bit", {"model", "finetuning", "untrained"}),
     "model.trust_remote_code": (True, {"model", "finetuning", "untrained"}),
     "lora.rank": (9, {"warmup", "finetuning"}),

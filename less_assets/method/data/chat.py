@@ -1,21 +1,24 @@
 """Messages to token ids and loss mask, in the tokenizer's own chat template or in the Tulu format.
 
-Belongs here: everything between turns of text and `input_ids`/`labels`. Where the turns come from is the matter of
-`examples.py` and `targets.py`, batches that of `batching.py`.
+Belongs here: the one encoder for pool rows, targets, held-out rows and prompts. What a template writes and where the
+turns stand in it is `chat_template.py`; where the turns come from `examples.py` and `targets.py`, batches
+`batching.py`.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 
 from less_assets.errors import ChatFormatError, TargetFormatError
-from less_assets.method.data.conversations import Message
+from less_assets.method import DEFAULT_DATE
+from less_assets.method.data.chat_template import AssistantTurn, UnusableConversationError, chat_template, loss_spans
+from less_assets.method.data.conversations import Message, carries_loss, stated
 
 if TYPE_CHECKING:
     from less_assets.method.data.targets import TargetExample
@@ -25,7 +28,8 @@ ChatFormat = Literal["template", "tulu"]
 IGNORED = -100
 """Label of a position without loss, as everywhere in transformers."""
 
-_PROBE: list[Message] = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+_SENTINEL, _FIRST_WORD = "\ue002", "the"
+"""Stand for an answer that is not there yet, in the text and in its tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +40,15 @@ class EncodedExample:
         example_id: Id of the example.
         input_ids: int32 (n,). n is 0 if the conversation cannot be rendered; see `problem`.
         labels: int32 (n,), unshifted as transformers wants them: the token id where there is loss, else −100.
-        problem: Why the template refuses this conversation, for a person; None if it does not.
+        problem: Why the template cannot be used for this conversation, for a person; None if it can.
+        status: "ok"; else `template_refuses`, `template_drops_text` or `unsupported_field: NAME`.
     """
 
     example_id: str
     input_ids: np.ndarray
     labels: np.ndarray
     problem: str | None = None
+    status: str = "ok"
 
     @property
     def loss_tokens(self) -> int:
@@ -63,191 +69,250 @@ class LossToken:
     text: str
 
 
-class _UnsplittableError(Exception):
-    """A conversation's rendering does not show where its assistant turns begin and end."""
+@dataclass(frozen=True, eq=False)
+class ChatEncoder:
+    r"""How conversations become tokens: one for a project's rows, targets, held-out rows and prompts.
 
+    The same conversation gives the same ids everywhere: a target is the pool row without its end token, a prompt the
+    part before the answer.
 
-def encode_messages(
-    example_id: str,
-    messages: Sequence[Message],
-    tokenizer: Any,
-    *,
-    chat_format: ChatFormat,
-    max_length: int,
-) -> EncodedExample:
-    r"""Encode a conversation with loss on its assistant turns, end token included, cut from the right.
-
-    `template`: the tokenizer's chat template as it is, with what it adds (a default system prompt, say). Loss is on
-    what follows the generation prompt, up to and including the end-of-turn token, not on white space after it.
-    `tulu`: `<|user|>\n{content}\n<|assistant|>\n{content}{eos}\n` with stripped contents and the tokenizer's begin
-    token, as in LESS's `encode_with_messages_format`; like there the newline after the end token has loss.
-
-    A token that is partly header and partly content has no loss, unless the header's part is mere white space and the
-    content's is not: after a header that ends with a space, the first word is such a token.
-
-    Args:
-        example_id: Goes into the result.
-        messages: The turns, at least one.
+    Attributes:
         tokenizer: A transformers tokenizer.
-        chat_format: "template" or "tulu".
-        max_length: Longest encoding in tokens; the rest is cut off, so that no loss tokens may remain.
-
-    Returns:
-        The encoding; with no tokens and a `problem` if the template refuses this one conversation (such as roles that
-        do not alternate).
-
-    Raises:
-        ChatFormatError: If no conversation can be encoded so: no chat template, no end token, a template whose
-            assistant turns cannot be told from the rest.
-    """
-    check_chat_format(tokenizer, chat_format)
-    try:
-        text, spans = (_tulu_spans if chat_format == "tulu" else _template_spans)(messages, tokenizer)
-        ids, in_loss = _tokenize_spans(text, spans, tokenizer, begin=chat_format == "tulu")
-    except _UnsplittableError as problem:
-        return EncodedExample(example_id, np.zeros(0, np.int32), np.zeros(0, np.int32), str(problem))
-    input_ids = np.asarray(ids[:max_length], dtype=np.int32)
-    labels = np.where(in_loss[:max_length], input_ids, np.int32(IGNORED)).astype(np.int32)
-    return EncodedExample(example_id, input_ids, labels)
-
-
-def loss_token_texts(
-    messages: Sequence[Message], tokenizer: Any, *, chat_format: ChatFormat, max_length: int
-) -> tuple[list[LossToken], bool]:
-    """Say what text each loss token of `encode_messages` stands for, with the same arguments.
-
-    Args:
-        messages: The turns; `encode_messages` can encode them.
-        tokenizer: A transformers tokenizer.
-        chat_format: "template" or "tulu".
+        chat_format: "template": the tokenizer's chat template as it is, with what it adds (a default system prompt,
+            say). "tulu": `<|user|>\n{content}\n<|assistant|>\n{content}{eos}\n` with stripped contents and the
+            tokenizer's begin token, as in LESS's `encode_with_messages_format`.
         max_length: Longest encoding in tokens.
-
-    Returns:
-        One entry for each loss token, in order (texts of a turn joined are the turn as the model read it), and whether
-        tokens were cut off for the length.
+        date: The day that a template is told which asks for it.
     """
-    text, spans = (_tulu_spans if chat_format == "tulu" else _template_spans)(messages, tokenizer)
-    begin = chat_format == "tulu"
-    ids, in_loss = _tokenize_spans(text, spans, tokenizer, begin=begin)
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    places = [place for place in range(1, min(len(ids), max_length)) if in_loss[place]]
-    cut = len(ids) > max_length
-    if not tokenizer.is_fast:
-        firsts = [_tokens_before(text, start, ids, tokenizer, begin=begin) for start, _ in spans]
-        owners = [sum(first <= place for first in firsts) - 1 for place in places]
-        texts = [tokenizer.decode([ids[place]]) for place in places]
-        return [LossToken(turns[owner], piece) for owner, piece in zip(owners, texts, strict=True)], cut
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = [(0, 0)] * (len(ids) - len(encoding["input_ids"])) + encoding["offset_mapping"]
-    found: list[LossToken] = []
-    span, reached = 0, 0
-    for start, end in (offsets[place] for place in places):
-        while start >= spans[span][1]:
-            span += 1
-        reached = max(reached, spans[span][0])
-        # White space that a tokenizer leaves out of its offsets goes to the token that follows.
-        found.append(LossToken(turns[span], text[reached:end]))
-        reached = max(reached, end)
-    return found, cut
+
+    tokenizer: Any
+    chat_format: ChatFormat
+    max_length: int
+    date: datetime.date = DEFAULT_DATE
+
+    def row(self, example_id: str, messages: Sequence[Message], tools: str | None = None) -> EncodedExample:
+        r"""Encode a conversation with loss on its unmasked assistant turns, cut from the right.
+
+        `template`: loss is on reasoning, content and calls and on the end-of-turn token, not on white space after it;
+        headers, channels and empty thoughts have none. `tulu`: loss on the stripped content, the end token and, as in
+        LESS, the newline after it.
+
+        A token that is partly header and partly content has no loss, unless the header's part is mere white space and
+        the content's is not: after a header that ends with a space, the first word is such a token.
+
+        Args:
+            example_id: Goes into the result.
+            messages: The turns, at least one; fields may be None.
+            tools: JSON text of the tool schemas; None: there are none.
+
+        Returns:
+            The encoding; what is too long is cut off, so that no loss tokens may remain. With no tokens, a `status`
+            and a `problem` if this one conversation cannot be encoded.
+
+        Raises:
+            ChatFormatError: If no conversation can be encoded so: no chat template, no end token, a template whose
+                assistant turns cannot be told from the rest.
+        """
+        check_chat_format(self.tokenizer, self.chat_format, self.date)
+        try:
+            text, spans = self._spans(messages, tools)
+            ids, in_loss = _tokenize_spans(text, [span for _, *span in spans], self.tokenizer, begin=self._begins)
+        except UnusableConversationError as problem:
+            nothing = np.zeros(0, np.int32)
+            return EncodedExample(example_id, nothing, nothing, str(problem), problem.status)
+        input_ids = np.asarray(ids[: self.max_length], dtype=np.int32)
+        labels = np.where(in_loss[: self.max_length], input_ids, np.int32(IGNORED)).astype(np.int32)
+        return EncodedExample(example_id, input_ids, labels)
+
+    def loss_token_texts(self, messages: Sequence[Message], tools: str | None = None) -> tuple[list[LossToken], bool]:
+        """Say what text each loss token of `row` stands for.
+
+        Args:
+            messages: The turns; `row` can encode them.
+            tools: JSON text of the tool schemas.
+
+        Returns:
+            One entry for each loss token, in order (texts of a turn joined are the turn as the model read it), and
+            whether tokens were cut off for the length.
+        """
+        tokenizer = self.tokenizer
+        text, owned = self._spans(messages, tools)
+        turns, spans = [turn for turn, *_ in owned], [span for _, *span in owned]
+        ids, in_loss = _tokenize_spans(text, spans, tokenizer, begin=self._begins)
+        positions = [position for position in range(1, min(len(ids), self.max_length)) if in_loss[position]]
+        cut = len(ids) > self.max_length
+        if not tokenizer.is_fast:
+            firsts = [_tokens_before(text, start, ids, tokenizer, begin=self._begins) for start, _ in spans]
+            owners = [sum(first <= position for first in firsts) - 1 for position in positions]
+            texts = [tokenizer.decode([ids[position]]) for position in positions]
+            return [LossToken(turns[owner], piece) for owner, piece in zip(owners, texts, strict=True)], cut
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = [(0, 0)] * (len(ids) - len(encoding["input_ids"])) + encoding["offset_mapping"]
+        tokens: list[LossToken] = []
+        span, reached = 0, 0
+        for start, end in (offsets[position] for position in positions):
+            while start >= spans[span][1]:
+                span += 1
+            reached = max(reached, spans[span][0])
+            # White space that a tokenizer leaves out of its offsets goes to the token that follows.
+            tokens.append(LossToken(turns[span], text[reached:end]))
+            reached = max(reached, end)
+        return tokens, cut
+
+    def target(self, target: TargetExample, max_length: int | None = None) -> EncodedExample:
+        """Encode a target example with loss on its completion only, without an end token, as LESS does.
+
+        `template`: the ids are those that `row` gives the whole conversation, up to the end of the answer. `tulu`: as
+        in LESS, prompt (turns, header of the assistant turn, `assistant_prefix`) and prompt + completion are tokenized
+        separately, and loss starts at the prompt's length. What is too long loses its prompt from the left, the
+        tokenizer's begin token aside; a completion that is too long even then keeps one prompt token and is cut from
+        the right.
+
+        Args:
+            target: The target example.
+            max_length: Longest encoding in tokens; None: the encoder's.
+
+        Raises:
+            ChatFormatError: As in `row`.
+            TargetFormatError: If the template cannot be used for the conversation, or no loss token remains.
+        """
+        longest = self.max_length if max_length is None else max_length
+        if self.chat_format == "tulu":
+            prompt = self._tulu_prompt(target.messages) + target.assistant_prefix
+            ids = _tokenize(prompt + target.completion, self.tokenizer, begin=True)
+            start = min(len(_tokenize(prompt, self.tokenizer, begin=True)), len(ids))
+        else:
+            ids, start = self._template_target(target)
+        kept = _cut_left(ids[:start], max(1, longest - (len(ids) - start)), self.tokenizer)
+        input_ids = np.asarray((kept + ids[start:])[:longest], dtype=np.int32)
+        labels = input_ids.copy()
+        labels[: len(kept)] = IGNORED
+        encoded = EncodedExample(target.example_id, input_ids, labels)
+        if not encoded.loss_tokens:
+            raise TargetFormatError(
+                "A target example has no token to take the loss over.",
+                where=f"target example {target.example_id} (subtask {target.subtask}), max_length {longest}",
+                fix="give it a completion, or raise the task's max_length",
+            )
+        return encoded
+
+    def prompt_text(self, messages: Sequence[Message], assistant_prefix: str = "", tools: str | None = None) -> str:
+        """Return the text after which a model is to go on: turns, header of the assistant turn, `assistant_prefix`.
+
+        Args:
+            messages: The turns, the last one not the assistant's.
+            assistant_prefix: How the answer begins; may be empty.
+            tools: JSON text of the tool schemas.
+
+        Raises:
+            ChatFormatError: As in `row`.
+            TargetFormatError: If the template cannot be used for the conversation.
+        """
+        if self.chat_format == "tulu":
+            return self._tulu_prompt(messages) + assistant_prefix
+        text, turn = self._answered(messages, assistant_prefix + _SENTINEL, tools, None)
+        assert turn.content is not None
+        return text[: turn.content[1] - len(_SENTINEL)]
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        assistant_prefix: str = "",
+        *,
+        tools: str | None = None,
+        max_length: int | None = None,
+    ) -> list[int]:
+        """Return the ids of `prompt_text`, without white space that shares a token with an answer's first word.
+
+        Args:
+            messages: As in `prompt_text`.
+            assistant_prefix: As in `prompt_text`.
+            tools: As in `prompt_text`.
+            max_length: Longest prompt in tokens, cut from the left; None: not cut.
+
+        Raises:
+            ChatFormatError, TargetFormatError: As in `prompt_text`.
+        """
+        text = self.prompt_text(messages, assistant_prefix, tools)
+        ids = _tokenize(text, self.tokenizer, begin=self._begins)
+        if self.chat_format == "template" and not assistant_prefix[-1:].strip():
+            span = (len(text), len(text) + len(_FIRST_WORD))
+            answered, in_answer = _tokenize_spans(text + _FIRST_WORD, [span], self.tokenizer, begin=False)
+            ids = answered[: int(np.argmax(in_answer))] if in_answer.any() else ids
+        return ids if max_length is None else _cut_left(ids, max_length, self.tokenizer)
+
+    @property
+    def _begins(self) -> bool:
+        """Whether the tokenizer's begin token is put before the text: a template writes its own."""
+        return self.chat_format == "tulu"
+
+    def _spans(self, messages: Sequence[Message], tools: str | None) -> tuple[str, list[tuple[int, int, int]]]:
+        """The text of a conversation and what of it carries loss: (turn, first character, end)."""
+        if self.chat_format == "template":
+            text, turns = chat_template(self.tokenizer, self.date).render(messages, tools)
+            return text, loss_spans(messages, turns)
+        turns_as_stated = [stated(message) for message in messages]
+        _refuse_fields_of_tulu(turns_as_stated, tools)
+        return _tulu_spans(turns_as_stated, self.tokenizer)
+
+    def _tulu_prompt(self, messages: Sequence[Message]) -> str:
+        # As LESS writes its targets: contents are not stripped, and TyDiQA's own last newline is the only one.
+        check_chat_format(self.tokenizer, self.chat_format)
+        turns = "".join(_tulu_turn(message, self.tokenizer, strip=False) for message in messages)
+        return turns + "<|assistant|>\n"
+
+    def _answered(
+        self, messages: Sequence[Message], answer: str, tools: str | None, example_id: str | None
+    ) -> tuple[str, AssistantTurn]:
+        """The text of a conversation with an answer, and where the answer stands in it."""
+        whole: list[Message] = [*messages, {"role": "assistant", "content": answer}]
+        template = chat_template(self.tokenizer, self.date)
+        try:
+            text, turns = template.render(whole, tools)
+        except UnusableConversationError as problem:
+            raise TargetFormatError(
+                f"The chat template cannot be used for a conversation ({problem.status}): {problem}",
+                where=f"example {example_id}" if example_id else None,
+                fix="correct its turns, or set `chat_format: tulu`",
+            ) from problem
+        return text, turns[-1]
+
+    def _template_target(self, target: TargetExample) -> tuple[list[int], int]:
+        """Ids up to the end of the answer, and the number of those before its completion."""
+        prefix, answer = target.assistant_prefix, target.assistant_prefix + target.completion
+        text, turn = self._answered(target.messages, answer, target.tools, target.example_id)
+        if turn.content is None:
+            return [], 0
+        start, end = turn.content
+        # The template may have stripped what is at the edges of the answer, or taken a thought out of it.
+        missing = answer.rindex(text[start:end])
+        begin = min(end, start + max(0, len(prefix) - missing)) if prefix else turn.spans[0][0]
+        ids, in_answer = _tokenize_spans(text, [(begin, end)], self.tokenizer, begin=False)
+        positions = np.flatnonzero(in_answer)
+        if not len(positions):
+            return [], 0
+        return ids[: positions[-1] + 1], int(positions[0])
 
 
-def encode_target(target: TargetExample, tokenizer: Any, *, chat_format: ChatFormat, max_length: int) -> EncodedExample:
-    """Encode a target example with loss on its completion only, without an end token, as LESS does.
-
-    The prompt (turns, header of the assistant turn, `assistant_prefix`) and prompt + completion are tokenized
-    separately; loss starts at the prompt's length. What is too long loses its prompt from the left, the tokenizer's
-    begin token aside; a completion that is too long even then keeps one prompt token and is cut from the right.
-
-    Args:
-        target: The target example.
-        tokenizer: A transformers tokenizer.
-        chat_format: "template" or "tulu"; see `encode_messages`.
-        max_length: Longest encoding in tokens.
-
-    Raises:
-        ChatFormatError: As in `encode_messages`.
-        TargetFormatError: If the template refuses the conversation, or no loss token remains.
-    """
-    prompt = _prompt_text(target.messages, tokenizer, chat_format, target.example_id) + target.assistant_prefix
-    prompt_ids = _tokenize(prompt, tokenizer, begin=chat_format == "tulu")
-    ids = _tokenize(prompt + target.completion, tokenizer, begin=chat_format == "tulu")
-    start = min(len(prompt_ids), len(ids))
-    kept = _cut_left(ids[:start], max(1, max_length - (len(ids) - start)), tokenizer)
-    input_ids = np.asarray((kept + ids[start:])[:max_length], dtype=np.int32)
-    labels = input_ids.copy()
-    labels[: len(kept)] = IGNORED
-    encoded = EncodedExample(target.example_id, input_ids, labels)
-    if not encoded.loss_tokens:
-        raise TargetFormatError(
-            "A target example has no token to take the loss over.",
-            where=f"target example {target.example_id} (subtask {target.subtask}), max_length {max_length}",
-            fix="give it a completion, or raise the task's max_length",
-        )
-    return encoded
-
-
-def encode_prompt(
-    messages: Sequence[Message],
-    assistant_prefix: str,
-    tokenizer: Any,
-    *,
-    chat_format: ChatFormat,
-    max_length: int | None = None,
-) -> list[int]:
-    """Return the token ids after which a model is to go on: turns, header of the assistant turn, `assistant_prefix`.
-
-    Args:
-        messages: The turns, the last one not the assistant's.
-        assistant_prefix: How the answer begins; may be empty.
-        tokenizer: A transformers tokenizer.
-        chat_format: "template" or "tulu"; see `encode_messages`.
-        max_length: Longest prompt in tokens, cut from the left; None: not cut.
-
-    Raises:
-        ChatFormatError: As in `encode_messages`.
-        TargetFormatError: If the template refuses the conversation.
-    """
-    text = _prompt_text(messages, tokenizer, chat_format, None) + assistant_prefix
-    ids = _tokenize(text, tokenizer, begin=chat_format == "tulu")
-    return ids if max_length is None else _cut_left(ids, max_length, tokenizer)
-
-
-def check_chat_format(tokenizer: Any, chat_format: ChatFormat) -> None:
+def check_chat_format(tokenizer: Any, chat_format: ChatFormat, date: datetime.date = DEFAULT_DATE) -> None:
     """Raise if no conversation can be encoded with this tokenizer in this format.
 
     Args:
         tokenizer: A transformers tokenizer.
         chat_format: "template" or "tulu".
+        date: The day that a template is told.
 
     Raises:
         ChatFormatError: No end token (tulu), no chat template, or one that does not show where assistant turns begin.
     """
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if chat_format == "tulu":
-        if not tokenizer.eos_token:
-            raise ChatFormatError("The tokenizer has no end token, which the Tulu format needs.", where=name)
-        return
-    if not tokenizer.chat_template:
-        raise ChatFormatError(
-            "The tokenizer has no chat template.", where=name, fix="set `chat_format: tulu` in the project file"
-        )
-    try:
-        _probe_template(tokenizer, str(tokenizer.chat_template))
-    except _UnsplittableError as problem:
-        raise ChatFormatError(
-            f"The chat template cannot be used to train on assistant turns: {problem}.",
-            where=f"chat template of {name}",
-            fix="set `chat_format: tulu` in the project file, or use a tokenizer with another template",
-        ) from problem
+    if chat_format == "template":
+        chat_template(tokenizer, date)
+    elif not tokenizer.eos_token:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        raise ChatFormatError("The tokenizer has no end token, which the Tulu format needs.", where=name)
 
 
-@lru_cache(maxsize=8)
-def _probe_template(tokenizer: Any, chat_template: str) -> None:
-    """Encode a plain conversation; remembered per tokenizer and template."""
-    _tokenize_spans(*_template_spans(_PROBE, tokenizer), tokenizer, begin=False)
-
-
-# ---- text and the parts of it that carry loss ----
+# ---- the Tulu format ----
 
 
 def _tulu_turn(message: Message, tokenizer: Any, *, strip: bool = True) -> str:
@@ -256,99 +321,24 @@ def _tulu_turn(message: Message, tokenizer: Any, *, strip: bool = True) -> str:
     return f"<|{message['role']}|>\n{content}{end}"
 
 
-def _tulu_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+def _tulu_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int, int]]]:
     text, spans = "", []
-    for message in messages:
+    for turn, message in enumerate(messages):
         start = len(text) + len("<|assistant|>\n")
         text += _tulu_turn(message, tokenizer)
-        if message["role"] == "assistant":
-            spans.append((start, len(text)))
+        if carries_loss(message):
+            spans.append((turn, start, len(text)))
     return text, spans
 
 
-def _prompt_text(messages: Sequence[Message], tokenizer: Any, chat_format: ChatFormat, example_id: str | None) -> str:
-    check_chat_format(tokenizer, chat_format)
-    if chat_format == "tulu":
-        # As LESS writes its targets: contents are not stripped, and TyDiQA's own last newline is the only one.
-        return "".join(_tulu_turn(message, tokenizer, strip=False) for message in messages) + "<|assistant|>\n"
-    try:
-        return _render(messages, tokenizer, generation_prompt=True)
-    except _UnsplittableError as problem:
-        raise TargetFormatError(
-            f"The chat template refuses a conversation: {problem}",
-            where=f"example {example_id}" if example_id else None,
-            fix="correct its turns, or set `chat_format: tulu`",
-        ) from problem
-
-
-def _render(messages: Sequence[Message], tokenizer: Any, *, generation_prompt: bool) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
-        )
-    except (TemplateError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise _UnsplittableError(f"the template says: {error}") from error
-
-
-def _template_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation and find its assistant turns by rendering its beginnings."""
-    text = _render(messages, tokenizer, generation_prompt=False)
-    spans: list[tuple[int, int]] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = _turn_start(text, messages[: turn + 1], tokenizer)
-        end = _turn_end(text, start, messages[: turn + 1], tokenizer) if turn + 1 < len(messages) else len(text)
-        if spans and start < spans[-1][1]:
-            raise _UnsplittableError(f"assistant turn {turn + 1} seems to begin inside the one before")
-        spans.append((start, _end_of_turn(text, start, end, tokenizer)))
-    return text, spans
-
-
-def _turn_start(text: str, messages: Sequence[Message], tokenizer: Any) -> int:
-    """Return where the last of `messages` begins in `text`: after the generation prompt."""
-    *before, message = messages
-    prompt = _render(before, tokenizer, generation_prompt=True)
-    if text.startswith(prompt):
-        return len(prompt)
-    # A generation prompt may say more than the header of a past turn, such as an opened <think>.
-    common = next(i for i, character in enumerate(prompt) if text[i : i + 1] != character)
-    header = _render(before, tokenizer, generation_prompt=False)
-    if text.startswith(header) and common > len(header) and _begins_with(text[common:], message["content"]):
-        return common
-    raise _UnsplittableError(f"the text before assistant turn {len(messages)} changes with what follows")
-
-
-def _begins_with(text: str, content: str) -> bool:
-    content = content.strip()
-    return bool(content) and text.lstrip().startswith(content)
-
-
-def _turn_end(text: str, start: int, messages: Sequence[Message], tokenizer: Any) -> int:
-    """Return where the last of `messages`, which is not the last turn of `text`, ends in it."""
-    through = _render(messages, tokenizer, generation_prompt=False)
-    if text.startswith(through) and len(through) > start:
-        return len(through)
-    # A past turn may be rendered otherwise than a last one: Qwen3 drops its thoughts, Phi-4 puts another end token
-    # after the whole conversation. Then the turn ends with the first special token right after its content.
-    content = messages[-1]["content"].strip()
-    for end, token in sorted((text.find(token, start), token) for token in _special_tokens(tokenizer)):
-        said = text[start:end].strip()
-        if end > start and said and content.endswith(said):
-            return end + len(token)
-    raise _UnsplittableError(f"the end of assistant turn {len(messages)} cannot be found")
-
-
-def _end_of_turn(text: str, start: int, end: int, tokenizer: Any) -> int:
-    """Leave white space after the end-of-turn token out of the turn."""
-    stripped = text[start:end].rstrip()
-    return start + len(stripped) if stripped.endswith(_special_tokens(tokenizer)) else end
-
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+def _refuse_fields_of_tulu(messages: Sequence[Message], tools: str | None) -> None:
+    """The format has contents only."""
+    if tools:
+        raise UnusableConversationError("unsupported_field: tools", "the Tulu format shows no tools")
+    if any(message.get("tool_calls") for message in messages):
+        raise UnusableConversationError("unsupported_field: tool_calls", "the Tulu format shows no tool calls")
+    if any(message.get("reasoning") for message in messages):
+        raise UnusableConversationError("unsupported_field: reasoning", "the Tulu format shows no reasoning")
 
 
 # ---- text to tokens ----
@@ -377,7 +367,7 @@ def _cut_left(ids: list[int], length: int, tokenizer: Any) -> list[int]:
 
 
 def _tokenize_spans(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: Any, *, begin: bool
+    text: str, spans: Sequence[Sequence[int]], tokenizer: Any, *, begin: bool
 ) -> tuple[list[int], np.ndarray]:
     """Return the ids (n,) of a text and whether each token belongs to one of the spans of characters, bool (n,)."""
     if tokenizer.is_fast:
@@ -402,5 +392,7 @@ def _tokens_before(text: str, position: int, ids: list[int], tokenizer: Any, *, 
     """Return how many of `ids` encode `text[:position]`, for tokenizers that do not tell offsets."""
     before = _tokenize(text[:position], tokenizer, begin=begin)
     if ids[: len(before) - 1] != before[:-1]:
-        raise _UnsplittableError("the tokenizer has no offsets and splits the text otherwise when more follows")
+        raise UnusableConversationError(
+            "template_refuses", "the tokenizer has no offsets and splits the text otherwise when more follows"
+        )
     return len(before)

@@ -6,6 +6,7 @@ model lives in `generation.py` and `harness.py`, grading in `answers.py`, the bo
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import polars as pl
 from torch.nn.functional import cross_entropy
 
 from less_assets.errors import EvaluationError
-from less_assets.method.data.chat import IGNORED, ChatFormat, EncodedExample, encode_target
+from less_assets.method import DEFAULT_DATE
+from less_assets.method.data.chat import IGNORED, ChatEncoder, ChatFormat, EncodedExample
 from less_assets.method.data.targets import EvaluationExample, TargetExample
 from less_assets.method.evaluation import LOSSES, VALIDATION_LOSS
 from less_assets.method.evaluation.answers import RULES, AnswerRule, RuleName
@@ -74,7 +76,8 @@ class EvaluationSettings:
     Attributes:
         rule: Name of the rule in `answers.RULES` that extracts and grades; None: the examples' own.
         max_new_tokens: Longest generation in tokens; None: the rule's, or enough for the longest reference.
-        chat_format: How turns become text; see `chat.py`.
+        chat_format: How turns become text; see `chat.ChatEncoder`.
+        date: The day that a chat template is told which asks for it.
         max_length: Longest prompt and completion together, in tokens; prompts are cut from the left. None: the model's
             context.
         token_budget: Padded tokens per batch.
@@ -86,6 +89,7 @@ class EvaluationSettings:
     rule: RuleName | None = None
     max_new_tokens: int | None = None
     chat_format: ChatFormat = "template"
+    date: datetime.date = DEFAULT_DATE
     max_length: int | None = None
     token_budget: int = 4096
     replicates: int = REPLICATES
@@ -178,7 +182,8 @@ def evaluate_examples(
     rule = _common_rule(examples, settings, name)
     new_tokens = settings.max_new_tokens or rule.max_new_tokens or _longest_reference(examples, tokenizer)
     max_length = _max_length(model, settings)
-    prompts, encodings = _encode_requests(examples, tokenizer, settings.chat_format, max_length)
+    encoder = ChatEncoder(tokenizer, settings.chat_format, max_length, settings.date)
+    prompts, encodings = _encode_requests(examples, encoder)
     lm = HarnessModel(
         model,
         tokenizer,
@@ -364,6 +369,7 @@ def evaluate_with_harness(
         tokenizer,
         max_length=_max_length(model, settings),
         token_budget=settings.token_budget,
+        date=settings.date,
         on_progress=on_progress,
     )
     result = run_tasks(
@@ -447,11 +453,9 @@ def _common_rule(examples: Sequence[EvaluationExample], settings: EvaluationSett
     return RULES[rules.pop()]
 
 
-def _encode(
-    example: EvaluationExample, completion: str, tokenizer: Any, chat_format: ChatFormat, max_length: int
-) -> EncodedExample:
-    target = TargetExample(example.example_id, example.subtask, example.messages, example.assistant_prefix, completion)
-    return encode_target(target, tokenizer, chat_format=chat_format, max_length=max_length)
+def _encode(example: EvaluationExample, completion: str, encoder: ChatEncoder) -> EncodedExample:
+    asked = (example.example_id, example.subtask, example.messages, example.assistant_prefix)
+    return encoder.target(TargetExample(*asked, completion, example.tools))
 
 
 def _context_length(model: Any) -> int:
@@ -468,7 +472,7 @@ def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: Any) ->
 
 
 def _encode_requests(
-    examples: Sequence[EvaluationExample], tokenizer: Any, chat_format: ChatFormat, max_length: int
+    examples: Sequence[EvaluationExample], encoder: ChatEncoder
 ) -> tuple[list[str], dict[tuple[str, str], tuple[list[int], list[int]]]]:
     """Return each example's prompt text, and the ids of prompt and continuation that the harness must use for it.
 
@@ -479,11 +483,11 @@ def _encode_requests(
     encodings: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
     for example in examples:
         choices = {
-            continuation: _split(_encode(example, continuation, tokenizer, chat_format, max_length))
+            continuation: _split(_encode(example, continuation, encoder))
             for continuation in example.choices or (example.completion,)
         }
         prompt_ids, _ = choices[example.completion]
-        prompts.append(tokenizer.decode(prompt_ids))
+        prompts.append(encoder.tokenizer.decode(prompt_ids))
         encodings |= {(prompts[-1], each): (prompt_ids, ids) for each, (_, ids) in choices.items()}
     return prompts, encodings
 

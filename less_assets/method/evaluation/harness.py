@@ -6,6 +6,7 @@ Which examples are asked, and the tables that come out, live in `evaluation.py`.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import logging
@@ -25,6 +26,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from less_assets.errors import EvaluationError
+from less_assets.method import DEFAULT_DATE
+from less_assets.method.data.chat import ChatEncoder
+from less_assets.method.data.conversations import Message
 from less_assets.method.evaluation.generation import generate_and_score, inference, logits_at
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         token_budget: Padded tokens per batch.
         encodings: Token ids of (context, continuation) pairs whose encoding must not be derived from the text. A
             document's continuation is its field `gold`; its loss is found in `reference_losses` after a generation.
+        date: The day that a chat template is told which asks for it.
         on_progress: Called with the number of requests done since the last call.
     """
 
@@ -60,6 +65,7 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         max_length: int | None = None,
         token_budget: int = 4096,
         encodings: Mapping[tuple[str, str], Encoding] | None = None,
+        date: datetime.date = DEFAULT_DATE,
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         with _quiet(), inference(model):  # HFLM warns of what is meant here and leaves the model in eval mode
@@ -68,6 +74,23 @@ class HarnessModel(HFLM):  # type: ignore[misc] # the harness has no types
         self.encodings = dict(encodings or {})
         self.reference_losses: dict[tuple[str, str], float] = {}
         self.on_progress = on_progress
+        self._date = date
+
+    def apply_chat_template(self, chat_history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Put a request into the chat template as rows and targets are.
+
+        Args:
+            chat_history: The turns.
+            add_generation_prompt: False: the last turn is the beginning of the answer.
+
+        Raises:
+            ChatFormatError, TargetFormatError: The template cannot be used for it.
+        """
+        messages = [Message(role=turn["role"], content=turn["content"]) for turn in chat_history]
+        begun = "" if add_generation_prompt else messages.pop()["content"]
+        encoder = ChatEncoder(self.tokenizer, "template", self.max_length, self._date)
+        # The answer's first word brings the space before it, as in rows.
+        return encoder.prompt_text(messages, begun) if begun else encoder.prompt_text(messages).rstrip(" ")
 
     def _encode_pair(self, context: str, continuation: str) -> Encoding:
         known = self.encodings.get((context, continuation))

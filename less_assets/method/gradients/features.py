@@ -42,7 +42,9 @@ class RowStatus(IntEnum):
     ZERO_GRADIENT = 3
     NONFINITE_LOSS = 4
     NONFINITE_GRADIENT = 5
-    TEMPLATE_REFUSED = 6  # `EncodedExample.problem` says why
+    TEMPLATE_REFUSES = 6  # `EncodedExample.problem` says why, here and in the next two
+    TEMPLATE_DROPS_TEXT = 7
+    UNSUPPORTED_FIELD = 8
     PENDING = 255
 
 
@@ -268,8 +270,8 @@ def backpropagate(
         if example is None:
             status[row] = RowStatus.QUARANTINED
             continue
-        if example.problem is not None:
-            status[row] = RowStatus.TEMPLATE_REFUSED
+        if example.status != "ok":
+            status[row] = RowStatus[example.status.partition(":")[0].upper()]
             continue
         # The first token has no prediction before it, so a loss on it cannot be taken.
         loss_tokens[row] = np.count_nonzero(np.asarray(example.labels)[1:] != IGNORED)

@@ -21,7 +21,17 @@ from safetensors.torch import save_file
 
 from less_assets.errors import CorruptArtifactError, StorageError
 
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "README.md",
+)
 """What is fetched of a repository on Hugging Face; all but the card make up a folder's digest."""
 
 
@@ -114,7 +124,7 @@ def folder_digest(folder: Path) -> str:
     files = {file for pattern in MODEL_FILES[:-1] for file in folder.glob(pattern)}
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(f"{file.name}\0{file_digest(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from less_assets.errors import ChatFormatError, TargetFormatError
-from less_assets.method.data.chat import IGNORED, encode_messages, encode_prompt, encode_target, loss_token_texts
+from less_assets.method.data.chat import IGNORED, ChatEncoder
 from less_assets.method.data.conversations import ROLES, example_id
 from less_assets.method.data.targets import TargetExample
 
@@ -103,7 +103,7 @@ def conversation(*contents: str) -> list:
 
 
 def encode(messages, tokenizer, chat_format="template", max_length=10_000):
-    return encode_messages(example_id(messages), messages, tokenizer, chat_format=chat_format, max_length=max_length)
+    return ChatEncoder(tokenizer, chat_format, max_length).row(example_id(messages), messages)
 
 
 def loss_texts(encoded, tokenizer) -> list[str]:
@@ -206,11 +206,9 @@ def test_loss_is_on_each_answer_and_its_end(name):
     tokenizer = TEMPLATED[name]
     encoded = encode(messages, tokenizer)
     end = END.get(name, "<|im_end|>")
-    lead = {"alternating": " ", "thinking": ""}.get(name, "")
-    last = "<think>\n\n</think>\n\n" if name == "thinking" else lead
     gap = " " if name == "alternating" else ""
     stop = "</s>" if name == "two ends" else ""
-    assert loss_texts(encoded, tokenizer) == [f"{lead}It is 4.{gap}{end}", f"{last}Yes, quite: 4!{gap}{end}{stop}"]
+    assert loss_texts(encoded, tokenizer) == [f"It is 4.{gap}{end}", f"Yes, quite: 4!{gap}{end}{stop}"]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert encoded.input_ids.tolist() == tokenizer(rendered, add_special_tokens=False).input_ids
 
@@ -226,9 +224,7 @@ def test_any_text_keeps_the_mask_inside_the_answers(contents, name):
     messages = conversation(*contents[: len(contents) // 2 * 2])
     tokenizer = TEMPLATED[name]
     encoded = encode(messages, tokenizer)
-    if encoded.problem:  # a thought's opening and the answer's beginning cannot always be told apart
-        assert name == "opened thought"
-        return
+    assert encoded.status == "ok"
     for text, answer in zip(loss_texts(encoded, tokenizer), contents[1::2], strict=True):
         # White space at the edge of an answer may share a token with the header, which has no loss.
         end = END.get(name, "<|im_end|>")
@@ -240,10 +236,11 @@ def test_any_text_keeps_the_mask_inside_the_answers(contents, name):
         assert tokenizer.decode(encoded.input_ids[:first]).rstrip().startswith(prompt.rstrip())
 
 
-def test_the_thoughts_of_a_past_turn_are_dropped_like_the_template_does():
+def test_a_conversation_whose_past_thoughts_the_template_drops_is_not_trained_on():
     messages = conversation("2 + 2?", "<think>\nAdd.\n</think>\n\n4", "Sure?", "Yes.")
     encoded = encode(messages, TEMPLATED["thinking"])
-    assert loss_texts(encoded, TEMPLATED["thinking"]) == ["4<|im_end|>", "<think>\n\n</think>\n\nYes.<|im_end|>"]
+    assert (encoded.status, len(encoded.input_ids)) == ("template_drops_text", 0)
+    assert "turn 2" in encoded.problem
 
 
 def test_smollm2_conversations_are_masked_as_its_template_writes_them():
@@ -313,7 +310,7 @@ def test_texts_of_the_loss_tokens_are_the_turns_as_the_model_reads_them(name):
     tokenizer, chat_format = (BEGINNING, "tulu") if name == "tulu" else (TEMPLATED[name], "template")
     messages = conversation("What is 🙂?", "It is 🙂 and é.", "Sure?", " Yes,\n\nquite so. ")
     encoded = encode(messages, tokenizer, chat_format)
-    tokens, cut = loss_token_texts(messages, tokenizer, chat_format=chat_format, max_length=10_000)
+    tokens, cut = ChatEncoder(tokenizer, chat_format, 10_000).loss_token_texts(messages)
     assert len(tokens) == encoded.loss_tokens
     assert not cut
     turns = ["".join(token.text for token in tokens if token.turn == turn) for turn in (1, 3)]
@@ -322,7 +319,7 @@ def test_texts_of_the_loss_tokens_are_the_turns_as_the_model_reads_them(name):
         assert text.strip() == expected.strip()
 
     shorter = encode(messages, tokenizer, chat_format, max_length=len(encoded.input_ids) - 4)
-    tokens, cut = loss_token_texts(messages, tokenizer, chat_format=chat_format, max_length=len(encoded.input_ids) - 4)
+    tokens, cut = ChatEncoder(tokenizer, chat_format, len(encoded.input_ids) - 4).loss_token_texts(messages)
     assert len(tokens) == shorter.loss_tokens
     assert cut
 
@@ -330,9 +327,9 @@ def test_texts_of_the_loss_tokens_are_the_turns_as_the_model_reads_them(name):
 def test_texts_of_loss_tokens_without_offsets(monkeypatch):
     messages = conversation("What is two plus two?", "It is 4.", "Sure?", "Yes.")
     tokenizer = TEMPLATED["chatml"]
-    fast, _ = loss_token_texts(messages, tokenizer, chat_format="template", max_length=100)
+    fast, _ = ChatEncoder(tokenizer, "template", 100).loss_token_texts(messages)
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
-    assert loss_token_texts(messages, tokenizer, chat_format="template", max_length=100)[0] == fast
+    assert ChatEncoder(tokenizer, "template", 100).loss_token_texts(messages)[0] == fast
 
 
 # ---- targets ----
@@ -362,10 +359,10 @@ def target(question="What is two plus two?", prefix="A:", completion=" It is 4."
     ],
 )
 def test_a_target_has_loss_on_its_completion_and_no_end_token(chat_format, tokenizer, prompt):
-    encoded = encode_target(target(), tokenizer, chat_format=chat_format, max_length=1000)
+    encoded = ChatEncoder(tokenizer, chat_format, 1000).target(target())
     assert tokenizer.decode(encoded.input_ids) == prompt + " It is 4."
     assert loss_texts(encoded, tokenizer) == [" It is 4."]
-    assert tokenizer.decode(encode_prompt(target().messages, "A:", tokenizer, chat_format=chat_format)) == prompt
+    assert tokenizer.decode(ChatEncoder(tokenizer, chat_format, 1000).prompt(target().messages, "A:")) == prompt
 
 
 @given(
@@ -380,23 +377,23 @@ def test_loss_starts_at_the_length_of_the_prompt_tokenized_alone(question, prefi
     example = target(question, prefix, completion)
     if len(whole) <= start:
         with pytest.raises(TargetFormatError, match=example.example_id):
-            encode_target(example, tokenizer, chat_format="tulu", max_length=1000)
+            ChatEncoder(tokenizer, "tulu", 1000).target(example)
     else:
-        encoded = encode_target(example, tokenizer, chat_format="tulu", max_length=1000)
+        encoded = ChatEncoder(tokenizer, "tulu", 1000).target(example)
         assert encoded.input_ids.tolist() == whole
         assert encoded.labels.tolist() == [IGNORED] * start + whole[start:]
 
 
 def test_a_target_that_is_too_long_loses_its_prompt_from_the_left():
-    whole = encode_target(target(), BEGINNING, chat_format="tulu", max_length=1000)
+    whole = ChatEncoder(BEGINNING, "tulu", 1000).target(target())
     completion = whole.loss_tokens
     for length in range(completion + 2, len(whole.input_ids)):
-        cut = encode_target(target(), BEGINNING, chat_format="tulu", max_length=length)
+        cut = ChatEncoder(BEGINNING, "tulu", length).target(target())
         assert len(cut.input_ids) == length
         assert cut.input_ids[0] == BEGINNING.bos_token_id
         assert cut.input_ids[1:].tolist() == whole.input_ids[-(length - 1) :].tolist()
         assert cut.loss_tokens == completion
-    tight = encode_target(target(), BEGINNING, chat_format="tulu", max_length=3)
+    tight = ChatEncoder(BEGINNING, "tulu", 3).target(target())
     assert tight.loss_tokens == 2
     assert tight.input_ids[1:].tolist() == whole.input_ids[-completion:][:2].tolist()
 
@@ -405,17 +402,17 @@ def test_a_target_that_is_too_long_loses_its_prompt_from_the_left():
 def test_a_target_without_loss_tokens_is_an_error_that_names_it(completion, max_length):
     example = target(completion=completion)
     with pytest.raises(TargetFormatError, match=example.example_id):
-        encode_target(example, PLAIN, chat_format="tulu", max_length=max_length)
+        ChatEncoder(PLAIN, "tulu", max_length).target(example)
 
 
 def test_a_target_that_the_template_refuses_is_an_error_that_names_it():
     messages = [{"role": "assistant", "content": "first"}, {"role": "user", "content": "second"}]
     example = TargetExample("f" * 32, "all", messages, "", "third")
     with pytest.raises(TargetFormatError, match="roles must alternate"):
-        encode_target(example, TEMPLATED["alternating"], chat_format="template", max_length=100)
+        ChatEncoder(TEMPLATED["alternating"], "template", 100).target(example)
 
 
 def test_a_prompt_that_is_too_long_keeps_its_end_and_the_begin_token():
-    whole = encode_prompt(target().messages, "A:", BEGINNING, chat_format="tulu")
-    cut = encode_prompt(target().messages, "A:", BEGINNING, chat_format="tulu", max_length=6)
+    whole = ChatEncoder(BEGINNING, "tulu", 1000).prompt(target().messages, "A:")
+    cut = ChatEncoder(BEGINNING, "tulu", 1000).prompt(target().messages, "A:", max_length=6)
     assert cut == [BEGINNING.bos_token_id, *whole[-5:]]

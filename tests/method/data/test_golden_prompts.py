@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from less_assets.method.data.chat import IGNORED, encode_prompt, encode_target
+from less_assets.method.data.chat import IGNORED, ChatEncoder
 from less_assets.method.data.targets import read_evaluation, read_targets
 
 TASK = "Determine whether the walk ends where it began."
@@ -121,7 +121,7 @@ def write(folder, files):
 def test_targets_are_encoded_as_published(tmp_path, byte_tokenizer, format):
     files, prompt, completion = TARGETS[format]
     write(tmp_path, files)
-    encoded = encode_target(read_targets(format, str(tmp_path))[0], byte_tokenizer, chat_format="tulu", max_length=2048)
+    encoded = ChatEncoder(byte_tokenizer, "tulu", 2048).target(read_targets(format, str(tmp_path))[0])
     assert byte_tokenizer.decode(encoded.input_ids) == prompt + completion, "no end token and no newline at the end"
     start = len(byte_tokenizer(prompt, add_special_tokens=False).input_ids)
     assert (encoded.labels[:start] == IGNORED).all()
@@ -133,6 +133,6 @@ def test_questions_are_asked_as_published(tmp_path, byte_tokenizer, format):
     files, prompt, completion = EVALUATIONS[format]
     write(tmp_path, {**TARGETS[format][0], **files})
     (question,) = read_evaluation(format, str(tmp_path))
-    asked = encode_prompt(question.messages, question.assistant_prefix, byte_tokenizer, chat_format="tulu")
+    asked = ChatEncoder(byte_tokenizer, "tulu", 2048).prompt(question.messages, question.assistant_prefix)
     assert byte_tokenizer.decode(asked) == prompt
     assert question.completion == completion

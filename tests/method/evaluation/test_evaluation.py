@@ -1,5 +1,8 @@
 """Evaluation with tiny random models: losses against autograd's own cross-entropy, verdicts of known answers."""
 
+import copy
+import datetime
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,7 +11,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from less_assets.errors import EvaluationError
-from less_assets.method.data.chat import EncodedExample, encode_target
+from less_assets.method.data.chat import ChatEncoder, EncodedExample
 from less_assets.method.data.targets import EvaluationExample, TargetExample
 from less_assets.method.evaluation.evaluation import (
     METRIC_SCHEMA,
@@ -121,7 +124,7 @@ def test_losses_of_an_evaluation_are_the_held_out_losses(byte_model, byte_tokeni
     examples = [example(q, a or "x", choices=()) for q, a in zip(questions, answers, strict=True)]
     compared = [example(q, a or "x", choices=["other", a or "x"]) for q, a in zip(questions, answers, strict=True)]
     targets = [TargetExample("", "", each.messages, "", each.completion) for each in examples]
-    rows = [encode_target(each, byte_tokenizer, chat_format="template", max_length=2048) for each in targets]
+    rows = [ChatEncoder(byte_tokenizer, "template", 2048).target(each) for each in targets]
     losses, tokens = held_out_loss(byte_model, rows)
     for asked in (examples, compared):
         samples = evaluate_examples(byte_model, byte_tokenizer, asked, FAST).samples
@@ -166,6 +169,19 @@ def test_choice_likelihoods_are_those_of_the_loss(byte_model, byte_tokenizer):
         ids = torch.tensor([byte_tokenizer(context + continuation).input_ids])
         expected = cross_entropy(byte_model(input_ids=ids).logits[0, :-1][-tokens:], ids[0, -tokens:]).item()
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_harness_prompt_in_the_chat_template_is_what_rows_have_and_tells_the_projects_day(byte_model, byte_tokenizer):
+    from less_assets.method.evaluation.harness import HarnessModel
+
+    day = datetime.date(1999, 12, 31)
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + byte_tokenizer.chat_template
+    lm = HarnessModel(byte_model, tokenizer, max_length=256, date=day)
+    asked = [{"role": "user", "content": "sky?"}]
+    assert lm.apply_chat_template(asked) == "1999<|user|>sky?<|assistant|>"
+    begun = [*asked, {"role": "assistant", "content": "It is "}]
+    assert lm.apply_chat_template(begun, add_generation_prompt=False) == "1999<|user|>sky?<|assistant|>It is "
 
 
 def test_two_metrics_of_one_format(memorizing_model, byte_tokenizer):

@@ -111,11 +111,11 @@ def test_unusable_rows_are_marked_with_the_reason(model, moments):
     no_loss = EncodedExample("no loss", ids, np.full(8, -100, np.int32))
     only_first = EncodedExample("loss on the first token", ids, np.array([1] + [-100] * 7, np.int32))
     nothing = EncodedExample("nothing", np.zeros(0, np.int32), np.zeros(0, np.int32))
-    refused = replace(nothing, problem="roles must alternate")
+    refused = replace(nothing, problem="roles must alternate", status="template_refuses")
     seen = []
     bad = [None, refused, no_loss, only_first, nothing]
     block = extract(model, [good[0], *bad, good[1]], moments, on_progress=seen.append)
-    reasons = [RowStatus.QUARANTINED, RowStatus.TEMPLATE_REFUSED, *[RowStatus.NO_LOSS_TOKENS] * 3]
+    reasons = [RowStatus.QUARANTINED, RowStatus.TEMPLATE_REFUSES, *[RowStatus.NO_LOSS_TOKENS] * 3]
     assert block.status.tolist() == [RowStatus.OK, *reasons, RowStatus.OK]
     assert np.isnan(block.loss).tolist() == [False, *[True] * 5, False]
     assert all(not block.features[form][1:6].any() and not block.norms[form][1:6].any() for form in FORMS)

@@ -205,7 +205,7 @@ def test_a_rows_status_is_the_first_reason_against_it():
         ["ok", "empty_turn", "ok", "ok", "ok"],
         {"epoch-1": np.array([0, 1, 2, 0, 6], np.uint8), "epoch-2": np.array([0, 1, 3, 5, 6], np.uint8)},
     )
-    assert statuses == ["ok", "empty_turn", "no_loss_tokens", "nonfinite_gradient", "template_refused"]
+    assert statuses == ["ok", "empty_turn", "no_loss_tokens", "nonfinite_gradient", "template_refuses"]
 
 
 @pytest.mark.parametrize("form", ["reference", "adamw"])

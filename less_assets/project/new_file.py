@@ -1,0 +1,199 @@
+"""A first project file for the data it is pointed at: `less-assets init`.
+
+Belongs here: which settings suit how many rows, and the text with its comments. Whether the result is usable says
+`data_check.py`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from less_assets.errors import LessAssetsError, ProjectFileError
+from less_assets.project.values import is_url
+
+COUNTED_ROWS = 100_000
+"""Rows that are counted at most: a larger pool gets the same settings."""
+WARMUP_STEPS, WARMUP_EPOCHS = 20, 4
+WARMUP_ROWS, SELECTED_ROWS = 100, 20
+"""What warm-up and selection have at least, if the pool has so many."""
+LARGEST_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a person says of a new project; paths are meant from the current folder.
+
+    Attributes:
+        pool: Files, folders, patterns or URLs of instruction rows, one source each.
+        model: Base model: Hugging Face id, folder, or `gguf:package/file.gguf`.
+        task: Name of the task.
+        examples: JSON lines with examples of the task.
+        held_out: Rows that models are evaluated on; None for no evaluation.
+    """
+
+    pool: Sequence[str]
+    model: str
+    task: str
+    examples: str
+    held_out: str | None = None
+
+
+def project_text(answers: Answers, path: Path) -> str:
+    """The commented text of a project file.
+
+    Args:
+        answers: What it is about.
+        path: Where the file will lie; paths in it are relative to its folder.
+
+    Raises:
+        ProjectFileError: The pool has no usable row, or no name can be made for a task.
+        PoolFormatError: A file of the pool cannot be read.
+    """
+    folder = path.absolute().parent
+    rows = sum(_usable_rows(source) for source in answers.pool)
+    if not rows:
+        raise ProjectFileError(
+            "The pool has no usable row.",
+            where=", ".join(answers.pool),
+            fix="docs/row-formats.md lists the forms that a row can have",
+        )
+    counted = f"more than {COUNTED_ROWS:,}" if rows >= COUNTED_ROWS else f"{rows:,}"
+    warmup_fraction, selected_fraction = _fraction(WARMUP_ROWS, rows), _fraction(SELECTED_ROWS, rows)
+    batch = _batch_size(round(rows * warmup_fraction) * WARMUP_EPOCHS // WARMUP_STEPS)
+    finetuning_batch = _batch_size(round(rows * selected_fraction) // 4)
+    names = _source_names(answers.pool)
+    sources = "\n".join(
+        f"    - {{name: {name}, path: {_quoted(_from(folder, source))}}}"
+        for name, source in zip(names, answers.pool, strict=True)
+    )
+    evaluation = (
+        f"    evaluation: {{held_out: {_quoted(_from(folder, answers.held_out))}}}  # rows that nothing trains on"
+        if answers.held_out
+        else "    # evaluation: {held_out: held-out.jsonl}   # add rows that nothing trains on to have models compared"
+    )
+    return f"""\
+# Written by `less-assets init` for {counted} usable rows. Relative paths are meant from this file's folder.
+# Keys that are left out have their defaults; all of them: docs/project-file.md of less-assets.
+# Next: `less-assets check`, then `less-assets plan` (what it costs), then `less-assets run`.
+
+name: {_name(folder.name, "project")}
+storage: {{root: artifacts}}             # everything that is computed; or s3://bucket/prefix
+model:
+  base: {_quoted(_model(folder, answers.model))}
+  max_length: {_longest(answers.model)}                      # tokens; longer rows are cut from the right
+lora: {{rank: 128, alpha: 512}}          # the adapter whose gradients are compared; a lower rank is faster
+                                       # target_modules: [q_proj, k_proj, v_proj, o_proj] unless you name others
+
+pool:                                  # what to select from
+  sources:
+{sources}
+
+# A short training on a random part of the pool. It needs {WARMUP_STEPS} optimizer steps or more, so that Adam's moments
+# mean something: fraction × rows × epochs / batch_size.
+warmup: {{fraction: {warmup_fraction}, epochs: {WARMUP_EPOCHS}, learning_rate: 2e-5, batch_size: {batch}}}
+
+tasks:                                 # what the selected rows shall teach
+  - name: {_name(answers.task, "task")}
+    examples: {{path: {_quoted(_from(folder, answers.examples))}}}
+{evaluation}
+
+recipes:                               # ways to choose rows; each is trained and compared
+  - {{name: less, strategy: less, fraction: {selected_fraction}}}
+  - {{name: random, strategy: random, fraction: {selected_fraction}, seeds: [0, 1, 2]}}
+  - {{name: full, strategy: full}}
+  - {{name: base, strategy: none}}       # the model as it is
+
+finetuning: {{epochs: 4, learning_rate: 2e-5, batch_size: {finetuning_batch}}}
+"""
+
+
+def _usable_rows(source: str) -> int:
+    from less_assets.method.data.examples import read_rows
+    from less_assets.method.data.row_files import list_files
+
+    usable = 0
+    for file in list_files(source if is_url(source) else os.path.abspath(os.path.expanduser(source))):
+        for table in read_rows(file, "rows", max_rows=COUNTED_ROWS - usable):
+            usable += table["status"].to_list().count("ok")
+        if usable >= COUNTED_ROWS:
+            break
+    return usable
+
+
+def _fraction(at_least: int, rows: int) -> float:
+    """5 % of the rows, but so much that it makes a number of rows, up to half of them."""
+    return round(max(0.05, min(0.5, at_least / rows)), 3)
+
+
+def _batch_size(largest: int) -> int:
+    """The largest power of two up to a number."""
+    return min(LARGEST_BATCH, 1 << max(0, largest.bit_length() - 1))
+
+
+def _longest(model: str) -> int:
+    """2048 tokens, or what the model can read if it is a folder that says less."""
+    try:
+        positions = json.loads((Path(model).expanduser() / "config.json").read_text())["max_position_embeddings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 2048
+    return min(2048, positions) if isinstance(positions, int) else 2048
+
+
+def _model(folder: Path, model: str) -> str:
+    if not os.path.isdir(os.path.expanduser(model)):
+        return model
+    relative = _from(folder, model)
+    return relative if relative.startswith((".", "/")) else f"./{relative}"
+
+
+def _from(folder: Path, path: str) -> str:
+    """A path that was meant from the current folder, as it is meant from another one."""
+    if is_url(path):
+        return path
+    absolute = os.path.abspath(os.path.expanduser(path))
+    relative = os.path.relpath(absolute, folder)
+    return Path(absolute if relative.startswith("../..") else relative).as_posix()
+
+
+def _source_names(paths: Sequence[str]) -> list[str]:
+    names: list[str] = []
+    for number, path in enumerate(paths, 1):
+        name = _name(re.split(r"[/\\]", path.rstrip("/"))[-1].split(".")[0], f"source-{number}")
+        names.append(name if name not in names else f"{name}-{number}")
+    return names
+
+
+def _name(text: str, otherwise: str) -> str:
+    """A name as a project file allows it, close to a text; quoted where YAML would take it for a number or a word."""
+    name = re.sub(r"[^a-z0-9_.-]+", "-", text.lower()).strip("-_.")[:60]
+    return _quoted(name or otherwise)
+
+
+def _quoted(text: str) -> str:
+    """A text for YAML, in a flow mapping too; JSON's form is YAML's."""
+    plain = re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./-]*", text)
+    return (
+        text
+        if plain and text.lower() not in ("y", "n", "yes", "no", "true", "false", "on", "off", "null")
+        else json.dumps(text)
+    )
+
+
+def write_project_file(answers: Answers, path: Path, *, overwrite: bool = False) -> None:
+    """Write the project file.
+
+    Raises:
+        LessAssetsError: The file is there already; see also `project_text`.
+    """
+    if path.exists() and not overwrite:
+        raise LessAssetsError(
+            "There is a project file already; it stays as it is.",
+            where=str(path),
+            fix="name another one with --output, or replace it with --force",
+        )
+    text = project_text(answers, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,163 @@
+"""Dagster's home: the folder of its records (runs, events), by default inside the project's storage.
+
+Belongs here: which folder it is, whose it is, and opening it although others use it. What is in it is Dagster's.
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import dagster as dg
+import sqlalchemy
+from sqlalchemy import event
+from upath import UPath
+
+from less_assets.errors import LessAssetsError, StorageError
+from less_assets.running.killed_runs import living_processes
+from less_assets.running.runner import open_instance
+from less_assets.store.artifacts import RECORDS_FOLDER, ArtifactStore, exclusive_lock
+from less_assets.store.files import local_path, storage_trouble
+
+DEFAULT_SETTINGS = files("less_assets.running").joinpath("dagster.yaml")
+WORKSPACE = files("less_assets.running").joinpath("workspace.yaml")
+"""What `dagster dev` serves: `code_location.py`."""
+OWNER_FILE = "less-assets-project.json"
+PATIENCE_SECONDS = 60
+"""How long a locked database is waited for."""
+
+
+def dagster_home(store: ArtifactStore) -> Path:
+    """The folder of a project's records; it need not exist.
+
+    Args:
+        store: The project's artifacts.
+
+    Returns:
+        DAGSTER_HOME of the environment, if it is set; `.dagster` in the storage root; for a storage URL, a folder in
+        the user's state directory (`XDG_STATE_HOME`, else `~/.local/state`) named by a hash of the URL, since
+        Dagster's databases need a local disk.
+    """
+    if named := os.environ.get("DAGSTER_HOME"):
+        return Path(named).expanduser().absolute()
+    if root := local_path(store.root):
+        return root.absolute() / RECORDS_FOLDER
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    return state / "less-assets" / hashlib.sha256(str(store.root).encode()).hexdigest()[:16]
+
+
+def prepare_home(store: ArtifactStore, home: str | os.PathLike[str] | None = None) -> Path:
+    """Create the home if need be, with the defaults of our `dagster.yaml`.
+
+    Args:
+        store: The project's artifacts.
+        home: The folder; None: `dagster_home`.
+
+    Raises:
+        StorageError: The home belongs to another project, or cannot be written.
+    """
+    folder = Path(home).expanduser().absolute() if home else dagster_home(store)
+    with storage_trouble(UPath(folder), "create"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(folder / "creating.lock"), storage_trouble(UPath(folder), "write"):
+        _claim(folder, store)
+        settings = folder / "dagster.yaml"
+        if not settings.exists():
+            settings.write_text(DEFAULT_SETTINGS.read_text())
+    return folder
+
+
+def _claim(home: Path, store: ArtifactStore) -> None:
+    """Write down whose home it is, or refuse it if it is another project's.
+
+    A project that was moved together with its home has another root at the same relative place: that is accepted.
+    """
+    root = local_path(store.root)
+    owner = {"storage": str(root.absolute() if root else store.root)}
+    if root:
+        owner["storage_from_here"] = os.path.relpath(root.absolute(), home)
+    path = home / OWNER_FILE
+    try:
+        written = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        written = None
+    if isinstance(written, dict) and not any(written.get(name) == value for name, value in owner.items()):
+        raise StorageError(
+            f"This folder of Dagster's records belongs to another project, with its artifacts in "
+            f"{written.get('storage')}; this project's are in {owner['storage']}.",
+            where=str(path),
+            fix="unset DAGSTER_HOME (each project then has its own), or let it name another folder; if the other "
+            "project is gone, remove the file",
+        )
+    if written != owner:
+        path.write_text(json.dumps(owner, indent=1) + "\n")
+
+
+@contextmanager
+def opened_records(store: ArtifactStore, home: str | os.PathLike[str] | None = None) -> Iterator[dg.DagsterInstance]:
+    """Dagster's instance in the project's home, for as long as the block lasts; a locked database is waited for.
+
+    Args:
+        store: The project's artifacts.
+        home: The folder; None: `dagster_home`.
+
+    Raises:
+        StorageError: The home is another project's, or a database stayed locked; it says by whom.
+    """
+    folder = prepare_home(store, home)
+    with _patient(folder):
+        with exclusive_lock(folder / "creating.lock"):  # two first commands at once would both create Dagster's tables
+            instance = open_instance(folder)
+            instance.get_runs(limit=1)
+            instance.get_asset_keys(limit=1)
+        with instance:
+            yield instance
+
+
+@contextmanager
+def _patient(home: Path) -> Iterator[None]:
+    """Let every SQLite connection of this process wait for locks, and say who holds one that does not come free.
+
+    Dagster gives up after five seconds in its databases of runs and schedules, and offers no setting for it.
+    """
+
+    def wait(connection: object, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute(f"PRAGMA busy_timeout = {int(PATIENCE_SECONDS * 1000)}")
+
+    event.listen(sqlalchemy.Engine, "connect", wait)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LessAssetsError) or not _says_locked(error):
+            raise
+        holders = living_processes(home)
+        raise StorageError(
+            f"Dagster's records stayed locked for {PATIENCE_SECONDS:g} s; "
+            + (
+                f"in use by {'; '.join(holders)}"
+                if holders
+                else "by a process that is no run of less-assets, such as Dagster's UI"
+            )
+            + ".",
+            where=str(home),
+            fix="wait until it has ended, or end it; then repeat the command. On a network file system without locks, "
+            "set DAGSTER_HOME to a local folder",
+        ) from error
+    finally:
+        event.remove(sqlalchemy.Engine, "connect", wait)
+
+
+def _says_locked(error: BaseException | None) -> bool:
+    """Whether SQLite's complaint of a lock is at the bottom of an error."""
+    seen: set[int] = set()  # an error that is raised again can be in its own chain
+    while error is not None and id(error) not in seen:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,73 @@
+"""What `less-assets init` writes: a project file that loads, whatever the paths are called, and suits the rows."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.tiny import question, write_rows
+
+from less_assets.errors import LessAssetsError, ProjectFileError
+from less_assets.project.data_check import check_data
+from less_assets.project.new_file import Answers, project_text, write_project_file
+from less_assets.project.project import load_project, parse_project
+
+NAMES = st.text(st.sampled_from("aZ09 _-.'\"#{}[]:,&*!|>%@é"), min_size=1, max_size=12).filter(
+    lambda name: name.strip(". ")
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("rows") / "pool.jsonl", [question(place, "plus") for place in range(200)])
+
+
+@given(NAMES, NAMES, NAMES)
+def test_any_name_of_task_model_and_files_comes_back_as_it_was(rows, task, model, name):
+    folder = rows.parent
+    answers = Answers([str(rows)], model, task, str(folder / name), str(folder / "data" / name))
+    project = parse_project(project_text(answers, folder / "project.yaml").encode(), folder / "project.yaml")
+    (only,) = project.tasks
+    assert only.examples.path == str(folder / name)
+    assert only.evaluation.held_out == str(folder / "data" / name)
+    assert project.source("pool").path == str(rows)
+
+
+def test_sources_of_one_name_are_told_apart(rows):
+    answers = Answers([str(rows), str(rows)], "owner/model", "sums", str(rows))
+    project = parse_project(project_text(answers, rows.parent / "project.yaml").encode())
+    assert [source.name for source in project.pool.sources] == ["pool", "pool-2"]
+    assert project.tasks[0].evaluation is None
+
+
+@pytest.mark.parametrize("count", [1, 7, 60, 200, 2000])
+def test_settings_suit_the_number_of_rows(tmp_path, count):
+    rows = write_rows(tmp_path / "pool.jsonl", [question(place, f"plus {place}") for place in range(count)])
+    text = project_text(Answers([str(rows)], "owner/model", "sums", str(rows)), tmp_path / "project.yaml")
+    project = parse_project(text.encode(), tmp_path / "project.yaml")
+    sample = round(project.warmup.fraction * count)
+    steps = -(-sample // project.warmup.batch_size) * project.warmup.epochs
+    assert steps >= 20 or project.warmup.batch_size == 1
+    assert 0 < project.recipes[0].fraction <= 0.5
+
+
+def test_the_file_is_written_once_from_another_folder_and_checks_clean(tiny_model, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "data/pool.jsonl", [question(place, "plus") for place in range(40)])
+    (tmp_path / "projects").mkdir()
+    monkeypatch.chdir(tmp_path)
+    answers = Answers(["data/pool.jsonl"], str(tiny_model), "sums", "data/pool.jsonl", "data/pool.jsonl")
+    write_project_file(answers, tmp_path / "projects/mine.yaml")
+    project = load_project("projects/mine.yaml")
+    assert project.source("pool").path == str(rows)
+    assert project.model.max_length == 256, "the model reads no more"
+    assert check_data(project) == []
+    with pytest.raises(LessAssetsError, match="already"):
+        write_project_file(answers, tmp_path / "projects/mine.yaml")
+    write_project_file(answers, tmp_path / "projects/mine.yaml", overwrite=True)
+
+
+def test_a_pool_without_a_usable_row_is_refused(tmp_path):
+    path = tmp_path / "pool.jsonl"
+    path.write_text(json.dumps({"nothing": 1}) + "\n")
+    with pytest.raises(ProjectFileError, match="no usable row"):
+        project_text(Answers([str(path)], "owner/model", "sums", str(path)), tmp_path / "project.yaml")
