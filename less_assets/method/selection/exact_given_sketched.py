@@ -128,8 +128,9 @@ def exact_given_sketched(
     likeliest = draws[0]
     low, high = min(pool.min(), cut) - 1e-6 * spread, max(pool.max(), cut) + 1e-6 * spread
     unit = 5 * float(np.exp(likeliest[2]))
-    grid = [cut + unit * np.sinh(np.linspace(*np.arcsinh((np.array([low, high]) - cut) / unit), n)) for n in (121, 120)]
-    edges, values = grid[0], (grid[1] - likeliest[0]) / likeliest[1]
+    ends = np.arcsinh((np.array([low, high]) - cut) / unit)
+    edges, places = (cut + unit * np.sinh(np.linspace(ends[0], ends[1], count)) for count in (BINS + 1, BINS))
+    values = (places - likeliest[0]) / likeliest[1]
     effects = likeliest[5:]
     level_edges = np.unique(np.quantile(pool_traits @ effects, np.linspace(0, 1, LEVELS + 1)[1:-1]))
     cells = ExactScores(edges[1:-1], level_edges, effects, values, np.empty(0))
@@ -268,5 +269,6 @@ def _deconvolve(blur: np.ndarray, counts: np.ndarray, known: np.ndarray, of_valu
 
     start = np.log(density + 1e-9 / BINS)
     log_density = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": PENALIZED_STEPS}).x
-    density = np.exp(log_density - log_density.max())
-    return density / density.sum()
+    result: np.ndarray = np.exp(log_density - log_density.max())
+    result /= result.sum()
+    return result

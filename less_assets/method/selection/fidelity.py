@@ -44,7 +44,7 @@ MOST_SOURCES = 8
 """Sources whose errors may differ in size from those of the others."""
 SHIFT_DEVIATION = 0.7
 """Standard deviation of the prior on how far chances are off as a whole, in log odds."""
-LOWER_DRAWS, LOWER_ERRORS = 0.1, 1.28
+LOWER_DRAWS, LOWER_ERRORS = 0.1, 1.64
 """Where the lower end of a chance lies: quantile over the draws of the error, standard errors of the shift."""
 
 
@@ -296,11 +296,26 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float("nan") if _is_constant(a) or _is_constant(b) else float(pearsonr(a, b).statistic)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (n,) arrays (`scipy.stats.spearmanr`): ties share their rank; NaN if one is constant."""
+def spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Rank correlation of two (n,) arrays (`scipy.stats.spearmanr`): ties share their rank; NaN if one is constant.
+
+    With weights (n,), such as one over the chance to be sampled, a row stands for as many rows.
+    """
     from scipy.stats import spearmanr
 
-    return float("nan") if _is_constant(a) or _is_constant(b) else float(spearmanr(a, b).statistic)
+    if _is_constant(a) or _is_constant(b):
+        return float("nan")
+    if weights is None:
+        return float(spearmanr(a, b).statistic)
+    covariance = np.cov(_weighted_ranks(a, weights), _weighted_ranks(b, weights), aweights=weights)
+    return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
+
+
+def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    _, place = np.unique(values, return_inverse=True)
+    total = np.bincount(place, weights=weights)
+    ranks: np.ndarray = (np.cumsum(total) - total / 2)[place]
+    return ranks
 
 
 def _is_constant(values: np.ndarray) -> bool:
