@@ -34,6 +34,8 @@ POOL_WEIGHT = 0.3
 """Weight of a pool row's sketched score against a sampled row's exact one: the form of the error is an assumption."""
 VARIATION_PENALTY = 1.5
 """Sampled rows that must agree on a jump of the log density by one before it is believed."""
+USUAL_DEGREES = 15
+"""Degrees of freedom beyond the least that are expected before anything is seen."""
 LEAST_DEGREES = 2.05
 """Degrees of freedom of the heaviest tails."""
 
@@ -143,7 +145,6 @@ def exact_given_sketched(
     np.add.at(middle, level, pool_traits)
     middle /= np.maximum(1, counts.sum(axis=1, keepdims=True))
     of_value = np.bincount(np.clip(np.searchsorted(values, exact), 0, BINS - 1), minlength=BINS)
-    at_cut = int(np.searchsorted(edges[1:-1], cut, side="right"))
     above = []
     for parameters in draws:
         blur = np.stack([_blur(parameters, scale(parameters, values, own), edges, values) for own in middle])
@@ -151,8 +152,6 @@ def exact_given_sketched(
         posterior = blur * density
         posterior /= np.maximum(posterior.sum(axis=2, keepdims=True), 1e-300)
         chance = np.cumsum(posterior[:, :, ::-1], axis=2)[:, :, ::-1]
-        # Heavy tails make the highest sketched scores suspicious; above the cut, a score shall not count against a row.
-        chance[:, at_cut:] = np.maximum.accumulate(chance[:, at_cut:], axis=1)
         above.append(chance)
     return ExactScores(edges[1:-1], level_edges, effects, values, np.stack(above))
 
@@ -183,7 +182,7 @@ def _fit_error(
     """
     edges, chance = sampling
     p = traits.shape[1]
-    prior = np.r_[0, 1, np.log(size), 0, np.log(5), np.zeros(p)]
+    prior = np.r_[0, 1, np.log(size), 0, np.log(USUAL_DEGREES), np.zeros(p)]
     deviation = np.r_[0.2 * scale.width, 0.2, 1, 0.5, 1.4, np.full(p, 0.7)]
 
     def loss(parameters: np.ndarray) -> float:

@@ -44,7 +44,7 @@ MOST_SOURCES = 8
 """Sources whose errors may differ in size from those of the others."""
 SHIFT_DEVIATION = 0.7
 """Standard deviation of the prior on how far chances are off as a whole, in log odds."""
-LOWER_DRAWS, LOWER_ERRORS = 0.1, 1.64
+LOWER_DRAWS, LOWER_ERRORS = 0.1, 2.0
 """Where the lower end of a chance lies: quantile over the draws of the error, standard errors of the shift."""
 
 
