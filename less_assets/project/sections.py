@@ -279,7 +279,8 @@ class Gradients(Section):
     )
     certificate_rows: int = setting(
         64,
-        "Random pool rows that the check `sketch_is_faithful` scores exactly, to say how far a selection can be "
+        "Pool rows, most of them around the cut, that the check `sketch_is_faithful` scores exactly, to say how far a "
+        "selection can be "
         "trusted; 0: no certificate, else at least 8",
         unit="rows",
         ge=0,

@@ -47,8 +47,16 @@ def certificate_plan(lineage: Lineage, task: str) -> ArtifactPlan:
     """
     rules = certified_rules(lineage.project)
     settings: dict[str, JsonValue] = {"rows": lineage.project.gradients.certificate_rows, "rules": [*rules]}
+    # More rows are sampled around the recipes' cuts than elsewhere.
+    settings["cuts"] = [*sorted(map(_cut_settings, certified_recipes(lineage.project)))]
     folder = f"selection/{task}/fidelity"
     return ArtifactPlan(CERTIFICATE, task, folder, folder, settings, lineage.version("influence_scores", task))
+
+
+def _cut_settings(recipe: ResolvedRecipe) -> str:
+    """What decides where a recipe's cut lies."""
+    budget = f"{recipe.budget.unit} {recipe.budget.amount}" if recipe.budget else ""
+    return f"{recipe.form} {recipe.subtask} {recipe.aggregate} {budget} {recipe.candidates}"
 
 
 def steps_plan(lineage: Lineage, task: str) -> ArtifactPlan:
@@ -117,7 +125,7 @@ def judge_selection(lineage: Lineage, key: str, selected: pl.DataFrame) -> "Judg
 
 def scored_sample(folder: ArtifactFolder, recipe: ResolvedRecipe) -> "ScoredSample | None":
     """The certificate's scores of a recipe's form and subtask rule; None if it does not cover these, or by too few."""
-    from less_assets.method.selection.fidelity import FEWEST, ScoredSample
+    from less_assets.method.selection.fidelity import FEWEST, ScoredSample, row_traits
 
     sample, pool = read_parquet(folder, SAMPLE), read_parquet(folder, POOL)
     column = f"{recipe.form}.{recipe.subtask}"
@@ -129,4 +137,14 @@ def scored_sample(folder: ArtifactFolder, recipe: ResolvedRecipe) -> "ScoredSamp
         score_matrix(pool[column]),
     )
     rows: Any = folder.manifest().summary["pool_rows"]
-    return ScoredSample(*arrays, pool_rows=int(rows))
+    if "inclusion" not in pool.columns:  # made when all rows were sampled alike
+        return ScoredSample(*arrays, pool_rows=int(rows))
+    traits_of = row_traits(pool)
+    return ScoredSample(
+        *arrays,
+        pool_rows=int(rows),
+        inclusion=pool["inclusion"].to_numpy(),
+        traits=traits_of(sample),
+        pool_traits=traits_of(pool),
+        traits_of=traits_of,
+    )

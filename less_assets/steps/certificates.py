@@ -1,11 +1,11 @@
-"""Certificates for influence scores: a random sample of the pool scored exactly, and real optimizer steps.
+"""Certificates for influence scores: a sample of the pool scored exactly, and real optimizer steps.
 
 Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method/fidelity.py`, reading a certificate
 `certificates.py`.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +43,24 @@ from less_assets.store.tables import read_parquet, write_parquet
 
 POOL_SAMPLE = 20_000
 """Rows of the pool whose scores a certificate keeps: enough to know where the cut lies."""
+NEAR_SHARE = 0.75
+"""Share of a certificate's rows that are drawn around the cuts; the others are drawn from the whole pool."""
+NEAR_DEPTH = 3
+"""How deep that reaches, in budgets."""
 STEP_TARGETS = 32
 """Target examples whose loss is looked at after each real step: a forward pass over them for each row."""
 SALT = b"fidelity"
+Inclusion = Callable[[pl.DataFrame], np.ndarray]
+"""Chance of each row of a table to be sampled, up to a factor, float64 (n,)."""
 SPEEDS: dict[str, Guess] = {
     CERTIFICATE: Guess(("train_gradients",)),
     REAL_STEPS: Guess(("train_gradients",), times_longer=0.4),  # mostly forward passes (the demo)
 }
 """What serves where the speeds of both were not measured."""
+
+
+def _alike(table: pl.DataFrame) -> np.ndarray:
+    return np.ones(table.height)
 
 
 @dataclass(frozen=True)
@@ -59,8 +69,7 @@ class RecipeFidelity:
 
     Attributes:
         recipe: The recipe's key.
-        spearman: Rank correlation of sketched and exact scores over the sample.
-        sample_overlap: Share of the sample's best rows, as many as the budget's share, that are best by both.
+        spearman: Rank correlation of sketched and exact scores over the pool, estimated by the sample.
         overlap: Expected share of the selection that exact scores would select, too.
         certain: Share of the selection that is certain.
         band: Distance above the cut from which rows are certain (the largest one, where there are several cuts).
@@ -69,7 +78,6 @@ class RecipeFidelity:
 
     recipe: str
     spearman: float
-    sample_overlap: float
     overlap: float
     certain: float
     band: float | None
@@ -99,12 +107,15 @@ def _make(lineage: Lineage, models: ModelLoader, plan: ArtifactPlan, compute: Co
 
 
 def score_sample(work: StepInputs) -> StepResult:
-    """Score a random sample of the pool exactly, and keep an even sample of the pool's own scores."""
+    """Score a sample of the pool exactly, and keep an even sample of the pool's own scores."""
     lineage, task, settings = work.lineage, work.partition, work.project.gradients
     rules = certified_rules(work.project)
-    sample = draw_sample(lineage, task, settings.certificate_rows)
-    exact = score_rows_exactly(work, task, sample, forms=settings.forms, rules=rules)
     columns = {score_column(form, rule): (form, rule) for form in settings.forms for rule in rules}
+    even, pool_rows = even_sample(lineage, task, ["source", "loss_tokens", *columns])
+    inclusion = inclusion_near(cuts_of(lineage, task, even, pool_rows), even)
+    write_parquet(work.folder, POOL, even.with_columns(inclusion=inclusion(even)))
+    sample = draw_sample(lineage, task, settings.certificate_rows, inclusion)
+    exact = score_rows_exactly(work, task, sample, forms=settings.forms, rules=rules)
     certified = _both_scores(sample, {column: exact.total(*which) for column, which in columns.items()})
     if certified.is_empty():
         raise LessAssetsError(
@@ -113,8 +124,6 @@ def score_sample(work: StepInputs) -> StepResult:
             fix="run `less-assets run --verify`",
         )
     write_parquet(work.folder, SAMPLE, certified)
-    even, pool_rows = even_sample(lineage, task, ["loss_tokens", *columns])
-    write_parquet(work.folder, POOL, even)
     summary = {
         "rows": certified.height,
         "pool_rows": pool_rows,
@@ -122,6 +131,46 @@ def score_sample(work: StepInputs) -> StepResult:
         "theory": settings.dimension**-0.5,
     }
     return StepResult(summary, units=exact.tokens)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a recipe stops taking rows in one order, if its budget were `NEAR_DEPTH` times as large.
+
+    Attributes:
+        column: The score column that it ranks by.
+        queue: The order.
+        score: The lowest score taken.
+    """
+
+    column: str
+    queue: Queue
+    score: float
+
+
+def cuts_of(lineage: Lineage, task: str, even: pl.DataFrame, pool_rows: int) -> list[Cut]:
+    """The cuts of all recipes that a certificate is about, from an even sample of the pool."""
+    cuts = []
+    for recipe in certified_recipes(lineage.project):
+        column = score_column(str(recipe.form), str(recipe.subtask))
+        share = budget_share(lineage, recipe, even["loss_tokens"], pool_rows)
+        rows = round(NEAR_DEPTH * (recipe.candidates or 1) * share * even.height)
+        queues = recipe_queues(lineage, recipe, task)
+        selected = select_from_sample(score_matrix(even[column]), queues, min(even.height, max(1, rows)))
+        taken = ((queue, queue.taken(selected)["score"].min()) for queue in queues)
+        cuts += [Cut(column, queue, float(score)) for queue, score in taken if score is not None]  # type: ignore[arg-type]
+    return cuts
+
+
+def inclusion_near(cuts: list[Cut], even: pl.DataFrame) -> Inclusion:
+    """The chance to be sampled, against one drawn evenly: a table with score columns to float64 (n,)."""
+
+    def near(table: pl.DataFrame) -> np.ndarray:
+        scores = {cut.column: score_matrix(table[cut.column]) for cut in cuts}
+        return np.any([cut.queue.scores(scores[cut.column]) >= cut.score for cut in cuts], axis=0)
+
+    share_near = float(near(even).mean())
+    return lambda table: (1 - NEAR_SHARE) + NEAR_SHARE * near(table) / share_near
 
 
 def _both_scores(sample: pl.DataFrame, exact: dict[str, np.ndarray]) -> pl.DataFrame:
@@ -132,6 +181,7 @@ def _both_scores(sample: pl.DataFrame, exact: dict[str, np.ndarray]) -> pl.DataF
         "shard",
         "row",
         "loss_tokens",
+        "inclusion",
         *(pl.col(column).alias(f"sketched.{column}") for column in exact),
         *(
             pl.Series(f"exact.{column}", scores, pl.Array(pl.Float32, scores.shape[1]))
@@ -150,15 +200,18 @@ def _cosine_error(sample: pl.DataFrame, column: str, exact: dict[str, np.ndarray
     return float(np.sqrt(np.mean(squares)))
 
 
-def draw_sample(lineage: Lineage, task: str, rows: int) -> pl.DataFrame:
-    """A random sample of the pool's scored rows with all their scores, in the pool's order.
+def draw_sample(lineage: Lineage, task: str, rows: int, inclusion: Inclusion = _alike) -> pl.DataFrame:
+    """A sample of the pool's scored rows with all their scores and their `inclusion`, in the pool's order.
 
-    It is the rows with the lowest keyed hash of their id: the same ones however the pool is cut into shards.
+    It is the rows with the lowest keyed hash of their id, each divided by its inclusion (Rosén 1997, sequential Poisson
+    sampling): the same ones however the pool is cut into shards.
     """
     drawn: pl.DataFrame | None = None
     for table in _scored_rows(lineage, task):
-        keyed = table.with_columns(hash=pl.Series(list(map(_hash, table["example_id"])), dtype=pl.UInt64))
-        drawn = (keyed if drawn is None else pl.concat([drawn, keyed])).sort("hash").head(rows)
+        keyed = table.with_columns(
+            hash=pl.Series(list(map(_hash, table["example_id"])), dtype=pl.UInt64), inclusion=inclusion(table)
+        ).with_columns(order=pl.col("hash") / pl.col("inclusion"))
+        drawn = (keyed if drawn is None else pl.concat([drawn, keyed])).sort("order", "hash").head(rows)
     assert drawn is not None
     return drawn.sort("shard", "row")
 
@@ -192,30 +245,32 @@ def recipe_fidelity(
     lineage: Lineage, folder: ArtifactFolder, recipe: ResolvedRecipe, task: str
 ) -> RecipeFidelity | None:
     """What a certificate says of a recipe, on the pool's even sample; None if it does not cover the recipe's scores."""
-    from less_assets.method.selection.fidelity import calibrate, judge, spearman, top_overlap
+    from less_assets.method.selection.fidelity import QueueFidelity, judge, spearman
 
     sample = scored_sample(folder, recipe)
     if sample is None:
         return None
     queues = recipe_queues(lineage, recipe, task)
-    share = budget_share(lineage, recipe, read_parquet(folder, POOL, ["loss_tokens"])["loss_tokens"], sample.pool_rows)
+    even = read_parquet(folder, POOL)
+    share = budget_share(lineage, recipe, even["loss_tokens"], sample.pool_rows)
     selected = select_from_sample(sample.pool, queues, max(1, round(share * len(sample.pool))))
-    judged = judge(sample, queues, selected)
+    rows = even.select("source", "loss_tokens")[selected["example_id"].cast(pl.Int64)]
+    judged = judge(sample, queues, selected.hstack(rows))
     sketched, exact = queues[0].scores(sample.sketched), queues[0].scores(sample.exact)
     best_sketched, best_exact = (_over_queues(queues, array) for array in (sample.sketched, sample.exact))
     taken = queues[0].taken(selected)
     cut = float(taken["score"].min()) if taken.height else float(sketched.max())  # type: ignore[arg-type]
     pool = queues[0].scores(sample.pool)
-    exact_cut = calibrate(sketched, exact).exact_cut(pool, max(float((pool >= cut).mean()), 1 / len(pool)))
+    share_above = max(float((pool >= cut).mean()), 1 / len(pool))
     bands = [band for band in judged.bands if band is not None]
+    inclusion = read_parquet(folder, SAMPLE, ["inclusion"])["inclusion"].to_numpy()
     return RecipeFidelity(
         recipe.key,
-        spearman(best_sketched, best_exact),
-        top_overlap(best_sketched, best_exact, share),
+        spearman(best_sketched, best_exact, 1 / inclusion),
         judged.overlap,
         judged.certain / selected.height,
         max(bands) if bands else None,
-        (sketched, exact, (cut, exact_cut)),
+        (sketched, exact, (cut, QueueFidelity(sample, queues[0], cut).exact_cut(share_above))),
     )
 
 

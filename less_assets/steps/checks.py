@@ -157,7 +157,7 @@ def _judge_fidelity(summary: dict[str, Any], recipes: list[Any]) -> Verdict:
     }
     if not recipes:
         return Verdict(True, "The pool is too small for a certificate.", figures)
-    columns = ("recipe", "spearman", "sample_overlap", "overlap", "certain", "band")
+    columns = ("recipe", "spearman", "overlap", "certain", "band")
     figures["recipes"] = Table(pl.DataFrame([{name: getattr(each, name) for name in columns} for each in recipes]))
     sketched, exact, cut = recipes[0].scores
     figures["sample"] = Picture(agreement_scatter(sketched, exact, cut=cut), "sketched and exact scores")
@@ -211,7 +211,7 @@ not_worse_than_base = Check(
 )
 sketch_is_faithful = Check(
     "sketch_is_faithful",
-    "Exact scores would select nearly the same rows: a random sample of the pool is scored exactly.",
+    "Exact scores would select nearly the same rows: a sample of the pool is scored exactly.",
     check_sketch_fidelity,
     loads_model=True,
 )

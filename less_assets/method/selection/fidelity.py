@@ -1,12 +1,13 @@
-"""How far a selection by sketched scores can be trusted: calibration on a sample, chances at the cut, real steps.
+"""How far a selection by sketched scores can be trusted: chances at the cut, measures of agreement, real steps.
 
 Belongs here: what follows from rows whose scores are known both sketched and exactly, and the comparison of predicted
 with real influence. Not here: taking exact scores (`features`), choosing the sample's rows and storing any of it.
 
-A random sample of the pool is scored exactly. Sketched scores are true ones plus noise, so the rows with the highest
-sketched scores are, on average, less good than they look. The regression of exact on sketched scores over the sample
-takes that into account: it says for any row how its exact score is distributed given its sketched one, hence which
-exact score the cut lies at, and what chance each selected row has of lying above it.
+Some rows of the pool, more of them around the cut, are scored exactly. Sketched scores are exact ones plus an error,
+so the rows with the highest sketched scores are, on average, less good than they look. `exact_given_sketched` takes
+that into account: it says how a row's exact score is distributed given its sketched one. Hence the exact score that the
+cut lies at, and the chance of each selected row to lie above it. What the sampled rows on either side of the cut say
+directly then corrects these chances as a whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 import torch
+from scipy.special import expit, gammaincc, logit
 
 from less_assets.errors import LessAssetsError
 from less_assets.method.data.batching import collate
@@ -28,6 +30,7 @@ from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.exact import mean_target_directions, score_exactly
 from less_assets.method.gradients.features import Batching
 from less_assets.method.gradients.per_example import lora_slices
+from less_assets.method.selection.exact_given_sketched import exact_given_sketched
 from less_assets.method.selection.ranking import Queue
 
 if TYPE_CHECKING:
@@ -36,77 +39,43 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 """Chance above which a selected row counts as certain."""
 FEWEST = 8
-"""Rows below which nothing is calibrated."""
+"""Sampled rows below which nothing is judged."""
+MOST_SOURCES = 8
+"""Sources whose errors may differ in size from those of the others."""
+SHIFT_DEVIATION = 0.7
+"""Standard deviation of the prior on how far chances are off as a whole, in log odds."""
+LOWER_DRAWS, LOWER_ERRORS = 0.1, 2.0
+"""Where the lower end of a chance lies: quantile over the draws of the error, standard errors of the shift."""
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """How exact scores are distributed given sketched ones: normal around a line, as fitted to n sampled rows.
-
-    Attributes:
-        rows: n.
-        intercept: Of the line.
-        slope: Of the line; below 1 where the sketch's noise is part of the sketched scores' spread.
-        spread: Standard deviation of exact scores around the line.
-        center: Mean sketched score of the sample.
-        scatter: Sum of squared distances from it.
-    """
-
-    rows: int
-    intercept: float
-    slope: float
-    spread: float
-    center: float
-    scatter: float
-
-    def chance_above(self, sketched: np.ndarray, exact_score: float) -> np.ndarray:
-        """Chance that rows with these sketched scores (m,) have exact scores above a value, float64 (m,).
-
-        The uncertainty of the line itself, which grows away from the sample's middle, is included.
-        """
-        sketched = np.asarray(sketched, dtype=np.float64)
-        leverage = np.square(sketched - self.center) / self.scatter if self.scatter else 0.0
-        deviation = self.spread * np.sqrt(1 + 1 / self.rows + leverage)
-        distance = self.intercept + self.slope * sketched - exact_score
-        with np.errstate(divide="ignore", invalid="ignore"):
-            sigmas = np.where(deviation > 0, distance / deviation, np.sign(distance) * np.inf)
-        chances: np.ndarray = torch.special.ndtr(torch.from_numpy(np.nan_to_num(sigmas, nan=0.0))).numpy()
-        return chances
-
-    def exact_cut(self, sketched: np.ndarray, share: float) -> float:
-        """The exact score above which a share of the rows is expected, given the pool's sketched scores (m,)."""
-        predicted = self.intercept + self.slope * np.asarray(sketched, dtype=np.float64)
-        margin = 10 * self.spread + 1e-12
-        low, high = float(predicted.min()) - margin, float(predicted.max()) + margin
-        for _ in range(60):
-            middle = (low + high) / 2
-            if self.chance_above(sketched, middle).mean() > share:
-                low = middle
-            else:
-                high = middle
-        return (low + high) / 2
+TraitsOf = Callable[[pl.DataFrame], np.ndarray]
 
 
-def calibrate(sketched: np.ndarray, exact: np.ndarray) -> Calibration:
-    """Fit the line of exact on sketched scores.
+def row_traits(pool: pl.DataFrame) -> TraitsOf:
+    """What may decide how large a sketch's error is: the row's source, and its length.
 
     Args:
-        sketched: Scores (n,) of a random sample of the pool, from stored features.
-        exact: Scores (n,) of the same rows, without projection.
+        pool: `source` and `loss_tokens` of an even sample of the pool.
 
-    Raises:
-        ValueError: There are fewer than `FEWEST` rows.
+    Returns:
+        From a table with these columns to float64 (n, p): one column for each of the largest sources but one, and the
+        logarithm of the length against the median.
     """
-    if len(sketched) < FEWEST:
-        raise ValueError(f"{len(sketched)} rows are too few to calibrate on; {FEWEST} are needed")
-    x, y = np.asarray(sketched, dtype=np.float64), np.asarray(exact, dtype=np.float64)
-    center = x.mean()
-    scatter = float(np.square(x - center).sum())
-    slope = float((x - center) @ (y - y.mean()) / scatter) if scatter else 0.0
-    intercept = float(y.mean() - slope * center)
-    residuals = y - intercept - slope * x
-    spread = float(np.sqrt(np.square(residuals).sum() / (len(x) - 2)))
-    return Calibration(len(x), intercept, slope, spread, float(center), scatter)
+    sources = pool["source"].value_counts().sort(["count", "source"], descending=[True, False])["source"]
+    compared = sources.to_list()[1 : MOST_SOURCES + 1]
+    typical = max(1.0, float(pool["loss_tokens"].median() or 1))  # type: ignore[arg-type]
+
+    def traits(table: pl.DataFrame) -> np.ndarray:
+        columns = [(table["source"] == source).to_numpy() for source in compared]
+        columns.append(np.log(np.maximum(1, table["loss_tokens"].to_numpy()) / typical))
+        return np.stack(columns, axis=1).astype(np.float64)
+
+    return traits
+
+
+def no_traits(table: pl.DataFrame) -> np.ndarray:
+    """Nothing is known of rows but their scores: float64 (n, 0)."""
+    return np.empty((table.height, 0))
 
 
 @dataclass(frozen=True)
@@ -118,19 +87,130 @@ class ScoredSample:
         exact: Exact scores of the same rows, float32 (n, J).
         pool: Sketched scores of an even sample of the pool, float32 (m, J).
         pool_rows: Usable rows of the pool.
+        inclusion: Chance of each row of `pool` to be among the n, up to a factor, float64 (m,); None: all alike.
+        traits: `traits_of` the n rows, float64 (n, p); None: nothing is known of rows.
+        pool_traits: `traits_of` the m rows, float64 (m, p).
+        traits_of: Gives the traits of selected rows.
     """
 
     sketched: np.ndarray
     exact: np.ndarray
     pool: np.ndarray
     pool_rows: int
+    inclusion: np.ndarray | None = None
+    traits: np.ndarray | None = None
+    pool_traits: np.ndarray | None = None
+    traits_of: TraitsOf = no_traits
+
+
+class QueueFidelity:
+    """How the exact scores of one order of rows are distributed, given the sketched ones.
+
+    Args:
+        sample: The certificate's scores.
+        queue: The order.
+        cut: Lowest sketched score selected in this order.
+
+    Raises:
+        ValueError: There are fewer than `FEWEST` sampled rows.
+    """
+
+    def __init__(self, sample: ScoredSample, queue: Queue, cut: float) -> None:
+        rows = len(sample.sketched)
+        if rows < FEWEST:
+            raise ValueError(f"{rows} rows are too few to judge by; {FEWEST} are needed")
+        sketched, exact, pool = (queue.scores(scores) for scores in (sample.sketched, sample.exact, sample.pool))
+        traits = np.empty((rows, 0)) if sample.traits is None else sample.traits
+        pool_traits = np.empty((len(pool), 0)) if sample.pool_traits is None else sample.pool_traits
+        self.traits_of = sample.traits_of
+        self.distribution = exact_given_sketched(
+            sketched,
+            exact,
+            traits,
+            pool=pool,
+            pool_traits=pool_traits,
+            inclusion=np.ones(len(pool)) if sample.inclusion is None else sample.inclusion,
+            cut=cut,
+        )
+        self._exact = exact.astype(np.float64)
+        self._cells = self.distribution.cells(sketched, traits)
+        self._selected = sketched >= cut
+        self._counts = {side: self._cell_counts(pool, pool_traits, (pool >= cut) == side) for side in (True, False)}
+        self._rows = len(pool)
+
+    def _cell_counts(self, pool: np.ndarray, traits: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        counts = np.zeros(self.distribution.above.shape[1:3])
+        np.add.at(counts, self.distribution.cells(pool[wanted], traits[wanted]), 1)
+        return counts
+
+    def exact_cut(self, share: float) -> float:
+        """The exact score above which a share of the pool is expected."""
+        wanted, values = share * self._rows, self.distribution.values
+        above = np.moveaxis(self.distribution.above.mean(axis=0), -1, 0)
+        expected = np.array([self._expected_rows(value, cells) for value, cells in zip(values, above, strict=True)])
+        # Corrections by few rows make the expectation uneven far above the cut: where it first crosses counts.
+        return float(np.interp(-wanted, -np.minimum.accumulate(expected), values))
+
+    def _expected_rows(self, value: float, chances: np.ndarray) -> float:
+        """Rows of the pool's sample expected above a value, from the chances of each cell."""
+        return sum(
+            float((counts * _shifted(chances, self._correction(value, side)[0])).sum())
+            for side, counts in self._counts.items()
+        )
+
+    def chances(self, sketched: np.ndarray, selected: pl.DataFrame, value: float) -> tuple[np.ndarray, np.ndarray]:
+        """Chance of each of K selected rows to have an exact score above a value, and its lower end.
+
+        Args:
+            sketched: Their sketched scores (K,).
+            selected: The rows themselves, with what `ScoredSample.traits_of` reads.
+            value: An exact score, such as the cut.
+
+        Returns:
+            float64 (K,) each.
+        """
+        cells = self.distribution.cells(sketched, self.traits_of(selected))
+        drawn = self.distribution.chances(cells, value)
+        shift, error = self._correction(value, selected=True)
+        lower = _shifted(np.quantile(drawn, LOWER_DRAWS, axis=0), shift - LOWER_ERRORS * error)
+        return _shifted(drawn.mean(axis=0), shift), lower
+
+    def expected_left_out(self, share: float, values: np.ndarray) -> np.ndarray:
+        """Rows of the pool's sample expected above some exact scores (v,), best share left aside, float64 (v,)."""
+        counts = self._counts[True] + self._counts[False]
+        below = np.cumsum(counts.sum(axis=0)) <= (1 - share) * self._rows
+        expected = np.einsum("lb,lbv->v", counts[:, below], self.distribution.above.mean(axis=0)[:, below])
+        rows: np.ndarray = np.interp(values, self.distribution.values, expected)
+        return rows
+
+    def _correction(self, value: float, selected: bool) -> tuple[float, float]:
+        """How far chances on one side of the sketched cut are off, in log odds, and the standard error of that.
+
+        It is the shift under which the sampled rows of that side are likeliest, with a normal prior around none.
+        """
+        side = self._selected == selected
+        level, place = self._cells
+        chances = self.distribution.chances((level[side], place[side]), value).mean(axis=0)
+        hits = np.clip((self._exact[side] - value) / (2 * self.distribution.resolution(value)) + 0.5, 0, 1)
+        shift, precision = 0.0, SHIFT_DEVIATION**-2
+        for _ in range(20):
+            shifted = _shifted(chances, shift)
+            information = float((shifted * (1 - shifted)).sum()) + precision
+            shift += float((hits - shifted).sum() - shift * precision) / information
+        return shift, information**-0.5
+
+
+def _shifted(chances: np.ndarray, shift: float) -> np.ndarray:
+    """Chances with their log odds shifted."""
+    shifted: np.ndarray = expit(logit(np.clip(chances, 1e-7, 1 - 1e-7)) + shift)
+    return shifted
 
 
 JUDGED_SCHEMA = pl.Schema(
     {
         "example_id": pl.String,
         "chance": pl.Float32,  # that exact scores would select the row, too
-        "certain": pl.Boolean,  # whether that is CONFIDENCE or more
+        "certain": pl.Boolean,  # whether even the lower end of that chance is CONFIDENCE or more
     }
 )
 
@@ -166,21 +246,19 @@ def judge(
     """
     parts, bands = [], []
     for queue in queues:
-        taken = selected.filter(pl.col("task") == queue.task)
-        if queue.subtask is not None:
-            taken = taken.filter(pl.col("subtask") == queue.subtask)
+        taken = queue.taken(selected)
         if taken.is_empty():
             continue
-        calibration = calibrate(queue.scores(sample.sketched), queue.scores(sample.exact))
-        pool, scores = queue.scores(sample.pool), taken["score"].to_numpy().astype(np.float64)
+        scores = taken["score"].to_numpy().astype(np.float64)
         if candidates is None:
+            fidelity = QueueFidelity(sample, queue, float(scores.min()))
             # As deep as this queue went, rows that others took from it included.
-            share = max(float((pool >= scores.min()).mean()), taken.height / sample.pool_rows)
-            chance = calibration.chance_above(scores, calibration.exact_cut(pool, min(1.0, share)))
+            share = max(float((queue.scores(sample.pool) >= scores.min()).mean()), taken.height / sample.pool_rows)
+            chance, lower = fidelity.chances(scores, taken, fidelity.exact_cut(min(1.0, share)))
         else:
             share = min(1.0, candidates * taken.height / sample.pool_rows)
-            chance = _chance_of_staying(calibration, pool, scores, share, sample.pool_rows)
-        certain = chance >= CONFIDENCE
+            chance = lower = _chance_of_staying(sample, queue, scores, share)
+        certain = lower >= CONFIDENCE
         bands.append(float(scores[certain].min() - scores.min()) if certain.any() else None)
         parts.append(
             taken.select("rank", "example_id").with_columns(chance=pl.Series(chance), certain=pl.Series(certain))
@@ -191,20 +269,19 @@ def judge(
     return Judgement(table, float(table["chance"].mean()), int(table["certain"].sum()), bands)  # type: ignore[arg-type]
 
 
-def _chance_of_staying(
-    calibration: Calibration, pool: np.ndarray, exact: np.ndarray, share: float, pool_rows: int
-) -> np.ndarray:
+def _chance_of_staying(sample: ScoredSample, queue: Queue, exact: np.ndarray, share: float) -> np.ndarray:
     """Chance that fewer better rows were left out of the candidates than there are selected rows from a row down.
 
     The number of those left out is taken as Poisson; its expectation is a sum over the pool below the candidates.
     """
-    left_out = np.sort(pool)[: round((1 - share) * len(pool))]
+    pool = queue.scores(sample.pool)
+    fidelity = QueueFidelity(sample, queue, float(np.quantile(pool, 1 - share)))
     grid = np.quantile(exact, np.linspace(0, 1, 65))
-    missed = [calibration.chance_above(left_out, score).sum() * pool_rows / len(pool) for score in grid]
+    missed = fidelity.expected_left_out(share, grid) * sample.pool_rows / len(pool)
     expected = np.interp(exact, grid, missed)
     from_below = exact.argsort(kind="stable").argsort(kind="stable") + 1.0
-    chances: np.ndarray = torch.special.gammaincc(torch.from_numpy(from_below), torch.from_numpy(expected)).numpy()
-    return chances
+    chance: np.ndarray = gammaincc(from_below, expected)
+    return chance
 
 
 def root_mean_square_error(sketched: np.ndarray, exact: np.ndarray) -> float:
@@ -219,11 +296,26 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float("nan") if _is_constant(a) or _is_constant(b) else float(pearsonr(a, b).statistic)
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (n,) arrays (`scipy.stats.spearmanr`): ties share their rank; NaN if one is constant."""
+def spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Rank correlation of two (n,) arrays (`scipy.stats.spearmanr`): ties share their rank; NaN if one is constant.
+
+    With weights (n,), such as one over the chance to be sampled, a row stands for as many rows.
+    """
     from scipy.stats import spearmanr
 
-    return float("nan") if _is_constant(a) or _is_constant(b) else float(spearmanr(a, b).statistic)
+    if _is_constant(a) or _is_constant(b):
+        return float("nan")
+    if weights is None:
+        return float(spearmanr(a, b).statistic)
+    covariance = np.cov(_weighted_ranks(a, weights), _weighted_ranks(b, weights), aweights=weights)
+    return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
+
+
+def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    _, place = np.unique(values, return_inverse=True)
+    total = np.bincount(place, weights=weights)
+    ranks: np.ndarray = (np.cumsum(total) - total / 2)[place]
+    return ranks
 
 
 def _is_constant(values: np.ndarray) -> bool:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.certificate import measure
 from less_assets.errors import LessAssetsError
 from less_assets.method.data.chat import EncodedExample
 from less_assets.method.gradients.directions import AdamMoments
@@ -18,9 +19,9 @@ from less_assets.method.gradients.per_example import lora_parameters
 from less_assets.method.selection.fidelity import (
     CONFIDENCE,
     ScoredSample,
-    calibrate,
     judge,
     pearson,
+    row_traits,
     spearman,
     step_effects,
     top_overlap,
@@ -106,11 +107,12 @@ def test_a_worthless_sketch_makes_nothing_certain():
     assert judged.bands == [None]
 
 
-def test_higher_scores_are_never_less_certain():
+def test_higher_scores_are_more_certain():
     exact, sketched = noisy_pool(0.4, 1)
-    judged = judge(sample_of(exact, sketched), [ONE], select(sketched[:, 0]))
-    assert judged.table["chance"].is_sorted(descending=True)
-    assert judged.table["certain"].to_list() == [chance >= CONFIDENCE for chance in judged.table["chance"]]
+    selected = select(sketched[:, 0])
+    judged = judge(sample_of(exact, sketched), [ONE], selected)
+    assert spearman(judged.table["chance"].to_numpy(), selected["score"].to_numpy()) > 0.99
+    assert all(chance >= CONFIDENCE for chance in judged.table.filter("certain")["chance"])
 
 
 def test_each_turn_taker_is_judged_at_its_own_cut():
@@ -153,9 +155,50 @@ def test_after_rescoring_only_rows_that_were_never_candidates_are_a_doubt(noise,
         assert judged.certain == judged.table.height
 
 
-def test_too_few_rows_are_not_calibrated_on():
+def test_too_few_rows_are_not_judged_by():
+    exact, sketched = noisy_pool(0.4, 0)
     with pytest.raises(ValueError, match="too few"):
-        calibrate(np.arange(7.0), np.arange(7.0))
+        judge(sample_of(exact, sketched, rows=7), [ONE], select(sketched[:, 0]))
+
+
+@pytest.mark.parametrize("world", ["gaussian", "t3", "clusters", "left_skewed", "near_ties", "error_differs_by_group"])
+def test_a_certificate_keeps_its_word_where_scores_or_errors_are_not_normal(world):
+    found = measure(world, repetitions=4)
+    assert found["right"] >= 0.9, found  # of 12 pools; the benchmark has more
+    assert abs(found["bias"]) <= 0.08, found
+
+
+def test_rows_of_a_noisy_source_are_less_certain():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=3000).astype(np.float32)
+    noisy = rng.random(3000) < 0.3
+    sketched = (exact + np.where(noisy, 1.0, 0.05) * rng.normal(size=3000)).astype(np.float32)
+    table = pl.DataFrame({"source": np.where(noisy, "noisy", "precise"), "loss_tokens": 10})
+    traits_of = row_traits(table)
+    selected = select(sketched)
+    selected = selected.hstack(table[selected["example_id"].cast(pl.Int64)])
+    arrays = (sketched[:64, None], exact[:64, None], sketched[:, None], 3000)
+    traits = traits_of(table)
+    sample = ScoredSample(*arrays, traits=traits[:64], pool_traits=traits, traits_of=traits_of)
+    table = judge(sample, [ONE], selected).table.hstack(selected.select("source"))
+    chance = dict(table.group_by("source").agg(pl.col("chance").mean()).iter_rows())
+    assert chance["precise"] > chance["noisy"] + 0.3
+
+
+def test_a_sample_around_the_cut_is_taken_for_what_it_is():
+    # Rows sampled for their high sketched scores are, on average, less good than they look. Whoever takes them for a
+    # random sample expects too little of the sketch elsewhere, or too much here.
+    expected, real = [], []
+    for seed in range(8):
+        exact, sketched = noisy_pool(0.6, seed)
+        near = sketched[:, 0] >= np.quantile(sketched[:, 0], 0.9)
+        inclusion = 0.25 + 0.75 * near / near.mean()
+        drawn = np.argsort(np.random.default_rng(seed).random(3000) / inclusion)[:64]
+        sample = ScoredSample(sketched[drawn], exact[drawn], sketched, 3000, inclusion=inclusion)
+        judged = judge(sample, [ONE], select(sketched[:, 0]))
+        expected.append(judged.overlap)
+        real.append(also_best(judged.table, exact[:, 0]).mean())
+    assert np.mean(expected) == pytest.approx(np.mean(real), abs=0.05)
 
 
 numbers = st.lists(st.floats(-1, 1, allow_nan=False, width=32), min_size=2, max_size=30)
@@ -165,12 +208,20 @@ numbers = st.lists(st.floats(-1, 1, allow_nan=False, width=32), min_size=2, max_
 def test_measures_of_agreement_are_one_with_itself_and_bounded(values, seed):
     a = np.array(values)
     b = np.random.default_rng(seed).permutation(a)
-    for measure in (pearson, spearman):
-        value = measure(a, b)
+    for agreement in (pearson, spearman):
+        value = agreement(a, b)
         assert np.isnan(value) or -1 - 1e-9 <= value <= 1 + 1e-9
-        assert np.isnan(measure(a, a)) or measure(a, a) == pytest.approx(1)
+        assert np.isnan(agreement(a, a)) or agreement(a, a) == pytest.approx(1)
     assert top_overlap(a, a, 0.2) == 1
     assert 0 <= top_overlap(a, b, 0.2) <= 1
+
+
+@given(values=numbers, seed=st.integers(0, 100))
+def test_a_weighted_row_counts_as_so_many(values, seed):
+    rng = np.random.default_rng(seed)
+    a, b, weights = np.array(values), rng.permutation(values), rng.integers(1, 4, len(values))
+    plain, weighted = spearman(np.repeat(a, weights), np.repeat(b, weights)), spearman(a, b, weights.astype(float))
+    assert np.isnan(weighted) or weighted == pytest.approx(plain, abs=1e-6)
 
 
 def test_spearman_shares_the_rank_of_equal_values():
