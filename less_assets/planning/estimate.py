@@ -18,7 +18,7 @@ from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, Status
 from less_assets.project.project import Project
-from less_assets.project.sections import Task
+from less_assets.project.task_sections import Task
 from less_assets.running.runner import GraphRunner, Partition, Request
 from less_assets.steps.registry import ASSETS, GUESSES
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from less_assets.errors import LessAssetsError
 from less_assets.project.project import Project
-from less_assets.project.sections import Evaluation, Recipe, Source, TargetExamples, Task
+from less_assets.project.sections import Recipe, Source
+from less_assets.project.task_sections import Evaluation, TargetExamples, Task
 from less_assets.project.yaml_file import Problem
 
 PEEK_ROWS = 256

@@ -5,7 +5,8 @@ Belongs here: what holds for any key. Which keys there are is `sections.py`; how
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
@@ -206,3 +207,10 @@ def _field_at(path: KeyPath, schema: type[Section]) -> FieldInfo | None:
         field = keys_of(section).get(name) if section else None
         section = section_of(field.annotation) if field else None
     return field
+
+
+def repeated(path: KeyPath, values: Iterable[Hashable]) -> Iterator[BrokenRule]:
+    """A broken rule for each value that a list has more than once."""
+    for value, count in Counter(values).items():
+        if count > 1:
+            yield BrokenRule(path, f"{value!r} is listed {count} times", "list it once")

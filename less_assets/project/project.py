@@ -29,10 +29,10 @@ from less_assets.project.sections import (
     Report,
     Source,
     Storage,
-    Task,
     Training,
     Warmup,
 )
+from less_assets.project.task_sections import Task
 from less_assets.project.values import Name, is_url
 from less_assets.project.yaml_file import MarkedData, Problem, parse_yaml, problems_error, read_yaml
 

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from less_assets.project.keys import BrokenRule, Section, nearest
 from less_assets.project.recipes import resolve
-from less_assets.project.sections import Gradients, Recipe, Source, Task
+from less_assets.project.sections import Gradients, Recipe, Source
 from less_assets.project.strategies import STRATEGIES
+from less_assets.project.task_sections import Task
 from less_assets.project.yaml_file import KeyPath
 
 SomeSection = TypeVar("SomeSection", bound=Section)

@@ -17,7 +17,7 @@ from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
-from less_assets.project.sections import Task
+from less_assets.project.task_sections import Task
 from less_assets.reading.files import BOARD, BOARD_MARKDOWN, METRICS, SAMPLES
 from less_assets.steps.asset import Asset
 from less_assets.steps.checks import not_worse_than_base

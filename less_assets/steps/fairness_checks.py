@@ -12,7 +12,7 @@ from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import Log
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.evaluation.leaderboard import REFERENCES, in_words, judging, of_number, with_named_numbers
-from less_assets.project.sections import Task
+from less_assets.project.task_sections import Task
 from less_assets.reading.files import BOARD, EXAMPLES, TARGETS
 from less_assets.steps.asset import Check
 from less_assets.steps.judging_examples import answers_of_another_form

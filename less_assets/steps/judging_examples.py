@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from less_assets.project.project import Project
-from less_assets.project.sections import Task
+from less_assets.project.task_sections import Task
 
 if TYPE_CHECKING:
     from less_assets.method.data.targets import TargetExample

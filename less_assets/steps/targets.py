@@ -13,7 +13,7 @@ from less_assets.errors import TargetFormatError
 from less_assets.lineage.file_digests import files_digest
 from less_assets.lineage.lineage import Keys, Lineage
 from less_assets.lineage.plan import Versions, digest
-from less_assets.project.sections import Task
+from less_assets.project.task_sections import Task
 from less_assets.reading.files import TARGETS
 from less_assets.steps.asset import Asset
 from less_assets.steps.fairness_checks import targets_not_evaluated

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from less_assets.compute.step import StepInputs
-from less_assets.project.sections import Task
+from less_assets.project.task_sections import Task
 from less_assets.steps.judging_examples import validation_examples
 
 
