@@ -42,7 +42,7 @@ FEWEST = 8
 """Sampled rows below which nothing is judged."""
 MOST_SOURCES = 8
 """Sources whose errors may differ in size from those of the others."""
-SHIFT_DEVIATION = 0.7
+SHIFT_DEVIATION = 1.2
 """Standard deviation of the prior on how far chances are off as a whole, in log odds."""
 LOWER_DRAWS, LOWER_ERRORS = 0.1, 2.0
 """Where the lower end of a chance lies: quantile over the draws of the error, standard errors of the shift."""
@@ -148,8 +148,9 @@ class QueueFidelity:
         wanted, values = share * self._rows, self.distribution.values
         above = np.moveaxis(self.distribution.above.mean(axis=0), -1, 0)
         expected = np.array([self._expected_rows(value, cells) for value, cells in zip(values, above, strict=True)])
-        # Corrections by few rows make the expectation uneven far above the cut: where it first crosses counts.
-        return float(np.interp(-wanted, -np.minimum.accumulate(expected), values))
+        # Corrections by few rows make the expectation uneven: the middle of where it crosses.
+        falling = np.minimum.accumulate(expected), np.maximum.accumulate(expected[::-1])[::-1]
+        return float(np.mean([np.interp(-wanted, -rows, values) for rows in falling]))
 
     def _expected_rows(self, value: float, chances: np.ndarray) -> float:
         """Rows of the pool's sample expected above a value, from the chances of each cell."""
