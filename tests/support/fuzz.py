@@ -580,7 +580,8 @@ def properties() -> dict[str, Property]:
             }.items()
         )
     )
-    projects = [(ROOT / f"projects/{name}.yaml").read_bytes() for name in ("demo", "template", "less-paper")]
+    names = ("less_assets/demo.yaml", "projects/template.yaml", "projects/less-paper.yaml")
+    projects = [(ROOT / name).read_bytes() for name in names]
     edits = st.lists(EDIT, min_size=1, max_size=3)
     return {
         "pool: JSON lines": Property(edits_of(LINES, LINES[:200]), check_pool(".jsonl")),
