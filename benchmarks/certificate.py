@@ -180,6 +180,15 @@ def measure(world: str, repetitions: int) -> dict[str, float]:
     }
 
 
+def as_markdown(results: dict[str, dict[str, float]]) -> str:
+    """The table of the documentation."""
+    lines = ["| world | `right` | `bias` | ± | certain | real overlap |", "|---|---|---|---|---|---|"]
+    for world, figures in results.items():
+        shown = f"{figures['right']:.3f} | {figures['bias']:+.3f} | {figures['deviation']:.3f}"
+        lines.append(f"| {world.replace('_', ' ')} | {shown} | {figures['certain']:.1%} | {figures['overlap']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure all worlds, print them, and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
