@@ -1,4 +1,4 @@
-"""The table of simulated worlds in the documentation is the stored result, and the result keeps what the page promises."""
+"""The table of simulated worlds in the documentation is the stored result, and keeps what the page promises."""
 
 import json
 from pathlib import Path
