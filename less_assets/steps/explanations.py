@@ -372,6 +372,7 @@ ASSETS = (
             Input("token_attribution"),
         ),
         folder="selection/{task}/reports/{recipe}",
+        entry=REPORT,
         settings=_page,
         outside=_compared_with,
         needed_by=chooses_rows,
