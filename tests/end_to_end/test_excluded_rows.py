@@ -8,9 +8,12 @@ import pytest
 from support.graph import run
 from support.tiny import TinyProject
 
+from less_assets.inspection.explain import explain_row, in_words
+from less_assets.inspection.summary import results
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import load_project
 from less_assets.reading.files import EXACT, EXCLUDED, ROWS, SAMPLE, SUBSET
+from less_assets.report.contents import report_contents
 from less_assets.running.runner import Request
 from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
@@ -87,6 +90,9 @@ def test_excluded_rows_rank_nowhere_and_make_stale_what_depends_on_them(project)
     listed = read_parquet(lineage.folder("excluded_rows"), EXCLUDED)
     assert dict(listed.filter("in_pool").select("example_id", "reason").iter_rows()) == best
     assert lineage.summary("excluded_rows")["unknown"] == 1
+    for name, reason in list(best.items())[:1]:
+        assert f"left out by `exclude`: {reason}" in in_words(explain_row(lineage, "sums", name))
+    assert f"Left out by `exclude`: {len(best)} rows; 1 ids" in results(lineage.project, lineage.store, ["sums"])
     removed = lineage.summary("selected_subset", "less|sums")["removed"]
     assert removed["excluded"] == len(best)
 
@@ -106,9 +112,16 @@ def test_a_page_shows_no_excluded_row_below_the_cut(project):
     project.leave_out({below[0]: "wrong label"})
     made = project.run(REPORT)
     assert {"token_attribution", "selection_report"} <= set(made)
+    page = report_contents(project.lineage, "less", "sums", lambda total, unit: lambda done: None)
+    assert page.head["excluded"] == [[below[0], "wrong label"]]
     rows = read_parquet(project.lineage.folder("token_attribution", "less|sums"), ROWS)
     assert below[0] not in rows["example_id"].to_list()
     assert set(below[1:]) < set(rows.filter(pl.col("group") == "below_cut")["example_id"])
+    del project.tiny.settings["exclude"]
+    project.run(REPORT)
+    in_force = project.lineage.folder("selection_report", "less|sums")
+    entry = project.tiny.folder / "artifacts/selection/sums/reports/less/index.html"
+    assert f'href="{in_force.fingerprint}/report.html"' in entry.read_text(), "also of what was stored already"
 
 
 def test_a_warm_up_that_is_not_drawn_yet_does_not_draw_them(tmp_path, tiny_model):
