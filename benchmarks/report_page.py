@@ -22,10 +22,13 @@ from pathlib import Path
 
 from less_assets.method.data.conversations import example_id
 from less_assets.method.data.examples import read_rows
-from less_assets.report.contents import ID_CHARACTERS, MANY_CHARACTERS, Cut, ReportContents
+from less_assets.report.comparison import CHARACTERS, ROWS_OF_ALL, ROWS_OF_ONE
+from less_assets.report.contents import Cut, ReportContents
 from less_assets.report.page import render_page
+from less_assets.report.row_details import ID_CHARACTERS, MANY_CHARACTERS
 
 ROWS, CONTEXT, TOKEN_ROWS, SUBTASKS, CHECKPOINTS, TARGETS = 13_500, 50, 100, 27, 4, 81
+OTHERS = ROWS_OF_ALL // ROWS_OF_ONE
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 SEARCHES = ["explain why", "python", "the capital of france", "no such words anywhere", "e"]
@@ -115,14 +118,28 @@ def contents(pattern: str | None) -> ReportContents:
     }
     head = {
         "project": "benchmark", "task": "bbh", "recipe": "less", "settings": [["strategy", "less"]], "scored": True,
-        "exact": False, "certificate": None, "near_duplicate": 0.9, "notes": [], "overlap": [], "subtasks": labels,
+        "exact": False, "certificate": None, "near_duplicate": 0.9, "notes": [], "subtasks": labels,
+        "overlap": [{"recipe": f"other-{place}", "rows": ROWS, "shared": 0, "expected": 0} for place in range(OTHERS)],
+        "turns": labels, "tasks": ["bbh"], "excluded": [],
         "counts": {"selected": ROWS, "pool": 20 * ROWS, "tokens": 100 * ROWS, "estimated": False, "certain": None},
         "checkpoints": [{"name": f"epoch-{number}", "weight": 0.25} for number in range(1, CHECKPOINTS + 1)],
         "cuts": dict.fromkeys(labels, 0.02), "targets": [target] * TARGETS, "inputs": {},
         "composition": [{"name": "source", "title": "Source", "classes": [[name, 10, 20] for name in sources]}],
     }  # fmt: skip
+    others = [_other(rows, number) for number in range(OTHERS)]
     edges = [place / 100 for place in range(-30, 31)]
-    return ReportContents(head, columns, details, Cut(edges, [7] * 60, 0.0, None, "influence", "rows of the pool"), {})
+    return ReportContents(
+        head, columns, details, Cut(edges, [7] * 60, 0.0, None, "influence", "rows of the pool"), {}, others
+    )
+
+
+def _other(rows: list, number: int) -> dict:
+    """What the page has of another recipe: the most that `comparison.py` puts there."""
+    shown = [
+        [f"{place:032x}", place, 0.5, turns[0][1][:CHARACTERS], turns[-1][1][:CHARACTERS]]
+        for place, (_, turns) in enumerate(rows[number * ROWS_OF_ONE : (number + 1) * ROWS_OF_ONE])
+    ]
+    return {"recipe": f"other-{number}", "sources": [], "alone": ROWS, "rows": shown}
 
 
 def _neighbour(rng: random.Random, rows: list, number: int) -> dict:

@@ -126,14 +126,14 @@ def demo(
 @app.command()
 def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
-    from less_assets.project.data_check import check_data, skipped_files, unknown_keys_in_words
+    from less_assets.project.data_check import check_data, skipped_files, unknown_excluded, unknown_keys_in_words
     from less_assets.project.project import load_project
 
     with _told():
         loaded = load_project(project)
         unknown: dict[str, Counter[str]] = {}
         problems = check_data(loaded, unknown)
-        notes = (*skipped_files(loaded), *unknown_keys_in_words(unknown))
+        notes = (*skipped_files(loaded), *unknown_keys_in_words(unknown), *unknown_excluded(loaded))
         if as_json:
             named = [{"where": problem.where, "what": problem.what, "fix": problem.fix} for problem in problems]
             _print_json({"project": loaded.name, "usable": not problems, "problems": named, "notes": notes})

@@ -20,6 +20,7 @@ from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
 from less_assets.project.project import Project
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
+from less_assets.store.entry_page import write_entry_page
 from less_assets.store.manifest import Manifest
 
 FAILURES_IN_A_ROW = 3
@@ -246,7 +247,10 @@ def make_artifact(
             done.append(compute(StepInputs(lineage, partition or "", folder, models, log, name)))
         return done[0]
 
-    return materialize(lineage.store, plan, timed_compute, resumable=resumable)
+    manifest = materialize(lineage.store, plan, timed_compute, resumable=resumable)
+    if entry := lineage.declarations[asset].entry:
+        write_entry_page(lineage.store, plan.pointer, plan.fingerprint, entry)
+    return manifest
 
 
 def make_together(

@@ -25,6 +25,7 @@ from less_assets.method.data.conversations import (
 )
 from less_assets.method.data.conversations import example_id as conversation_id
 from less_assets.method.selection.ranking import score_matrix
+from less_assets.reading.excluded import excluded_reasons
 from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS
 from less_assets.reading.rows import (
     checkpoint_weights,
@@ -84,6 +85,7 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
         "row": facts["row"],
         "copies": facts["copies"],
         "status": table["status"][0],
+        "left_out": _left_out(lineage, facts["example_id"]),
         "loss_tokens": table["loss_tokens"][0],
         "messages": [stated(turn) for turn in stored["messages"]],
         "tools": stored["tools"],
@@ -303,6 +305,13 @@ def _stored_tokens(lineage: Lineage, task: str, example_id: str) -> dict[str, An
     return None
 
 
+def _left_out(lineage: Lineage, example_id: str) -> str | None:
+    """Why `exclude` leaves a row out; None if it does not, or its files have changed since the last run."""
+    if not lineage.project.exclude or lineage.status("excluded_rows").state != "fresh":
+        return None
+    return excluded_reasons(lineage).get(example_id)
+
+
 def _in_pool(lineage: Lineage, example_id: str) -> bool:
     try:
         find_row(lineage, example_id)
@@ -355,6 +364,8 @@ def _row_words(explanation: Mapping[str, Any]) -> str:
         )
         if explanation["status"] != "ok":
             lines.append(f"  it has no score: {explanation['status']}")
+        if (reason := explanation["left_out"]) is not None:
+            lines.append(f"  left out by `exclude`: {_one_line(reason, TEXT_CHARACTERS) or 'no reason given'}")
     else:
         lines.append("  the pool has it as well" if explanation["in_pool"] else "  not in the pool; scored now")
     turns = [(turn["role"], _turn_words(turn)) for turn in explanation["messages"]]

@@ -84,6 +84,10 @@ def _pool(lineage: Lineage) -> str:
         lines.append(_table(lost.select("reason", "rows", "for example").head(REASONS)))
     if unused > LOSS_LIMIT * total:
         lines.append(f"Warning: {unused / total:.0%} of the pool cannot be used; look at the reasons first.")
+    if lineage.project.exclude and lineage.status("excluded_rows").state == "fresh":
+        listed = lineage.summary("excluded_rows")
+        unknown = f"; {listed['unknown']:,} ids that the pool does not have" if listed["unknown"] else ""
+        lines.append(f"Left out by `exclude`: {listed['excluded']:,} rows{unknown}")
     return "\n".join(lines)
 
 

@@ -64,6 +64,7 @@ class Declaration:
         determined_by: From a partition's inputs to the part of them that its content depends on; None: all.
         needed_by: The recipes that need the asset, by key; None: it always exists.
         of_folds: Whether a task without one of its folds has it, too.
+        entry: HTML file of its artifacts that `index.html` in `folder` leads to, whichever is in force; None: none.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Declaration:
     determined_by: Callable[["Lineage", Keys, Versions], Versions] | None = None
     needed_by: Callable[[Project, str], bool] | None = None
     of_folds: bool = True
+    entry: str | None = None
 
     def keys(self, partition: str | None) -> Keys:
         """A partition key by axis."""

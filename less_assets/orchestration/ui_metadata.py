@@ -33,6 +33,7 @@ COLUMN_MEANINGS = {
     "features": "sketched gradient",
     "high": "upper end of the 95 % interval",
     "higher_is_better": "direction of the metric",
+    "in_pool": "whether the pool has the row",
     "influence": "exact influence on the row's subtask",
     "loss": "mean cross-entropy over the loss tokens, nats",
     "loss_tokens": "tokens with loss",

@@ -27,6 +27,8 @@ PEEK_FILES = 32
 _TROUBLE = (LessAssetsError, OSError, ImportError, ValueError)
 
 
+SHOWN_IDS = 5
+"""Unknown ids named of those to leave out."""
 SHOWN_KEYS = 10
 """Unknown keys named for each source, the most frequent ones."""
 
@@ -53,6 +55,8 @@ def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None)
         problems += _source(project, source, counts)
         if unknown is not None:
             unknown[source.name] = counts
+    for path in project.exclude:
+        problems += _exclude_file(project, path)
     for path in project.warmup.imported or []:
         problems += _imported_checkpoint(project, path)
     for task in project.tasks:
@@ -162,6 +166,45 @@ def _source(project: Project, source: Source, unknown: Counter[str]) -> Iterator
         looked = f"the first {rows} rows" + ("" if len(files) == 1 else f" of {min(len(files), PEEK_FILES)} files")
         reasons = ", ".join(f"{status}: {count}" for status, count in statuses.most_common()) or "they are empty"
         yield Problem(where, f"no usable example in {looked} ({reasons})", "check the files and the source's `format`")
+
+
+def unknown_excluded(project: Project) -> list[str]:
+    """Ids that the files of `exclude` name and no usable row of the pool has, counted and named in one line.
+
+    Sources are read only until every id has been met: whole, if one is unknown.
+    """
+    from less_assets.method.data.examples import read_rows
+    from less_assets.method.data.excluded_rows import read_excluded
+    from less_assets.method.data.row_files import list_files
+
+    try:
+        missing = read_excluded(project.exclude)
+        total = len(missing)
+        for source in project.pool.sources:
+            left = source.limit
+            for file in list_files(source.path) if missing else []:
+                for table in read_rows(file, source.name, source.format, max_rows=left, dialect=source.dialect):
+                    left = None if left is None else left - table.height
+                    for name in table.filter(table["status"] == "ok")["example_id"]:
+                        missing.pop(name, None)
+                    if not missing:
+                        break
+    except _TROUBLE:  # `check_data` tells it
+        return []
+    if not missing:
+        return []
+    named = ", ".join(list(missing)[:SHOWN_IDS])
+    more = f" and {len(missing) - SHOWN_IDS} more" if len(missing) > SHOWN_IDS else ""
+    return [f"exclude: the pool has no usable row with {len(missing)} of the {total} ids: {named}{more}"]
+
+
+def _exclude_file(project: Project, path: str) -> Iterator[Problem]:
+    from less_assets.method.data.excluded_rows import read_excluded
+
+    try:
+        read_excluded([path])
+    except _TROUBLE as error:
+        yield _told(f"exclude ({project.as_written(path)})", error)
 
 
 def _imported_checkpoint(project: Project, path: str) -> Iterator[Problem]:

@@ -33,7 +33,7 @@ from less_assets.project.sections import (
     Warmup,
 )
 from less_assets.project.task_sections import Task
-from less_assets.project.values import Name, is_url
+from less_assets.project.values import Location, Name, is_url
 from less_assets.project.yaml_file import MarkedData, Problem, parse_yaml, problems_error, read_yaml
 
 
@@ -70,6 +70,12 @@ class Project(Section):
     model: Model = setting(..., "The model whose gradients are taken, and how examples become its input")
     lora: Lora = setting({}, "The adapter of warm-up and fine-tuning", validate_default=True)
     pool: Pool = setting(..., "The instruction data to select from")
+    exclude: list[Location] = setting(
+        [],
+        "Files that name rows of the pool to leave out of every selection, and of a warm-up that is not drawn yet: "
+        "JSON lines with `example_id` and `reason`, as the selection report copies them",
+        type="list of paths or URLs",
+    )
     warmup: Warmup = setting(
         {}, "Step 1: a short training on a random part of the pool, or imported checkpoints", validate_default=True
     )

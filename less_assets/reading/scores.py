@@ -12,6 +12,7 @@ import polars as pl
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Queue, queues_of
 from less_assets.project.recipes import ResolvedRecipe
+from less_assets.reading.excluded import mark_excluded
 from less_assets.reading.files import EXACT, EXACT_COLUMN, INDEX, score_file
 from less_assets.reading.rows import score_column
 from less_assets.store.tables import read_parquet
@@ -78,8 +79,10 @@ def candidates_of(
         columns = ["example_id", "source", "shard", "row", "status", "loss_tokens", column]
         for shard in lineage.shards():
             table = read_parquet(folder, score_file(shard), columns)
-            yield table.join(canonical, on=["shard", "row"], how="left").with_columns(
-                pl.col("canonical").fill_null(False)
+            yield (
+                mark_excluded(lineage, table)
+                .join(canonical, on=["shard", "row"], how="left")
+                .with_columns(pl.col("canonical").fill_null(False))
             )
 
     def shards(subtasks: list[tuple[str, int]]) -> Callable[[], Iterator[pl.DataFrame]]:

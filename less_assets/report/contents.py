@@ -23,10 +23,12 @@ from less_assets.method.data.composition import (
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import judge_selection
+from less_assets.reading.excluded import excluded_reasons
 from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
 from less_assets.reading.rows import checkpoint_weights, subtask_label
 from less_assets.reading.selection_cut import Cuts
 from less_assets.reading.subsets import other_subsets
+from less_assets.report.comparison import compared
 from less_assets.report.row_details import Explanations, JsonObject, page_conversation, rounded, row_details
 from less_assets.store.tables import read_parquet
 
@@ -48,6 +50,7 @@ class ReportContents:
         details: What opening a row shows, one object a row.
         cut: Bins of the pool's scores; None where rows have no scores.
         summary: The figures for the manifest.
+        others: What each other recipe selected and this one did not, in the order of `head["overlap"]`.
     """
 
     head: JsonObject
@@ -55,6 +58,7 @@ class ReportContents:
     details: list[JsonObject]
     cut: "Cut | None"
     summary: JsonObject
+    others: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def report_contents(
     rows = rows.with_columns(pl.Series("duplicate", nearest, pl.Float32))
     selected = rows.filter(pl.col("group") == "selected")
     composition = _composition(selected, pool, scored)
+    queues = [queue for queue, _ in cuts.queues] if cuts else []
     head: JsonObject = {
         "project": lineage.project.name,
         "task": task,
@@ -126,10 +131,23 @@ def report_contents(
         "notes": _notes(selected, composition, rows, judgement, scored),
         "near_duplicate": NEAR_DUPLICATE,
         "targets": _targets(lineage, task) if scored else [],
+        "turns": [queue.subtask or queue.task for queue in queues] if len(queues) > 1 else [],
+        "tasks": _reported_tasks(lineage, recipe_key),
+        "excluded": [list(row) for row in excluded_reasons(lineage).items()],
         "inputs": dict(sorted(_made_from(lineage, key).items())),
     }
     cut = _cut(cuts, judgement) if cuts else None
-    return ReportContents(head, _columns(rows, details), details, cut, _summary(head))
+    return ReportContents(
+        head, _columns(rows, details), details, cut, _summary(head), compared(lineage, subset, recipe_key, task)
+    )
+
+
+def _reported_tasks(lineage: Lineage, recipe: str) -> list[str]:
+    """Tasks for which the recipe's selection has a page: those that have a subset, up to date or not."""
+    folder = lineage.declarations["selected_subset"].folder
+    return [
+        task for task in lineage.project.task_names if lineage.store.pointer(folder.format(recipe=recipe, task=task))
+    ]
 
 
 def _rows(lineage: Lineage, key: str, task: str, subset: pl.DataFrame, scored: bool) -> pl.DataFrame:

@@ -1,5 +1,6 @@
 "use strict";
-// The page of a selection. Text of the pool reaches the document through `textContent` only; nothing is ever parsed as
+// The page of a selection: the overview, the list and its filters. An opened row is `row.js`, marks `marking.js`, other
+// recipes `comparison.js`; `start.js` is last. Text of the pool reaches the document through `textContent` only; nothing is ever parsed as
 // HTML, no address is made of data, and the content security policy forbids every request.
 
 const byId = (id) => document.getElementById(id);
@@ -53,9 +54,10 @@ let previews = []; // beginning of each row's question, and of its last turn; fi
 const packages = [...document.querySelectorAll("script.package")];
 let perPackage = 0;
 const unpacking = new Map();
-const state = { group: "selected", sort: "rank", descending: false, search: "", only: {} };
+const state = { group: "selected", sort: "rank", descending: false, search: "", only: {}, without: null };
 let shown = [];
 let focused = 0;
+let printing = false;
 
 // ---- rows ----
 
@@ -96,7 +98,7 @@ async function unpackAll() {
   }
   document.documentElement.dataset.unpacked = "yes";
   performance.mark("texts unpacked");
-  if (state.search || state.sort === "preview") refresh();
+  if (state.search || state.sort === "preview" || state.without !== null) refresh();
   else describeCount();
 }
 
@@ -110,6 +112,7 @@ function valueOf(column, row) {
 function matches(row) {
   if (columns.group[row] !== state.group) return false;
   for (const [column, value] of Object.entries(state.only)) if (valueOf(column, row) !== value) return false;
+  if (state.without !== null && details[row]?.also.includes(state.without)) return false;
   if (!state.search) return true;
   const text = words[row] ?? columns.id[row];
   return sought().every((word) => text.includes(word));
@@ -140,7 +143,7 @@ function refresh() {
 
 function describeCount() {
   const total = columns.group.filter((group) => group === state.group).length;
-  const searching = state.search && !document.documentElement.dataset.unpacked ? " (still reading the texts)" : "";
+  const searching = (state.search || state.without !== null) && !document.documentElement.dataset.unpacked ? " (still reading the texts)" : "";
   byId("count").textContent =
     (shown.length === total ? `${whole.format(total)} ${total === 1 ? "row" : "rows"}` : `${whole.format(shown.length)} of ${whole.format(total)} rows`) +
     searching;
@@ -193,6 +196,7 @@ function said(row) {
   const first = make("span", { class: "first" }, make("bdi", { class: "prompt" }, ...marked(asked)));
   if (columns.certain[row] === false) first.append(make("span", { class: "tag warn" }, "borderline"));
   if (valueOf("duplicate", row) === "yes") first.append(make("span", { class: "tag" }, "near-duplicate"));
+  if (marks.has(columns.id[row])) first.append(make("span", { class: "tag out" }, "to leave out"));
   const found = foundElsewhere(row, `${asked}\n${answered}`);
   return [first, make("span", { class: "second" }, make("bdi", {}, ...marked(found ?? answered)))];
 }
@@ -224,6 +228,7 @@ function marked(text) {
   return [...parts, text.slice(done)];
 }
 
+/** Draw the lines in sight, on paper all; `anew` replaces those that are there. */
 function drawLines(anew = false) {
   const body = byId("body");
   if (anew) {
@@ -233,8 +238,8 @@ function drawLines(anew = false) {
     if (!shown.length) body.append(make("p", { class: "empty" }, "No row is like that."));
   }
   const { scrollTop, clientHeight } = byId("grid");
-  const first = Math.max(0, Math.floor(scrollTop / ROW_HEIGHT) - 6);
-  const last = Math.min(shown.length, Math.ceil((scrollTop + clientHeight) / ROW_HEIGHT) + 6);
+  const first = printing ? 0 : Math.max(0, Math.floor(scrollTop / ROW_HEIGHT) - 6);
+  const last = printing ? shown.length : Math.min(shown.length, Math.ceil((scrollTop + clientHeight) / ROW_HEIGHT) + 6);
   for (const [index, line] of lines) {
     if ((index < first || index >= last) && index !== focused) {
       line.remove();
@@ -268,6 +273,7 @@ function listKeys(event) {
   const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -count, End: count };
   if (event.key in moves) focusLine(focused + moves[event.key]);
   else if (event.key === "Enter" || event.key === " ") open(shown[focused]);
+  else if (event.key === "x" && shown.length) open(shown[focused]).then(() => byId("reason").focus());
   else return;
   event.preventDefault();
 }
@@ -290,8 +296,10 @@ function drawControls() {
   for (const select of byId("filters").querySelectorAll("select")) select.value = state.only[select.dataset.column] ?? "";
   for (const button of document.querySelectorAll(".facet button"))
     button.setAttribute("aria-pressed", state.only[button.dataset.column] === button.dataset.value);
-  byId("copy").disabled = !shown.length;
-  byId("clear").disabled = !state.search && !Object.keys(state.only).length;
+  for (const name of ["copy", "download", "mark-all"]) byId(name).disabled = !shown.length;
+  const without = byId("filters").querySelector("#without");
+  if (without) without.value = state.without ?? "";
+  byId("clear").disabled = !state.search && state.without === null && !Object.keys(state.only).length;
 }
 
 function buildControls() {
@@ -313,6 +321,11 @@ function buildControls() {
       make("option", { value: "" }, "all"), ...values.map((value) => make("option", { value }, value)));
     byId("filters").append(make("label", {}, label, select));
   }
+  if (head.overlap.length) {
+    const choose = (event) => { state.without = event.target.value === "" ? null : Number(event.target.value); refresh(); };
+    byId("filters").append(make("label", {}, "Not chosen by", make("select", { id: "without", on: { change: choose } },
+      make("option", { value: "" }, "–"), ...head.overlap.map(({ recipe }, place) => make("option", { value: place }, recipe)))));
+  }
   for (const [column, label, style] of headings()) {
     const choose = () => {
       const again = state.sort === column;
@@ -333,6 +346,7 @@ function buildControls() {
   byId("tools").addEventListener("submit", (event) => event.preventDefault());
   byId("clear").addEventListener("click", () => clearAll());
   byId("copy").addEventListener("click", copyIds);
+  byId("download").addEventListener("click", downloadRows);
   const body = byId("body");
   byId("grid").addEventListener("scroll", () => drawLines(), { passive: true });
   body.addEventListener("keydown", listKeys);
@@ -344,19 +358,60 @@ function buildControls() {
 }
 
 /** Put the ids of the rows in the list on the clipboard, one a line. */
-async function copyIds() {
+function copyIds() {
   const ids = shown.map((row) => columns.id[row]);
+  copyText(`${ids.join("\n")}\n`, `${whole.format(ids.length)} ${ids.length === 1 ? "id" : "ids"} copied, one a line`, byId("count"));
+}
+
+/** Put a text on the clipboard and say so. */
+async function copyText(text, said, status) {
   try {
-    await navigator.clipboard.writeText(`${ids.join("\n")}\n`);
-    byId("count").textContent = `${whole.format(ids.length)} ${ids.length === 1 ? "id" : "ids"} copied, one a line`;
+    await navigator.clipboard.writeText(text);
+    status.textContent = said;
   } catch {
-    byId("count").textContent = "The browser does not let this page copy.";
+    status.textContent = "The browser does not let this page copy.";
   }
+}
+
+/** Save JSON lines as a file; nothing leaves the machine. */
+function save(name, records) {
+  const lines = records.map((record) => `${JSON.stringify(record)}\n`);
+  const address = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
+  make("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60000);
+}
+
+/** Save the rows in the list, in its order, as subset.jsonl has them. */
+async function downloadRows() {
+  const rows = [...shown];
+  for (const row of rows) await detailOf(row);
+  save(`${head.project}-${head.recipe}-${head.task}-rows.jsonl`, rows.map((row) => ({
+    example_id: columns.id[row], source: columns.source[row], rank: columns.rank[row], score: columns.score[row],
+    subtask: columns.subtask[row], group: columns.group[row],
+    messages: details[row].messages.map(forTrainers),
+    ...(details[row].tools ? { tools: JSON.parse(details[row].tools) } : {}),
+  })));
+  byId("count").textContent = `${whole.format(rows.length)} ${rows.length === 1 ? "row" : "rows"} saved as JSON lines`;
+}
+
+/** A turn as trainers read it. */
+function forTrainers([role, content, more]) {
+  const turn = { role, content };
+  if (more?.reasoning) turn.reasoning_content = more.reasoning;
+  if (more?.calls) {
+    turn.tool_calls = more.calls.map((call, place) =>
+      ({ ...(more.call_ids?.[place] ? { id: more.call_ids[place] } : {}), type: "function", function: call }));
+  }
+  if (more?.call_id) turn.tool_call_id = more.call_id;
+  if (more?.name) turn.name = more.name;
+  if (more?.masked) turn.weight = 0;
+  return turn;
 }
 
 function clearAll(only = {}, group = state.group) {
   state.search = byId("search").value = "";
   state.only = only;
+  state.without = null;
   state.group = group;
   refresh();
 }
@@ -395,11 +450,29 @@ function buildOverview() {
   byId("uniform").textContent = uniform.map(({ title, classes }) => `${title}: all ${classes[0][0]}`).join(" · ");
   byId("overlap").hidden = !head.overlap.length;
   byId("overlap-rows").append(...head.overlap.map((other) =>
-    make("tr", {}, make("th", { scope: "row" }, other.recipe), make("td", {}, whole.format(other.rows)),
+    make("tr", {}, make("th", { scope: "row" }, reportLink(other.recipe)), make("td", {}, whole.format(other.rows)),
       make("td", {}, whole.format(other.shared)), make("td", {}, percent(other.shared / Math.max(1, counts.selected))),
       make("td", {}, whole.format(other.expected)))));
+  byId("reports").append(...head.tasks.filter((task) => task !== head.task).flatMap((task) => [" ", reportLink(head.recipe, task, task)]));
+  byId("reports").hidden = head.tasks.length < 2;
+  byId("turns").hidden = !head.turns.length;
+  byId("turns").textContent = takingTurns();
   byId("inputs").append(...Object.entries(head.inputs).map(([name, version]) =>
     make("tr", {}, make("td", {}, name), make("td", {}, make("code", {}, version)))));
+}
+
+/** A link to the page of another recipe or task, by an address that stays when the page is made anew. */
+function reportLink(recipe, task = head.task, words = recipe) {
+  const href = `../../../../${encodeURIComponent(task)}/reports/${encodeURIComponent(recipe)}/index.html`;
+  return make("a", { href }, words);
+}
+
+/** Why scores do not fall down the list where several take turns. */
+function takingTurns() {
+  const [first, second] = head.turns;
+  return head.turns.length < 2 ? "" :
+    `${head.turns.length} subtasks take turns: one row for ${first}, then one for ${second}, and so on, each time the best row that is left for it. ` +
+    "Scores fall among the rows of one subtask; over the whole list a row can score less than the next one, which was taken for another subtask.";
 }
 
 function noteItem({ text, filter }) {
@@ -436,254 +509,3 @@ function facet({ name, title, classes }) {
   });
   return make("div", { class: "facet" }, make("h3", {}, title), make("ul", {}, ...items));
 }
-
-// ---- one row ----
-
-let opened = null;
-
-async function open(row) {
-  opened = row;
-  const dialog = byId("detail");
-  const [label] = GROUPS[columns.group[row]];
-  byId("detail-title").textContent =
-    columns.group[row] === "most_negative" ? `${label}, number ${whole.format(columns.rank[row])}` : `${label === "Selected" ? "Rank" : "Below the cut, rank"} ${whole.format(columns.rank[row])}`;
-  const badges = [];
-  if (columns.score[row] !== null) badges.push(make("span", { class: "tag" }, `score ${signed(columns.score[row])}`));
-  if (columns.certain[row] !== null)
-    badges.push(make("span", { class: columns.certain[row] ? "tag good" : "tag warn" }, columns.certain[row] ? "certain" : "borderline"));
-  if (valueOf("duplicate", row) === "yes") badges.push(make("span", { class: "tag" }, "near-duplicate in the pool"));
-  byId("badges").replaceChildren(...badges.flatMap((badge) => [badge, " "]));
-  const place = shown.indexOf(row);
-  byId("previous").disabled = place <= 0;
-  byId("next").disabled = place < 0 || place >= shown.length - 1;
-  if (!dialog.open) dialog.showModal();
-  byId("detail-body").replaceChildren(make("p", { class: "waiting" }, "Unpacking…"));
-  const detail = await detailOf(row);
-  if (opened !== row) return;
-  byId("detail-body").replaceChildren(...detailParts(row, detail));
-  byId("detail-body").scrollTop = 0;
-  history.replaceState(null, "", `#row=${columns.id[row]}`);
-}
-
-function detailParts(row, detail) {
-  const parts = [conversation(detail), detail.targets ? nearestTargets(detail) : null];
-  if (detail.subtasks) parts.push(make("div", { class: "column" }, scoreSplit(row, detail), origin(row, detail)), nearRows(detail));
-  else parts.push(origin(row, detail));
-  return parts.filter(Boolean);
-}
-
-function message(role, ...text) {
-  return make("div", { class: `message ${role === "assistant" ? "assistant" : ""}` },
-    make("div", { class: "role" }, role), make("div", { class: "text", dir: "auto" }, ...text));
-}
-
-/** A turn: its role and name, whether it is masked, its thoughts, its text, its calls. */
-function turnOf([role, text, more]) {
-  const shown = message(more?.name ? `${role} ${more.name}` : role, text);
-  if (more?.masked) shown.firstChild.append(" ", make("span", { class: "tag" }, "no loss"));
-  if (more?.reasoning) shown.lastChild.before(make("div", { class: "text thought", dir: "auto" }, more.reasoning));
-  shown.append(...(more?.calls ?? []).map((call) => make("div", { class: "text call", dir: "auto" }, callText(call))));
-  return shown;
-}
-
-/** The tools that a conversation names, folded. */
-const toolsOf = ({ tools }) =>
-  tools ? make("details", { class: "message" }, make("summary", {}, "Tools"), make("div", { class: "text call" }, tools)) : "";
-
-function conversation(detail) {
-  const section = make("section", {}, make("div", { class: "head" }, make("h3", {}, "This row")));
-  const { heat } = detail;
-  const turns = new Map((heat?.turns ?? []).map(([turn, texts, shares]) => [turn, { texts, shares }]));
-  const strongest = Math.max(1e-12, ...[...turns.values()].flatMap(({ shares }) => shares.map(Math.abs)));
-  const body = make("div");
-  const draw = (warm) => {
-    body.replaceChildren(...detail.messages.map((spoken, turn) => warm && turns.has(turn)
-      ? message(spoken[0], ...warmed(turns.get(turn), strongest, heat.influence)) : turnOf(spoken)));
-  };
-  if (heat) {
-    const toggle = make("input", { type: "checkbox", id: "heat", checked: "" });
-    toggle.addEventListener("change", () => draw(toggle.checked));
-    section.firstChild.append(make("label", {}, toggle, " Token heat"));
-  }
-  draw(Boolean(heat));
-  section.append(toolsOf(detail), body);
-  if (heat) section.append(legend(heat, strongest), strongestTokens(turns));
-  return section;
-}
-
-/** Tokens of a turn, tinted by how much each adds to the row's influence, or takes from it. */
-function warmed({ texts, shares }, strongest, influence) {
-  return texts.map((text, place) => {
-    const part = shares[place] / strongest;
-    const step = Math.min(4, Math.floor(Math.abs(part) * 4 + 0.6));
-    const ofAll = influence ? `, ${percent(Math.abs(shares[place] / influence))} of the row's influence` : "";
-    return make("span", {
-      class: step ? `token ${part > 0 ? "p" : "n"}${step}` : "token",
-      title: `${signed(shares[place])}${ofAll}`,
-    }, text);
-  });
-}
-
-function legend(heat, strongest) {
-  const scale = make("span", { class: "scale", "aria-hidden": "true" },
-    ...["n4", "n3", "n2", "n1", "p1", "p2", "p3", "p4"].map((name) => make("i", { class: name })));
-  const momentum = heat.momentum
-    ? ` Momentum, which belongs to no token, adds ${signed(heat.momentum)}.` : "";
-  return make("p", { class: "legend" },
-    `takes away ${signed(-strongest)}`, scale, `adds ${signed(strongest)}.`,
-    make("span", {}, `The shares add up to the row's exact influence, ${signed(heat.influence)}.${momentum}` +
-      (heat.cut ? " The row was cut at the model's maximum length." : "")));
-}
-
-/** A token's text with its white space to be seen. */
-const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-
-function strongestTokens(turns) {
-  const all = [...turns.values()].flatMap(({ texts, shares }) => texts.map((text, place) => [text, shares[place]]));
-  const best = all.sort((a, b) => Math.abs(b[1]) - Math.abs(a[1])).slice(0, 8);
-  return make("ul", { class: "tokens", "aria-label": "Tokens with the largest shares" },
-    ...best.map(([text, share]) => make("li", {}, make("code", {}, visible(text)), ` ${signed(share)}`)));
-}
-
-/** What the first of a row's targets are: the most negative rows begin with the worst, others with the best. */
-function effect(targets) {
-  const [first, last] = [targets[0][1], targets.at(-1)[1]];
-  if (first >= 0) return "helps most";
-  return first < last ? "harms most" : "harms least";
-}
-
-function nearestTargets(detail) {
-  const section = make("section", {}, make("div", { class: "head" }, make("h3", {}, `Target examples that it ${effect(detail.targets)}`)));
-  const tabs = make("div", { class: "tabs", role: "group", "aria-label": "Target examples" });
-  const body = make("div");
-  const choose = (chosen) => {
-    const [number, influence] = detail.targets[chosen];
-    const target = head.targets[number];
-    [...tabs.children].forEach((tab, place) => tab.setAttribute("aria-pressed", place === chosen));
-    body.replaceChildren(make("p", { class: "hint" }, `${target.subtask}, influence on this example ${signed(influence)}`),
-      toolsOf(target), ...target.messages.map(turnOf), message("assistant", target.prefix + target.completion));
-  };
-  detail.targets.forEach(([, influence], place) =>
-    tabs.append(make("button", { type: "button", on: { click: () => choose(place) } }, signed(influence))));
-  section.append(tabs, body);
-  choose(0);
-  return section;
-}
-
-function bars(entries) {
-  const values = entries.map(({ value }) => value ?? 0);
-  const [low, high] = [Math.min(0, ...values), Math.max(0, ...values)];
-  const span = high - low || 1;
-  const zero = (-100 * low) / span;
-  return make("div", { class: "bars" }, ...entries.flatMap(({ name, value, own }) => {
-    const fill = make("span", { class: value < 0 ? "fill negative" : "fill" });
-    fill.style.left = `${value < 0 ? zero + (100 * value) / span : zero}%`;
-    fill.style.width = `${(100 * Math.abs(value ?? 0)) / span}%`;
-    const mark = make("span", { class: "zero" });
-    mark.style.left = `${zero}%`;
-    return [make("span", { class: own ? "name own" : "name" }, name),
-      make("span", { class: "track", "aria-hidden": "true" }, fill, mark), make("span", { class: "value" }, signed(value))];
-  }));
-}
-
-function scoreSplit(row, detail) {
-  const own = columns.subtask[row];
-  const subtasks = head.subtasks.map((name, place) => ({ name, value: detail.subtasks[place], own: name === own }));
-  subtasks.sort((a, b) => (b.value ?? -9) - (a.value ?? -9));
-  const some = subtasks.length > 14 ? [...subtasks.slice(0, 8), ...subtasks.slice(-4)] : subtasks;
-  const section = make("section", {}, make("h3", {}, head.exact ? "Score by subtask (exact where it was rescored)" : "Score by subtask"), bars(some));
-  const cut = head.cuts[own];
-  if (cut !== undefined && columns.group[row] !== "most_negative") {
-    const above = columns.score[row] - cut;
-    const side = above >= 0 ? "above" : "below";
-    section.append(make("p", { class: "hint" }, `${number(Math.abs(above))} ${side} the cut of ${own}, ${signed(cut)}.`));
-  }
-  if (detail.chance !== null)
-    section.append(make("p", { class: "hint" }, `Exact scores would select it with a chance of ${percent(detail.chance)}.`));
-  if (some.length < subtasks.length)
-    section.append(make("p", { class: "hint" }, `The best 8 and the worst 4 of ${subtasks.length} subtasks.`));
-  section.append(make("h3", { class: "next" }, `By checkpoint, on ${own}`), bars(head.checkpoints.map(({ name, weight }, place) => ({
-    name: `${name} (weight ${percent(weight)})`, value: detail.checkpoints[place],
-  }))));
-  return section;
-}
-
-function nearRows(detail) {
-  const items = detail.near.map((near) => {
-    const title = make("div", { class: "head" }, make("span", {},
-      `cosine ${near.cosine.toFixed(3)}`, near.cosine >= head.near_duplicate ? make("span", { class: "tag warn" }, "near-duplicate") : null,
-      make("span", { class: "tag" }, near.place === null ? "not on this page" : GROUPS[columns.group[near.place]][0].toLowerCase())));
-    const text = make("div", { class: "text", dir: "auto" });
-    const show = (messages) => { text.textContent = messages.map((turn) => `${turn[0]}: ${fullText(turn)}`).join("\n"); };
-    if (near.messages) show(near.messages);
-    else if (near.place !== null) {
-      detailOf(near.place).then(({ messages }) => show(messages));
-      title.append(make("button", { type: "button", on: { click: () => open(near.place) } }, "Open"));
-    }
-    return make("li", {}, title, text, make("code", {}, near.id));
-  });
-  return make("section", {}, make("h3", {}, "Nearest rows of the pool, by gradient"), make("ul", { class: "near" }, ...items));
-}
-
-function origin(row, detail) {
-  const facts = [
-    ["id", columns.id[row]],
-    ["source", columns.source[row]],
-    ["file", `${detail.file}:${detail.line}`],
-    ["shard, row", `${detail.shard}, ${detail.row}`],
-    ["copies in the pool", whole.format(detail.copies)],
-    ["loss tokens", columns.tokens[row] === null ? "–" : whole.format(columns.tokens[row])],
-    ["assistant turns", whole.format(columns.turns[row])],
-    ["selected by others", detail.also.map((place) => head.overlap[place].recipe).join(", ") || "none"],
-    ["on the command line", `less-assets explain ${head.task} ${columns.id[row]}`],
-    ["its whole lineage", `less-assets trace ${columns.id[row]}`],
-  ];
-  return make("section", {}, make("h3", {}, "Where it comes from"),
-    make("dl", { class: "facts" }, ...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, make("code", {}, value))])));
-}
-
-function buildDialog() {
-  const dialog = byId("detail");
-  const step = (by) => {
-    const place = shown.indexOf(opened) + by;
-    if (place >= 0 && place < shown.length) { focused = place; open(shown[place]); }
-  };
-  byId("previous").addEventListener("click", () => step(-1));
-  byId("next").addEventListener("click", () => step(1));
-  byId("close").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("keydown", (event) => {
-    if (event.target.matches("input") || event.altKey || event.ctrlKey || event.metaKey) return;
-    if (event.key === "ArrowLeft") step(-1);
-    else if (event.key === "ArrowRight") step(1);
-  });
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-  dialog.addEventListener("close", () => {
-    opened = null;
-    history.replaceState(null, "", "#rows");
-    focusLine(focused);
-  });
-}
-
-async function start() {
-  const first = await unpack(byId("head"));
-  head = first.head;
-  columns = first.columns;
-  count = columns.id.length;
-  perPackage = head.rows_of_a_package;
-  document.body.classList.toggle("scored-not", !head.scored);
-  buildOverview();
-  buildControls();
-  buildDialog();
-  if (packages.length) await detailOf(0); // what the first lines say
-  refresh();
-  document.documentElement.dataset.ready = "yes";
-  const wanted = columns.id.indexOf(location.hash.replace("#row=", ""));
-  if (wanted >= 0) { state.group = columns.group[wanted]; refresh(); focused = shown.indexOf(wanted); open(wanted); }
-  await unpackAll();
-}
-
-start().catch((error) => {
-  byId("trouble").hidden = false;
-  byId("trouble").textContent = `The page cannot be shown: ${error.message}. It needs a browser of 2023 or later.`;
-  throw error;
-});

@@ -1,6 +1,6 @@
 """The page of a selection as one HTML file: template, style and script are the files beside this one.
 
-Belongs here: putting them together safely. Not here: what the page says (`contents.py`) or does (`page.js`).
+Belongs here: putting them together safely. Not here: what the page says (`contents.py`) or does (the scripts).
 
 Nothing on the page comes from elsewhere: a content security policy forbids every request and every script but the one
 whose hash it names. Text of the pool travels as compressed JSON in base64, which holds no character that HTML knows,
@@ -20,6 +20,8 @@ from importlib import resources
 from less_assets.report.contents import Cut, ReportContents
 
 ROWS_OF_A_PACKAGE = 256
+SCRIPTS = ("page.js", "row.js", "marking.js", "comparison.js", "start.js")
+"""Parts of the page's one script, in order."""
 PLOT_WIDTHS = {"wide": 660, "narrow": 270}
 
 
@@ -31,7 +33,7 @@ def _file(name: str) -> str:
 @cache
 def page_digest() -> str:
     """Hash of everything but data that a page is made of: a changed design makes pages anew."""
-    names = ("page.html", "page.css", "page.js", "page.py", "contents.py", "row_details.py")
+    names = ("page.html", "page.css", *SCRIPTS, "page.py", "contents.py", "row_details.py", "comparison.py")
     parts = [_file(name) for name in names]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -43,7 +45,7 @@ def render_page(contents: ReportContents) -> bytes:
         contents: What it shows.
     """
     head = contents.head
-    style, script = _file("page.css"), _file("page.js")
+    style, script = _file("page.css"), "\n".join(map(_file, SCRIPTS))
     allowed = f"script-src {_hash(script)}; style-src {_hash(style)}"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     packages = "\n".join(
@@ -57,6 +59,7 @@ def render_page(contents: ReportContents) -> bytes:
         "{{script}}": script,
         "{{cut}}": _cut_figure(contents.cut),
         "{{head}}": _packed({"head": head | {"rows_of_a_package": ROWS_OF_A_PACKAGE}, "columns": contents.columns}),
+        "{{others}}": _packed(contents.others),
         "{{packages}}": packages,
     }
     page = _file("page.html")

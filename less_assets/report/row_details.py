@@ -183,14 +183,19 @@ def page_conversation(messages: list[Message], tools: str | None) -> JsonObject:
         tools: JSON text of the tools.
 
     Returns:
-        `messages`: [role, text] of each turn, or [role, text, {`name`, `reasoning`, `calls`, `masked`}] with what else
-        it has; `tools` if there are any.
+        `messages`: [role, text] of each turn, or [role, text, {`name`, `reasoning`, `calls`, `masked`, …}] with what
+        else it has; `tools` if there are any.
     """
     turns: list[list[Any]] = []
     for message in map(stated, messages):
         more: JsonObject = {name: text for name in ("name", "reasoning") if (text := message.get(name))}
         if calls := message.get("tool_calls"):
-            more["calls"] = [call["function"] for call in json.loads(calls)]
+            made = json.loads(calls)
+            more["calls"] = [call["function"] for call in made]
+            if any("id" in call for call in made):
+                more["call_ids"] = [call.get("id") for call in made]
+        if answered := message.get("tool_call_id"):
+            more["call_id"] = answered
         if message["role"] == "assistant" and not carries_loss(message):
             more["masked"] = True
         turns.append([message["role"], message["content"], *([more] if more else [])])

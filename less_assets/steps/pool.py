@@ -1,4 +1,4 @@
-"""The base model and the instruction pool: read, normalised, indexed.
+"""The base model and the instruction pool: read, normalised, indexed, and what is left out of it.
 
 Belongs here: wiring only. Formats are `method/data/row_formats.py`, files and shards `lineage/pool_files.py`.
 """
@@ -16,7 +16,7 @@ from less_assets.lineage.file_digests import model_stamp
 from less_assets.lineage.lineage import Input, Keys, Lineage
 from less_assets.lineage.plan import digest
 from less_assets.lineage.pool_files import data_path
-from less_assets.reading.files import EXAMPLES, INDEX
+from less_assets.reading.files import EXAMPLES, EXCLUDED, INDEX
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import few_rows_quarantined
 from less_assets.steps.fairness_checks import evaluation_not_in_pool
@@ -99,6 +99,32 @@ def index_pool(work: StepInputs) -> StepResult:
     return StepResult(summary)
 
 
+def list_excluded(work: StepInputs) -> StepResult:
+    """List the rows that the project leaves out, with their reasons; those that the pool does not have say so.
+
+    Its version is that of the ids that the pool has: another reason, or an unknown id, changes no selection.
+    """
+    from less_assets.method.data.excluded_rows import read_excluded
+
+    reasons = read_excluded(work.project.exclude)
+    schema = {"example_id": pl.String, "reason": pl.String}
+    table = pl.DataFrame({"example_id": list(reasons), "reason": list(reasons.values())}, schema=schema)
+    index = read_parquet(work.lineage.folder("pool_index"), INDEX, ["example_id", "source", "canonical"])
+    table = table.join(
+        index.filter("canonical").drop("canonical"), on="example_id", how="left", maintain_order="left"
+    ).with_columns(pl.col("source").is_not_null().alias("in_pool"))
+    write_parquet(work.folder, EXCLUDED, table)
+    left_out = table.filter("in_pool")
+    summary = {
+        "excluded": left_out.height,
+        "unknown": table.height - left_out.height,
+        "sources": dict(sorted(left_out["source"].value_counts().iter_rows())),
+    }
+    if unknown := table.filter(~pl.col("in_pool"))["example_id"].to_list():
+        work.log(f"warning: {work.name}: the pool has no usable row with {len(unknown)} of the ids: {unknown[0]}, …")
+    return StepResult(summary, data_version=digest(["excluded", *sorted(left_out["example_id"])]))
+
+
 def describe_shard(stored: Stored) -> Shown:
     """The first examples, and every quarantined row with its reason."""
     table = stored.table(EXAMPLES)
@@ -120,6 +146,12 @@ def describe_index(stored: Stored) -> Shown:
     return Shown(values, index.height, index.schema)
 
 
+def describe_excluded(stored: Stored) -> Shown:
+    """Every row that is left out, with its reason."""
+    table = stored.table(EXCLUDED)
+    return Shown({"excluded": Table(table.head(TABLE_ROWS))}, table.height, table.schema)
+
+
 def base_model_work(workload: Workload, due: Sequence[str]) -> Amount:
     """One look at the model's files."""
     return Amount(units={"base_model": 1})
@@ -138,6 +170,12 @@ def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
 
 def _source_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
     return lineage.project.source_settings(lineage.pool_files.shard(keys["shard"]).source)
+
+
+def _exclude_files(lineage: Lineage, keys: Keys) -> dict[str, str]:
+    from less_assets.method.data.row_files import file_digest, list_files
+
+    return {"files": digest([file_digest(file) for path in lineage.project.exclude for file in list_files(path)])}
 
 
 def _files(lineage: Lineage, keys: Keys) -> dict[str, str]:
@@ -188,5 +226,18 @@ ASSETS = (
         describe=describe_index,
         checks=(few_rows_quarantined, evaluation_not_in_pool),
         columns_from={"instruction_pool": ROW_COLUMNS},
+    ),
+    Asset(
+        name="excluded_rows",
+        group="pool",
+        kinds=frozenset({"polars", "parquet"}),
+        description="Rows of the pool that the project leaves out of every selection, with their reasons.",
+        inputs=(Input("pool_index"),),
+        folder="excluded_rows",
+        outside=_exclude_files,
+        needed_by=lambda project, recipe: bool(project.exclude),
+        compute=list_excluded,
+        describe=describe_excluded,
+        columns_from={"pool_index": {"source": ["source"], "in_pool": ["example_id"]}},
     ),
 )

@@ -14,6 +14,7 @@ from less_assets.compute.step import StepInputs
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
+from less_assets.reading.excluded import mark_excluded
 from less_assets.reading.files import FEATURES, INDEX, PLACES, score_file
 from less_assets.reading.rows import checkpoint_weights, conversations_of
 from less_assets.reading.scores import candidates_of, exact_scores_of
@@ -41,11 +42,12 @@ class Pool:
 
     def __init__(self, work: StepInputs) -> None:
         self._work = work
-        self._index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+        index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+        self._index = mark_excluded(work.lineage, index)
         self._tokens: dict[str, pl.Series] = {}
 
     def shards(self, *, tokens: bool) -> Callable[[], Iterator[pl.DataFrame]]:
-        """Rows of the index with status "ok", shard by shard, and their loss tokens if asked for."""
+        """Rows of the index, "ok" or "excluded", shard by shard, and their loss tokens if asked for."""
 
         def read() -> Iterator[pl.DataFrame]:
             for shard in self._work.lineage.shards():
@@ -171,7 +173,7 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
                 joined = table.with_columns(pl.Series("score", scores, dtype=kind)).join(
                     rows, on="row", how="left", maintain_order="left"
                 )
-                yield joined.with_columns(pl.col("canonical").fill_null(False))
+                yield mark_excluded(work.lineage, joined.with_columns(pl.col("canonical").fill_null(False)))
 
         return read
 
@@ -214,8 +216,9 @@ def _length_weights(
     """Log weights under which rows drawn at random are as long as the matched recipe's, or as the task's targets."""
     from less_assets.method.selection.baselines import length_histogram, length_matched_log_weights
 
-    canonical = (rows.filter("canonical")["loss_tokens"].to_numpy() for rows in pool.shards(tokens=True)())
-    counts = np.sum([length_histogram(lengths) for lengths in canonical], axis=0)
+    drawn_from = pl.col("canonical") & (pl.col("status") == "ok")
+    lengths = (rows.filter(drawn_from)["loss_tokens"].to_numpy() for rows in pool.shards(tokens=True)())
+    counts = np.sum([length_histogram(part) for part in lengths], axis=0)
     reference = length_histogram(_matched_lengths(work, pool, recipe, task))
     return lambda rows: length_matched_log_weights(rows["loss_tokens"].to_numpy(), counts, reference)
 

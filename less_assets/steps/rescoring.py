@@ -162,6 +162,7 @@ ASSETS = (
             Input("recipe_settings"),
             Input("target_examples"),
             Input("pool_index"),
+            Input("excluded_rows"),
             Input("warmup_checkpoints"),
         ),
         folder="selection/{task}/exact/{recipe}",

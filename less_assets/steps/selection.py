@@ -379,6 +379,7 @@ ASSETS = (
         inputs=(
             Input("recipe_settings"),
             Input("pool_index"),
+            Input("excluded_rows"),
             Input("influence_scores", read_by=_reads_influence),
             Input("exact_scores", of_recipe=_ranked_by),
             Input("text_scores", of_recipe=_ranked_by),

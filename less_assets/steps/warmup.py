@@ -24,6 +24,7 @@ from less_assets.lineage.lineage import Input, Keys, Lineage
 from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.warmup_draw import sample_draw
 from less_assets.project.project import Project
+from less_assets.reading.excluded import mark_excluded
 from less_assets.reading.files import INDEX, SAMPLE
 from less_assets.reading.rows import conversations_of
 from less_assets.steps.asset import Asset
@@ -42,6 +43,7 @@ def draw_warmup_sample(work: StepInputs) -> StepResult:
         write_parquet(work.folder, SAMPLE, pl.DataFrame(schema={"example_id": pl.String, "shard": pl.String}))
         return StepResult({"rows": 0}, data_version=digest([]))
     index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+    index = mark_excluded(work.lineage, index)
     draw: Any = work.lineage.plan("warmup_sample").settings["draw"]
     seed = settings["seed"] + 1_000_003 * draw
     sample = select_at_random(lambda: [index], Budget("fraction", settings["fraction"]), seed).table
@@ -275,7 +277,7 @@ ASSETS = (
         name="warmup_sample",
         group="warmup",
         description="Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again.",
-        inputs=(Input("pool_index"),),
+        inputs=(Input("pool_index"), Input("excluded_rows")),
         folder="warmup_sample",
         settings=_sample_settings,
         shared_settings=lambda project: project.sample_settings(),

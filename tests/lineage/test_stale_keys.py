@@ -115,6 +115,7 @@ EXTRA: dict[str, dict[str, object]] = {
     "recipes[].mix.seed": {"recipes[].mix": {"share": 0.4}},
     "recipes[].precondition": {"recipes[].rescore": "none"},
     "recipes[].damping": {"recipes[].rescore": "none", "recipes[].precondition": "pool"},
+    "exclude": {"exclude": ["other-left-out.jsonl"]},
     "compute.backend": {"compute": {"backend": "ray"}},
     "compute.address": {"compute": {"backend": "ray"}},
     "compute.gpus_per_worker": {"compute": {"backend": "ray"}},
@@ -139,6 +140,7 @@ STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     "recipes[].damping": (2.0, {"recipe_settings", "preconditioned_scores"}, NOTHING),
     "recipes[].scores": ("other.jsonl", {"external_scores"}, NOTHING),
     "warmup.import": (["import"], {"warmup_sample"}, NOTHING),
+    "exclude": (["left-out.jsonl"], {"excluded_rows"}, NOTHING),
     "warmup.mean_learning_rates": ([2e-5], {"warmup_checkpoints"}, NOTHING),
     "tasks[].evaluation.harness": ("bbh", {"target_examples"}, NOTHING),
     "tasks[].evaluation.held_out": ("other.jsonl", {"target_examples"}, NOTHING),
@@ -157,6 +159,8 @@ class Planned:
         for name in ("s.jsonl", "t.jsonl", "other.jsonl"):
             rows = [{"messages": [*TURNS, {"role": "user", "content": f"{name} {row}"}]} for row in range(12)]
             (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name in ("left-out.jsonl", "other-left-out.jsonl"):
+            (folder / name).write_text(json.dumps({"example_id": "0" * 32, "reason": name}) + "\n")
         for name in ("model", "model2", "import"):
             (folder / name).mkdir()
             (folder / name / "config.json").write_text(json.dumps(name))

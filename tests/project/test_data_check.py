@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from less_assets.cli import app
-from less_assets.project.data_check import check_data, skipped_files, unknown_keys_in_words
+from less_assets.method.data.conversations import example_id
+from less_assets.project.data_check import check_data, skipped_files, unknown_excluded, unknown_keys_in_words
 from less_assets.project.project import load_project
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -204,3 +205,27 @@ def test_missing_files_of_validation_examples_and_of_scores_are_told(folder: Pat
     (told,) = problems(folder, "strategy: full", "strategy: external, rows: 1, scores: none.csv")
     assert told.startswith("recipe all, scores (none.csv)")
     assert "to do:" in told
+
+
+def test_rows_to_leave_out_are_looked_up_and_a_bad_line_is_named(folder: Path):
+    known = example_id(GOOD["messages"])
+    write_rows(folder / "out.jsonl", {"example_id": known, "reason": "wrong"}, "\n", {"example_id": "0" * 32})
+    excluding = ("name: checked\n", "name: checked\nexclude: [out.jsonl]\n")
+    assert problems(folder, *excluding) == []
+    loaded = load_project(folder / "project.yaml")
+    assert unknown_excluded(loaded) == [f"exclude: the pool has no usable row with 1 of the 2 ids: {'0' * 32}"]
+    write_rows(folder / "out.jsonl", {"example_id": known})
+    assert unknown_excluded(loaded) == []
+    bad = {
+        "broken\n": "is no JSON object",
+        "{}\n": "names no example_id",
+        f'{{"example_id": "{known}", "reason": 3}}\n': "no text",
+    }
+    for line, said in bad.items():
+        write_rows(folder / "out.jsonl", {"example_id": known}, line)
+        (problem,) = problems(folder, *excluding)
+        assert said in problem
+        assert "out.jsonl:2" in problem
+    (folder / "out.jsonl").unlink()
+    (problem,) = problems(folder, *excluding)
+    assert "exclude (out.jsonl)" in problem

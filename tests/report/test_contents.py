@@ -23,4 +23,12 @@ def test_a_plain_turn_is_role_and_text_and_others_have_what_they_have():
         ],
         "tools": "[]",
     }
+    called = [
+        empty | {"role": "assistant", "content": "", "tool_calls": '[{"id":"7","type":"function","function":{}}]'},
+        empty | {"role": "tool", "content": "4", "tool_call_id": "7"},
+    ]
+    assert page_conversation(called, None)["messages"] == [
+        ["assistant", "", {"calls": [{}], "call_ids": ["7"]}],
+        ["tool", "4", {"call_id": "7"}],
+    ]
     assert page_conversation(turns[3:], None) == {"messages": [["assistant", "a"]]}

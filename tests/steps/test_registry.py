@@ -18,6 +18,7 @@ RECIPES = [
     {"name": "base", "strategy": "none"},
 ]
 NEEDED_BY = {
+    "excluded_rows": [],
     "exact_scores": ["exact"],
     "text_scores": ["bm25"],
     "preconditioned_scores": ["against-pool"],

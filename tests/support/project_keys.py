@@ -91,6 +91,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
 
 
 STRUCTURE = {
+    "exclude",
     "pool.sources[].name",
     "tasks[].name",
     "tasks[].members",

@@ -1,5 +1,6 @@
 """The page of a real run in a real browser: it works, it is legible, and nothing in a row's text ever runs."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 from support.tiny import HOSTILE
 
+from less_assets.method.data.excluded_rows import read_excluded
 from less_assets.project.project import load_project
-from less_assets.reading.files import REPORT
+from less_assets.reading.files import REPORT, SUBSET
 from less_assets.steps.registry import open_lineage, open_store
+from less_assets.store.tables import read_parquet
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -125,6 +128,125 @@ def test_ids_of_the_rows_in_the_list_are_copied(open_page):
     assert 0 < len(copied) < 48
 
 
+def test_the_rows_in_the_list_are_saved_as_json_lines(open_page, explained_project):
+    page = open_page()
+    page.select_option("#filters select[data-column=source]", "colors")
+    with page.expect_download() as download:
+        page.click("#download")
+    rows = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    assert download.value.suggested_filename == "tiny-less-sums-rows.jsonl"
+    assert [row["example_id"] for row in rows] == page.evaluate("shown.map(row => columns.id[row])")
+    assert 0 < len(rows) < 48
+    assert {row["source"] for row in rows} == {"colors"}
+    (stored,) = page_file(explained_project, "less").parents[3].glob("recipes/less/*/subset.jsonl")
+    by_id = {row["example_id"]: row for row in map(json.loads, stored.read_text().splitlines())}
+    assert all(row["messages"] == by_id[row["example_id"]]["messages"] for row in rows)
+
+
+def test_marked_rows_are_copied_as_a_file_and_stay_marked(open_page, tmp_path):
+    page = open_page()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".body .line").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("x")
+    sync_api.expect(page.locator("#reason")).to_be_focused()
+    page.keyboard.type('wrong "answer" <b>')
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#detail-title").inner_text() == "Rank 2", "arrow keys move in the field"
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    sync_api.expect(page.locator(".body .line").nth(1).locator(".tag.out")).to_have_count(1)
+    page.select_option("#filters select[data-column=source]", "plus")
+    page.fill("#search", "javascript:")
+    sync_api.expect(page.locator("#count")).to_contain_text("1 of")
+    page.click("#mark-all")
+    page.keyboard.type("no answer")
+    page.keyboard.press("Enter")
+    assert page.locator("#mark-count").inner_text() == "2 rows marked."
+    page.click("#marks-copy")
+    sync_api.expect(page.locator("#mark-count")).to_contain_text("Copied")
+    file = tmp_path / "left-out.jsonl"
+    file.write_text(page.evaluate("navigator.clipboard.readText()"))
+    ids = page.evaluate("[columns.id[1], columns.id[shown[0]]]")
+    assert read_excluded([str(file)]) == {ids[0]: 'wrong "answer" <b>', ids[1]: "no answer"}
+    with page.expect_download() as download:
+        page.click("#marks-save")
+    assert Path(download.value.path()).read_text() == file.read_text()
+    page.evaluate("marks.clear(); readMarks()")
+    assert page.evaluate("marks.size") == 2, "the browser keeps them"
+    page.evaluate("head.excluded = [[[...marks.keys()][0], 'done']]; marks.clear(); readMarks()")
+    assert page.evaluate("[...marks.keys()]") == [ids[1]], "what is left out already is marked no more"
+    page.evaluate("drawMarks()")
+    page.click("#mark-rows button[aria-label^=Keep]")
+    assert page.locator("#mark-count").inner_text() == "No row is marked."
+
+
+def test_two_recipes_stand_side_by_side(open_page, explained_project):
+    page = open_page("random-seed0")
+    page.select_option("#compared-with", label="few")
+    sync_api.expect(page.locator("#only-there li").first).to_be_visible()
+    lineage = open_lineage(load_project(explained_project), open_store(load_project(explained_project)))
+    mine, theirs = (
+        read_parquet(lineage.folder("selected_subset", f"{recipe}|sums"), SUBSET).sort("rank")["example_id"].to_list()
+        for recipe in ("random-seed0", "few")
+    )
+    alone = [name for name in theirs if name not in mine]
+    links = page.locator("#only-there a").evaluate_all("links => links.map(link => link.href.split('#row=')[1])")
+    assert links == alone
+    assert page.locator("#only-here-title").inner_text() == f"Only random-seed0: {len(set(mine) - set(theirs))}"
+    assert page.locator("#only-here li").count() == len(set(mine) - set(theirs))
+    counts = page.locator("#by-source td").all_inner_texts()
+    assert sum(map(int, counts)) == len({*mine, *theirs})
+    page.select_option("#without", label="few")
+    assert page.evaluate("shown.map(row => columns.id[row])") == [name for name in mine if name not in theirs]
+
+
+def test_links_lead_to_the_other_page_and_its_row(browser, explained_project):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(page_file(explained_project, "random-seed0").as_uri())
+    page.wait_for_selector("html[data-unpacked]")
+    page.select_option("#compared-with", label="less")
+    link = page.locator("#only-there a").first
+    wanted = link.get_attribute("href").partition("#row=")[2]
+    link.click()
+    page.wait_for_selector("html[data-unpacked]")
+    assert page.url.startswith(page_file(explained_project, "less").as_uri())
+    assert page.locator("h1").inner_text() == "What less selected for sums"
+    assert page.evaluate("columns.id[opened]") == wanted
+    context.close()
+
+
+def test_paper_shows_all_rows_in_light(open_page):
+    page = open_page(color_scheme="dark")
+    assert page.locator(".body .line").count() < 48
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert len(prompts(page)) == 48
+    ranks = page.locator(".body .line > :first-child").all_inner_texts()
+    assert ranks == [str(rank) for rank in range(1, 49)]
+    tops = page.locator(".body .line").evaluate_all("lines => lines.map(line => line.getBoundingClientRect().top)")
+    assert tops == sorted(set(tops)), "one below the other"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    for selector in ("h1", ".hint", ".second", ".notes li"):
+        assert min(page.evaluate(CONTRAST, selector)) >= 4.5
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    assert page.locator(".body .line").count() < 48
+
+
+def test_it_says_why_a_rank_can_score_below_the_next(open_page):
+    page = open_page()
+    assert "part-0, then one for part-1" in page.locator("#turns").inner_text()
+    rank = page.evaluate("columns.score.findIndex((score, row) => score < columns.score[row + 1]) + 1")
+    assert rank >= 1, "else nothing is to be explained"
+    page.locator(f".body .line[data-index='{rank - 1}']").click()
+    page.wait_for_selector("#turn")
+    assert f"Rank {rank + 1} scores higher" in page.locator("#turn").inner_text()
+    other = open_page("few")
+    assert not other.locator("#turns").is_visible(), "one ranking: nobody takes turns"
+
+
 def test_certain_and_borderline_rows_are_told_apart(open_page):
     page = open_page("few")
     certain = page.evaluate("columns.certain.filter(each => each !== null)")
@@ -210,6 +332,25 @@ def test_it_is_worked_by_keyboard_alone(open_page):
     sync_api.expect(page.locator(".body .line[data-index='3']")).to_be_focused()
 
 
+def test_tab_reaches_every_control_in_order_and_leaves_the_page(open_page):
+    page = open_page("few")
+    page.select_option("#compared-with", label="random-seed0")
+    page.wait_for_selector("#only-there li")
+    page.evaluate("mark([0], 'x'); document.activeElement.blur(); scrollTo(0, 0)")
+    controls = """[...document.querySelectorAll('a, button, input, select, summary, [tabindex="0"]')]
+      .filter(element => element.checkVisibility() && !element.disabled && !element.closest('dialog'))"""
+    wanted = page.evaluate(
+        f"({controls}).map((element, place) => {{ element.dataset.stop = place; return String(place); }})"
+    )
+    reached = []
+    for _ in wanted:
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.dataset.stop"))
+    assert reached == wanted
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement === document.body"), "nothing holds the keyboard"
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_row_is_text(open_page, name):
     page = open_page()
@@ -220,7 +361,9 @@ def test_a_hostile_row_is_text(open_page, name):
     page.uncheck("#heat")
     said = page.locator("#detail-body .message.assistant .text").first
     assert said.text_content() == HOSTILE[name]
-    assert page.locator("img, iframe, a:not(.skip)").count() == 0
+    assert page.locator("img, iframe").count() == 0
+    links = page.locator("a:not(.skip)").evaluate_all("links => links.map(link => link.getAttribute('href'))")
+    assert all(link.startswith("../../../../sums/reports/") for link in links), "no address is made of a row"
     assert page.locator("script:not([type])").count() == 1
 
 
@@ -240,11 +383,17 @@ def test_text_has_enough_contrast_in_light_and_dark(open_page, scheme):
         ".second",
         "mark",
     ]
-    looked_at += ["#groups button", ".figures dt", ".plain th", ".tag", "figcaption"]
+    looked_at += ["#groups button", ".figures dt", ".plain th", ".tag", "figcaption", "#turns", "#overlap-rows a"]
+    page.select_option("#compared-with", label="few")
+    page.evaluate("mark(shown, 'why')")
+    page.wait_for_selector("#only-here li")
+    looked_at += [".sides .rank", ".sides .second", "#only-there-title a", ".tag.out", "#mark-rows td", "#mark-count"]
+    looked_at += ["#copy", "#marks-copy", "#mark-rows button", ".reason label", ".reason button", "#reason", "#turn"]
     page.locator(".body .line").first.click()
     page.wait_for_selector("#detail-body section")
     looked_at += [".token", ".legend", ".message .role", ".facts dt", ".tokens li", ".bars .value", ".waiting, h3"]
     ratios = {selector: page.evaluate(CONTRAST, selector) for selector in looked_at}
+    assert all(ratios.values()), "a selector that finds nothing measures nothing"
     assert {selector: found for selector, found in ratios.items() if found and min(found) < 4.5} == {}
     page.evaluate("""() => { for (const step of ['p1','p2','p3','p4','n1','n2','n3','n4'])
         document.querySelector('.message .text').append(Object.assign(document.createElement('span'),
