@@ -6,6 +6,7 @@ Belongs here: names. What a table holds says docs/tables.md.
 # pool
 EXAMPLES = "examples.parquet"
 INDEX = "index.parquet"
+REFUSED = "refused.parquet"
 # warmup
 SAMPLE = "sample.parquet"
 # targets

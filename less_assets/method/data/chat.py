@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,8 +40,9 @@ class EncodedExample:
         example_id: Id of the example.
         input_ids: int32 (n,). n is 0 if the conversation cannot be rendered; see `problem`.
         labels: int32 (n,), unshifted as transformers wants them: the token id where there is loss, else −100.
-        problem: Why the template cannot be used for this conversation, for a person; None if it can.
-        status: "ok"; else `template_refuses`, `template_drops_text` or `unsupported_field: NAME`.
+        problem: Why nothing can be trained on this conversation, for a person; None if something can.
+        status: "ok"; else `template_refuses`, `template_drops_text`, `unsupported_field: NAME`, `prompt_too_long` or
+            `no_loss_tokens`.
     """
 
     example_id: str
@@ -106,8 +107,8 @@ class ChatEncoder:
             tools: JSON text of the tool schemas; None: there are none.
 
         Returns:
-            The encoding; what is too long is cut off, so that no loss tokens may remain. With no tokens, a `status`
-            and a `problem` if this one conversation cannot be encoded.
+            The encoding; what is too long is cut off. With a `status` and a `problem` if no loss token is left, or if
+            this one conversation cannot be encoded: then without tokens.
 
         Raises:
             ChatFormatError: If no conversation can be encoded so: no chat template, no end token, a template whose
@@ -122,7 +123,13 @@ class ChatEncoder:
             return EncodedExample(example_id, nothing, nothing, str(problem), problem.status)
         input_ids = np.asarray(ids[: self.max_length], dtype=np.int32)
         labels = np.where(in_loss[: self.max_length], input_ids, np.int32(IGNORED)).astype(np.int32)
-        return EncodedExample(example_id, input_ids, labels)
+        encoded = EncodedExample(example_id, input_ids, labels)
+        if encoded.loss_tokens:
+            return encoded
+        if in_loss[self.max_length :].any():
+            too_long = f"its answers begin after the {self.max_length} tokens that `model.max_length` leaves"
+            return replace(encoded, problem=too_long, status="prompt_too_long")
+        return replace(encoded, problem="no token of it carries loss", status="no_loss_tokens")
 
     def loss_token_texts(self, messages: Sequence[Message], tools: str | None = None) -> tuple[list[LossToken], bool]:
         """Say what text each loss token of `row` stands for.
