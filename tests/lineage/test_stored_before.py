@@ -37,8 +37,7 @@ def test_every_artifact_is_as_fresh_as_it_was(stored):
     """
     project = load_project(stored / "project.yaml")
     with dg.DagsterInstance.ephemeral() as instance:
-        made = run(project.path, instance, Request(until="pool_index")).materialized
-    assert made.keys() == {"refused_rows", "pool_index"}
+        run(project.path, instance, Request(until="pool_index"))
     lineage = open_lineage(project, open_store(project))
     known = json.loads((stored / "fingerprints.json").read_text())
     with dg.DagsterInstance.ephemeral() as instance:
