@@ -87,28 +87,38 @@ def _id_at(lineage: Lineage, file: str, number: int) -> str:
 
 
 def refused_rows(lineage: Lineage) -> pl.DataFrame:
-    """The rows of the pool that the base model's encoder leaves nothing of: `example_id`, `shard`, `row`, `status`.
+    """The rows of the pool of which the base model's encoder leaves nothing: example_id, shard, row, status, detail.
 
     Args:
         lineage: Reads the pool's index.
     """
     if REFUSED in lineage.fresh("pool_index").files:
         return read_parquet(lineage.folder("pool_index"), REFUSED)
-    return pl.DataFrame(schema={"example_id": pl.String, "shard": pl.String, "row": pl.Int64, "status": pl.String})
+    texts = dict.fromkeys(("example_id", "shard", "status", "detail"), pl.String)
+    return pl.DataFrame(schema={**texts, "row": pl.Int64})
+
+
+def with_refusals(rows: pl.DataFrame, refused: pl.DataFrame) -> pl.DataFrame:
+    """Rows with the encoder's `status` (and `detail`, if they have one) where it refuses them.
+
+    Args:
+        rows: Rows of the pool, whole and in order.
+        refused: Columns `row` (number in `rows`), `status`, `detail`.
+    """
+    columns = [name for name in ("status", "detail") if name in rows.columns]
+    return rows.with_columns(rows[name].scatter(refused["row"], refused[name]) for name in columns)
 
 
 def pool_rows(lineage: Lineage, shard: str, columns: list[str]) -> pl.DataFrame:
-    """A shard's rows, refused ones with the reason as `status`.
+    """A shard's rows, with the reason as `status` where one is quarantined or refused.
 
     Args:
         lineage: Reads the pool.
         shard: Key of the shard.
         columns: Columns of the pool's table, `status` among them.
     """
-    table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, columns)
-    refused = refused_rows(lineage).filter(pl.col("shard") == shard)
-    status = table["status"].scatter(refused["row"], refused["status"])
-    return table.with_columns(status)
+    rows = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, columns)
+    return with_refusals(rows, refused_rows(lineage).filter(pl.col("shard") == shard))
 
 
 def conversations_of(lineage: Lineage, shard: str) -> pl.DataFrame:

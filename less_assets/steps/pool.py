@@ -27,7 +27,6 @@ from less_assets.store.tables import read_parquet, write_parquet
 
 NOTHING_REFUSED = digest([])
 """Version of `refused_rows` where there are none."""
-REFUSED_SCHEMA = pl.Schema({"example_id": pl.String, "row": pl.Int64, "status": pl.String, "detail": pl.String})
 
 
 def record_base_model(work: StepInputs) -> StepResult:
@@ -74,25 +73,16 @@ def read_shard(work: StepInputs) -> StepResult:
 
 
 def refuse_rows(work: StepInputs) -> StepResult:
-    """Encode a shard's rows, and list those that leave nothing to train on; needs the tokenizer only."""
-    encoder = work.models.encoder()
+    """Encode a shard's rows, and list those of which nothing can be trained on; needs the tokenizer only."""
+    from less_assets.method.data.chat import refusals
+
     table = conversations_of(work.lineage, work.partition)
-    progress = work.progress(table.height, "rows")
-    refused, encoded = [], 0
-    for row, (example_id, messages, tools) in enumerate(table.iter_rows()):
-        progress(1)
-        if example_id is None:  # quarantined
-            continue
-        example = encoder.row(example_id, messages, tools)
-        encoded += 1
-        if example.status != "ok":
-            refused.append((example_id, row, example.status, example.problem))
-    found = pl.DataFrame(refused, REFUSED_SCHEMA, orient="row")
-    write_parquet(work.folder, REFUSED, found)
-    reasons = dict(sorted(found["status"].value_counts().iter_rows()))
-    version = digest([[example_id, row, status] for example_id, row, status, _ in refused])
-    summary = {"rows": encoded, "refused": found.height, "reasons": reasons}
-    return StepResult(summary, data_version=version, units=encoded)
+    refused = refusals(work.models.encoder(), table, work.progress(table.height, "rows"))
+    write_parquet(work.folder, REFUSED, refused)
+    reasons = dict(sorted(refused["status"].value_counts().iter_rows()))
+    summary = {"rows": table.height, "refused": refused.height, "reasons": reasons}
+    version = digest([list(row) for row in refused.iter_rows()])
+    return StepResult(summary, data_version=version, units=table.height)
 
 
 def index_pool(work: StepInputs) -> StepResult:
@@ -109,11 +99,11 @@ def index_pool(work: StepInputs) -> StepResult:
         table = read_parquet(
             work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"]
         )
-        refused = read_parquet(work.lineage.folder("refused_rows", shard), REFUSED, ["example_id", "row", "status"])
+        refused = read_parquet(work.lineage.folder("refused_rows", shard), REFUSED)
         rows = table.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row")).filter(pl.col("status") == "ok")
         used = rows.join(refused, on="row", how="anti", maintain_order="left")
         parts.append(used.select("example_id", "source", pl.lit(shard).alias("shard"), "row"))
-        refused_parts.append(refused.select("example_id", pl.lit(shard).alias("shard"), "row", "status"))
+        refused_parts.append(refused.select("example_id", pl.lit(shard).alias("shard"), "row", "status", "detail"))
     refused = pl.concat(refused_parts)
     if refused.height:
         write_parquet(work.folder, REFUSED, refused)

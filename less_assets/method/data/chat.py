@@ -8,12 +8,13 @@ turns stand in it is `chat_template.py`; where the turns come from `examples.py`
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import polars as pl
 
 from less_assets.errors import ChatFormatError, TargetFormatError
 from less_assets.method import DEFAULT_DATE
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from less_assets.method.data.targets import TargetExample
 
 ChatFormat = Literal["template", "tulu"]
+
+REFUSED_SCHEMA = pl.Schema({"example_id": pl.String, "row": pl.Int64, "status": pl.String, "detail": pl.String})
 
 IGNORED = -100
 """Label of a position without loss, as everywhere in transformers."""
@@ -317,6 +320,28 @@ def check_chat_format(tokenizer: Any, chat_format: ChatFormat, date: datetime.da
     elif not tokenizer.eos_token:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise ChatFormatError("The tokenizer has no end token, which the Tulu format needs.", where=name)
+
+
+def refusals(
+    encoder: ChatEncoder, rows: pl.DataFrame, on_row: Callable[[int], object] = lambda row: None
+) -> pl.DataFrame:
+    """Encode rows of the pool, and list those of which nothing can be trained on.
+
+    Args:
+        encoder: Encodes them.
+        rows: Columns `example_id` (null where a row is quarantined), `messages`, `tools`.
+        on_row: Called after each row with 1.
+
+    Returns:
+        example_id, row (number in `rows`), status, detail (why, for a person).
+    """
+    refused = []
+    for row, (example_id, messages, tools) in enumerate(rows.select("example_id", "messages", "tools").iter_rows()):
+        example = encoder.row(example_id, messages, tools) if example_id else None
+        if example and example.status != "ok":
+            refused.append((example_id, row, example.status, example.problem))
+        on_row(1)
+    return pl.DataFrame(refused, REFUSED_SCHEMA, orient="row")
 
 
 # ---- the Tulu format ----
