@@ -105,6 +105,15 @@ def index_pool(work: StepInputs) -> StepResult:
         parts.append(used.select("example_id", "source", pl.lit(shard).alias("shard"), "row"))
         refused_parts.append(refused.select("example_id", pl.lit(shard).alias("shard"), "row", "status", "detail"))
     refused = pl.concat(refused_parts)
+    if refused.height and not sum(part.height for part in parts):
+        reasons = ", ".join(
+            f"{status}: {rows}" for status, rows in sorted(refused["status"].value_counts().iter_rows())
+        )
+        raise PoolFormatError(
+            f"No row of the pool can be used with this model ({reasons}); the first says: {refused['detail'][0]}.",
+            where="model",
+            fix="set another `model.chat_format`, raise `model.max_length`, or correct the rows",
+        )
     if refused.height:
         write_parquet(work.folder, REFUSED, refused)
     index = pl.concat(parts).with_columns(
