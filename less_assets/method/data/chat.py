@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,9 +43,8 @@ class EncodedExample:
         example_id: Id of the example.
         input_ids: int32 (n,). n is 0 if the conversation cannot be rendered; see `problem`.
         labels: int32 (n,), unshifted as transformers wants them: the token id where there is loss, else −100.
-        problem: Why nothing can be trained on this conversation, for a person; None if something can.
-        status: "ok"; else `template_refuses`, `template_drops_text`, `unsupported_field: NAME`, `prompt_too_long` or
-            `no_loss_tokens`.
+        problem: Why the template cannot be used for this conversation, for a person; None if it can.
+        status: "ok"; else `template_refuses`, `template_drops_text` or `unsupported_field: NAME`.
     """
 
     example_id: str
@@ -110,8 +109,8 @@ class ChatEncoder:
             tools: JSON text of the tool schemas; None: there are none.
 
         Returns:
-            The encoding; what is too long is cut off. With a `status` and a `problem` if no loss token is left, or if
-            this one conversation cannot be encoded: then without tokens.
+            The encoding; what is too long is cut off, so that no loss tokens may remain (see `refusal`). With no
+            tokens, a `status` and a `problem` if this one conversation cannot be encoded.
 
         Raises:
             ChatFormatError: If no conversation can be encoded so: no chat template, no end token, a template whose
@@ -126,13 +125,24 @@ class ChatEncoder:
             return EncodedExample(example_id, nothing, nothing, str(problem), problem.status)
         input_ids = np.asarray(ids[: self.max_length], dtype=np.int32)
         labels = np.where(in_loss[: self.max_length], input_ids, np.int32(IGNORED)).astype(np.int32)
-        encoded = EncodedExample(example_id, input_ids, labels)
-        if encoded.loss_tokens:
-            return encoded
-        if in_loss[self.max_length :].any():
-            too_long = f"its answers begin after the {self.max_length} tokens that `model.max_length` leaves"
-            return replace(encoded, problem=too_long, status="prompt_too_long")
-        return replace(encoded, problem="no token of it carries loss", status="no_loss_tokens")
+        return EncodedExample(example_id, input_ids, labels)
+
+    def refusal(self, row: EncodedExample) -> tuple[str, str] | None:
+        """Why nothing can be trained on an encoded row; None if something can.
+
+        Args:
+            row: From `row`.
+
+        Returns:
+            The status (that of the row, `prompt_too_long` or `no_loss_tokens`), and the reason for a person.
+        """
+        if row.problem:
+            return row.status, row.problem
+        if row.loss_tokens:
+            return None
+        if len(row.input_ids) == self.max_length:
+            return "prompt_too_long", f"its answers begin after {self.max_length} tokens, which is `model.max_length`"
+        return "no_loss_tokens", "no token of it carries loss"
 
     def loss_token_texts(self, messages: Sequence[Message], tools: str | None = None) -> tuple[list[LossToken], bool]:
         """Say what text each loss token of `row` stands for.
@@ -337,9 +347,8 @@ def refusals(
     """
     refused = []
     for row, (example_id, messages, tools) in enumerate(rows.select("example_id", "messages", "tools").iter_rows()):
-        example = encoder.row(example_id, messages, tools) if example_id else None
-        if example and example.status != "ok":
-            refused.append((example_id, row, example.status, example.problem))
+        if example_id and (reason := encoder.refusal(encoder.row(example_id, messages, tools))):
+            refused.append((example_id, row, *reason))
         on_row(1)
     return pl.DataFrame(refused, REFUSED_SCHEMA, orient="row")
 

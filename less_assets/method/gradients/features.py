@@ -42,10 +42,9 @@ class RowStatus(IntEnum):
     ZERO_GRADIENT = 3
     NONFINITE_LOSS = 4
     NONFINITE_GRADIENT = 5
-    TEMPLATE_REFUSES = 6  # `EncodedExample.problem` says why, here and in the next three
+    TEMPLATE_REFUSES = 6  # `EncodedExample.problem` says why, here and in the next two
     TEMPLATE_DROPS_TEXT = 7
     UNSUPPORTED_FIELD = 8
-    PROMPT_TOO_LONG = 9
     PENDING = 255
 
 
