@@ -98,7 +98,7 @@ def sample_source(project: Project, shards: Sequence[Shard], encoder: "ChatEncod
     table = pl.concat(tables)
     good = table.filter(pl.col("status") == "ok")
     rows_as_tokens = (encoder.row(*row) for row in good.select("example_id", "messages", "tools").iter_rows())
-    encoded = [example for example in rows_as_tokens if example.status == "ok"]
+    encoded = [example for example in rows_as_tokens if example.loss_tokens]
     buffer = io.BytesIO()
     table.write_parquet(buffer, compression="zstd")
     rows = max(1, len(encoded))

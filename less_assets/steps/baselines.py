@@ -49,7 +49,8 @@ def embed_shard(work: StepInputs) -> StepResult:
     losses = np.full(table.height, np.nan, dtype=np.float32)
     embeddings[places], losses[places] = found.embeddings, found.losses
     statuses = [
-        status if example is None else example.status for status, example in zip(table["status"], encoded, strict=True)
+        status if example is None else (encoder.refusal(example) or ("ok", ""))[0]
+        for status, example in zip(table["status"], encoded, strict=True)
     ]
     write_parquet(
         work.folder,

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from less_assets.cli import app
 from less_assets.project.project import load_project
-from less_assets.reading.files import INDEX, SAMPLE, SUBSET, score_file
+from less_assets.reading.files import EMBEDDINGS, INDEX, SAMPLE, SUBSET, score_file
 from less_assets.reading.rows import refused_rows
 from less_assets.running.runner import Request
 from less_assets.steps.registry import open_lineage, open_store
@@ -86,6 +86,8 @@ def test_equal_budgets_train_on_equal_rows_and_the_counts_are_told(strict_projec
     assert scores["status"].to_list() == ["template_refuses"] * FORBIDDEN + ["ok"] * (16 - FORBIDDEN)
     last = read_parquet(lineage.folder("influence_scores", "sums"), score_file("plus-00001"))
     assert last["status"].to_list()[8:12] == ["prompt_too_long"] * TOO_LONG
+    embedded = read_parquet(lineage.folder("pool_embeddings", "plus-00001"), EMBEDDINGS)
+    assert embedded["status"].to_list() == last["status"].to_list()
 
     for output in (ended, said(strict_project, "plan", "--no-calibrate")):
         assert f"Pool: {counts}" in output
