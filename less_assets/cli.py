@@ -126,19 +126,24 @@ def demo(
 @app.command()
 def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
+    from less_assets.inspection.pool_counts import counts_in_words, encode_sample
     from less_assets.project.data_check import check_data, skipped_files, unknown_excluded, unknown_keys_in_words
     from less_assets.project.project import load_project
 
     with _told():
         loaded = load_project(project)
         unknown: dict[str, Counter[str]] = {}
-        problems = check_data(loaded, unknown)
+        problems, sample = check_data(loaded, unknown), None
+        if not problems:
+            problems, sample = encode_sample(loaded)
         notes = (*skipped_files(loaded), *unknown_keys_in_words(unknown), *unknown_excluded(loaded))
         if as_json:
             named = [{"where": problem.where, "what": problem.what, "fix": problem.fix} for problem in problems]
-            _print_json({"project": loaded.name, "usable": not problems, "problems": named, "notes": notes})
+            verdict = {"project": loaded.name, "usable": not problems, "problems": named}
+            _print_json(verdict | {"notes": notes, "sample": sample})
             raise typer.Exit(1 if problems else 0)
-        for line in (*problems, *notes):
+        sampled = [counts_in_words(sample, "Sample of the pool")] if sample else []
+        for line in (*problems, *notes, *sampled):
             print(line)
         if problems:
             print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''} found; nothing was changed.")
@@ -167,6 +172,7 @@ def plan(
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with _told(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.compute.models import ModelLoader, cache_folder
+        from less_assets.inspection.pool_counts import counts_in_words, pool_counts
         from less_assets.planning.estimate import estimate
         from less_assets.running.runner import register_shards
         from less_assets.steps.registry import open_lineage
@@ -174,11 +180,14 @@ def plan(
         register_shards(loaded, store, instance)
         models = ModelLoader(loaded, cache_folder(store))
         request = _request(task, recipe, until, loaded)
-        planned = estimate(runner, open_lineage(loaded, store), models, request, calibrate=calibrate, log=_say)
+        lineage = open_lineage(loaded, store)
+        planned = estimate(runner, lineage, models, request, calibrate=calibrate, log=_say)
         if as_json:
-            _print_json(_plan_as_data(planned))
-        else:
-            _print_plan(planned)
+            _print_json(_plan_as_data(planned) | {"pool": pool_counts(lineage)})
+            return
+        _print_plan(planned)
+        if counts := pool_counts(lineage):
+            print(f"\n{counts_in_words(counts)}")
 
 
 def _print_plan(forecast: "Estimate") -> None:

@@ -191,10 +191,10 @@ def test_plan_of_one_recipe_leaves_out_what_it_does_not_need(command):
 def test_run_again_computes_nothing_then_plan_tells_what_a_change_costs(command):
     first = command("run", "--until", "pool_index")
     assert first.exit_code == 0
-    assert re.search(r"5 artifacts made, 0 were fresh", first.output)
+    assert re.search(r"10 artifacts made, 0 were fresh", first.output)
     second = command("run", "--until", "pool_index")
     assert "nothing was computed" in second.output
-    assert re.search(r"0 artifacts made, 5 were fresh", second.output)
+    assert re.search(r"0 artifacts made, 10 were fresh", second.output)
 
     rows = (command.project.folder / "data/colors.jsonl").read_text().splitlines(keepends=True)
     (command.project.folder / "data/colors.jsonl").write_text("".join(rows[:-1]))
@@ -239,7 +239,7 @@ def test_an_error_is_an_event_for_programs(command):
 def test_quiet_is_silent_until_the_end(command):
     shown = command("run", "--quiet", "--until", "pool_index")
     assert shown.stderr == ""
-    assert "5 artifacts made" in shown.stdout
+    assert "10 artifacts made" in shown.stdout
 
 
 def test_check_and_plan_answer_programs(command):
@@ -271,7 +271,7 @@ def test_in_a_terminal_a_run_has_one_block_and_leaves_the_result(command):
         result = process.stdout.read()
     os.close(parent)
     assert process.returncode == 0, seen
-    assert re.search(rb"stage \d+ of 3", seen), seen
+    assert re.search(rb"stage \d+ of 5", seen), seen
     assert b"ready: " in seen
     assert "artifacts made, 0 were fresh" in result
 

@@ -208,6 +208,8 @@ def test_the_readmes_example_is_a_project_that_checks_clean(tmp_path):
 def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     settings = tiny_project.settings
     settings["pool"]["sources"] = settings["pool"]["sources"][:1]
+    with (tiny_project.folder / "data/plus.jsonl").open("a") as rows:
+        rows.write(json.dumps({"prompt": "a " * 40, "completion": "too long, so that a row is refused"}) + "\n")
     settings["tasks"] = settings["tasks"][:1]
     settings["warmup"]["epochs"] = 1
     settings["gradients"] |= {"certificate_rows": 8, "real_step_rows": 3}

@@ -67,11 +67,11 @@ class SourceSample:
     """What a sample of a source says about its rows.
 
     Attributes:
-        usable: Share of rows that are not quarantined.
+        usable: Share of rows that are neither quarantined nor refused.
         tokens: Mean tokens of a usable row, cut at `model.max_length`.
         loss_tokens: Mean tokens with loss.
         stored_bytes: Mean bytes of a row in the pool's Parquet files.
-        examples: The sampled rows, encoded.
+        examples: The usable ones of the sampled rows, encoded.
     """
 
     usable: float
@@ -97,15 +97,13 @@ def sample_source(project: Project, shards: Sequence[Shard], encoder: "ChatEncod
         tables += read_rows(file, source.name, source.format, first.first_row, rows, begins=first.begins)
     table = pl.concat(tables)
     good = table.filter(pl.col("status") == "ok")
-    encoded = [
-        encoder.row(name, messages, tools)
-        for name, messages, tools in good.select("example_id", "messages", "tools").iter_rows()
-    ]
+    rows_as_tokens = (encoder.row(*row) for row in good.select("example_id", "messages", "tools").iter_rows())
+    encoded = [example for example in rows_as_tokens if example.loss_tokens]
     buffer = io.BytesIO()
     table.write_parquet(buffer, compression="zstd")
     rows = max(1, len(encoded))
     return SourceSample(
-        usable=good.height / max(1, table.height),
+        usable=len(encoded) / max(1, table.height),
         tokens=sum(len(example.input_ids) for example in encoded) / rows,
         loss_tokens=sum(example.loss_tokens for example in encoded) / rows,
         stored_bytes=len(buffer.getvalue()) / max(1, table.height),

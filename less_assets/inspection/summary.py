@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from less_assets.errors import MissingArtifactError, StaleArtifactError
+from less_assets.inspection.pool_counts import counts_in_words, pool_counts
 from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
-from less_assets.reading.files import BOARD, EXAMPLES, REPORT, SUBSET, score_file
+from less_assets.reading.files import BOARD, REPORT, SUBSET
 from less_assets.steps.registry import open_lineage
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
     from less_assets.running.runner import Warned
-
-REASONS = 5
-"""Reasons shown against rows of the pool."""
-LOSS_LIMIT = 0.1
-"""Share of unusable rows above which a run ends with a warning."""
 
 
 def results(project: Project, store: ArtifactStore, tasks: Sequence[str] = ()) -> str:
@@ -37,7 +33,9 @@ def results(project: Project, store: ArtifactStore, tasks: Sequence[str] = ()) -
         tasks: Tables of these tasks instead of the leaderboard; empty for the leaderboard.
     """
     lineage = open_lineage(project, store)
-    parts = [_pool(lineage)]
+    counts = pool_counts(lineage)
+    parts = [counts_in_words(counts)] if counts else []
+    parts.append(_excluded(lineage))
     try:
         boards = [lineage.folder("task_results", task) for task in tasks] or [lineage.folder("leaderboard")]
         parts += [_leaderboard(read_parquet(board, BOARD)) for board in boards]
@@ -54,41 +52,13 @@ def results(project: Project, store: ArtifactStore, tasks: Sequence[str] = ()) -
     return "\n\n".join(part for part in parts if part)
 
 
-def _pool(lineage: Lineage) -> str:
-    """How many rows of the pool can be used, and the most frequent reasons against the others, each with a row."""
-    if lineage.status("pool_index").state != "fresh":
+def _excluded(lineage: Lineage) -> str:
+    """How many rows the files of `exclude` leave out."""
+    if not lineage.project.exclude or lineage.status("excluded_rows").state != "fresh":
         return ""
-    scored = [task for task in lineage.project.task_names if lineage.status("influence_scores", task).state == "fresh"]
-    parts = []
-    for shard in lineage.shards():
-        table = read_parquet(
-            lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source_file", "source_row", "status"]
-        )
-        status = table["status"]
-        if scored:  # it knows, too, which rows the chat template refuses, and which have no gradient
-            status = read_parquet(lineage.folder("influence_scores", scored[0]), score_file(shard), ["status"])[
-                "status"
-            ]
-        row = pl.coalesce("example_id", pl.format("{}:{}", "source_file", "source_row")).alias("for example")
-        judged = table.select(row, pl.col("status").alias("pool"), status.alias("reason")).filter(
-            pl.col("pool") != "blank"
-        )
-        parts.append(judged.group_by("pool", "reason").agg(pl.len().alias("rows"), pl.first("for example")))
-    counts = pl.concat(parts).group_by("pool", "reason").agg(pl.sum("rows"), pl.first("for example"))
-    lost = counts.filter(pl.col("reason") != "ok").sort("rows", "reason", descending=[True, False])
-    total, unused = int(counts["rows"].sum()), int(lost["rows"].sum())
-    quarantined = int(lost.filter(pl.col("pool") != "ok")["rows"].sum())
-    refused = unused - quarantined
-    lines = [f"Pool: {total:,} rows, {total - unused:,} usable, {quarantined:,} quarantined, {refused:,} refused"]
-    if unused:
-        lines.append(_table(lost.select("reason", "rows", "for example").head(REASONS)))
-    if unused > LOSS_LIMIT * total:
-        lines.append(f"Warning: {unused / total:.0%} of the pool cannot be used; look at the reasons first.")
-    if lineage.project.exclude and lineage.status("excluded_rows").state == "fresh":
-        listed = lineage.summary("excluded_rows")
-        unknown = f"; {listed['unknown']:,} ids that the pool does not have" if listed["unknown"] else ""
-        lines.append(f"Left out by `exclude`: {listed['excluded']:,} rows{unknown}")
-    return "\n".join(lines)
+    listed = lineage.summary("excluded_rows")
+    unknown = f"; {listed['unknown']:,} ids that the pool does not have" if listed["unknown"] else ""
+    return f"Left out by `exclude`: {listed['excluded']:,} rows{unknown}"
 
 
 def _pages(lineage: Lineage) -> str:

@@ -7,6 +7,10 @@ hashes are `lineage/file_digests.py`.
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DAY = b"strftime_now"
 """How a chat template asks for the day; transformers knows no other way."""
@@ -32,11 +36,38 @@ def template_writes_day(base: str) -> bool | None:
 
 @lru_cache
 def _gguf_writes_day(base: str) -> bool:
+    file = gguf_file(base)
+    if file is None:
+        return False
+    with file.open("rb") as stream:
+        return DAY in stream.read(GGUF_HEAD)
+
+
+def gguf_file(base: str) -> Path | None:
+    """The file that `gguf:package/file.gguf` names; None if it is not installed."""
     package, _, name = base.removeprefix("gguf:").partition("/")
     spec = importlib.util.find_spec(package)
-    for location in (spec.submodule_search_locations if spec else None) or ():
-        file = Path(location) / name
-        if file.is_file():
-            with file.open("rb") as stream:
-                return DAY in stream.read(GGUF_HEAD)
-    return False
+    files = [Path(location) / name for location in (spec.submodule_search_locations if spec else None) or ()]
+    return next((file for file in files if file.is_file()), None)
+
+
+def tokenizer_at_hand(base: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":
+    """Load a base model's tokenizer if that takes no download, and else return None; nothing is written.
+
+    Args:
+        base: As in the project file.
+        trust_remote_code: Run Python files that come with the model.
+    """
+    from transformers import AutoTokenizer
+
+    name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    options = {"revision": revision} if revision else {}
+    if base.startswith("gguf:"):
+        file = gguf_file(base)
+        name, options = (str(file.parent), {"gguf_file": file.name}) if file else (base, {})
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, local_files_only=True, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError):  # not here, or not whole: a run says what is missing
+        return None

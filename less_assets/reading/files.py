@@ -7,6 +7,7 @@ Belongs here: names. What a table holds says docs/tables.md.
 EXAMPLES = "examples.parquet"
 INDEX = "index.parquet"
 EXCLUDED = "excluded.parquet"
+REFUSED = "refused.parquet"
 # warmup
 SAMPLE = "sample.parquet"
 # targets

@@ -13,7 +13,7 @@ import polars as pl
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.data.conversations import Conversation, stated, with_all_fields
-from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, TARGET_FEATURES, score_file
+from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, REFUSED, TARGET_FEATURES, score_file
 from less_assets.store.features import FeatureReader, open_features
 from less_assets.store.tables import read_parquet
 
@@ -47,7 +47,7 @@ def find_row(lineage: Lineage, example_id: str) -> pl.DataFrame:
             f"The pool has no usable row {example_id!r}.",
             where=f"pool of {lineage.project.name}, {index.height} usable rows",
             fix="ids stand in subset.jsonl, in the selection report and in examples.parquet of each shard; give at "
-            f"least {SHORTEST_PREFIX} characters. Quarantined rows have none",
+            f"least {SHORTEST_PREFIX} characters. Quarantined rows have none, and refused ones are not used",
         )
     if len(names) > 1:
         raise LessAssetsError(
@@ -61,8 +61,7 @@ def _id_at(lineage: Lineage, file: str, number: int) -> str:
     name = file.removeprefix("./")
     found: dict[str, tuple[str | None, str]] = {}
     for shard in lineage.shards():
-        columns = ["source_file", "source_row", "example_id", "status"]
-        rows = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, columns)
+        rows = pool_rows(lineage, shard, ["source_file", "source_row", "example_id", "status"])
         same = (pl.col("source_file") == name) | pl.col("source_file").str.ends_with(f"/{name}")
         for path, _, example_id, status in rows.filter((pl.col("source_row") == number) & same).iter_rows():
             found[path] = (example_id, status)
@@ -82,9 +81,44 @@ def _id_at(lineage: Lineage, file: str, number: int) -> str:
         raise LessAssetsError(
             f"The row {path}:{number} is not used: {status}.",
             where=where,
-            fix="the reasons stand at `instruction_pool`",
+            fix="the reasons stand at `instruction_pool` and `refused_rows`",
         )
     return example_id
+
+
+def refused_rows(lineage: Lineage) -> pl.DataFrame:
+    """The rows of the pool of which the base model's encoder leaves nothing: example_id, shard, row, status, detail.
+
+    Args:
+        lineage: Reads the pool's index.
+    """
+    if REFUSED in lineage.fresh("pool_index").files:
+        return read_parquet(lineage.folder("pool_index"), REFUSED)
+    texts = dict.fromkeys(("example_id", "shard", "status", "detail"), pl.String)
+    return pl.DataFrame(schema={**texts, "row": pl.Int64})
+
+
+def with_refusals(rows: pl.DataFrame, refused: pl.DataFrame) -> pl.DataFrame:
+    """Rows with the encoder's `status` (and `detail`, if they have one) where it refuses them.
+
+    Args:
+        rows: Rows of the pool, whole and in order.
+        refused: Columns `row` (number in `rows`), `status`, `detail`.
+    """
+    columns = [name for name in ("status", "detail") if name in rows.columns]
+    return rows.with_columns(rows[name].scatter(refused["row"], refused[name]) for name in columns)
+
+
+def pool_rows(lineage: Lineage, shard: str, columns: list[str]) -> pl.DataFrame:
+    """A shard's rows, with the reason as `status` where one is quarantined or refused.
+
+    Args:
+        lineage: Reads the pool.
+        shard: Key of the shard.
+        columns: Columns of the pool's table, `status` among them.
+    """
+    rows = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, columns)
+    return with_refusals(rows, refused_rows(lineage).filter(pl.col("shard") == shard))
 
 
 def conversations_of(lineage: Lineage, shard: str) -> pl.DataFrame:

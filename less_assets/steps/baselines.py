@@ -18,7 +18,7 @@ from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.reading.files import EMBEDDINGS, EXAMPLES, PLACES, TARGETS, score_file
-from less_assets.reading.rows import conversations_of
+from less_assets.reading.rows import conversations_of, pool_rows
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.shown import one_table
@@ -49,7 +49,7 @@ def embed_shard(work: StepInputs) -> StepResult:
     losses = np.full(table.height, np.nan, dtype=np.float32)
     embeddings[places], losses[places] = found.embeddings, found.losses
     statuses = [
-        status if example is None or example.loss_tokens else (example.status if example.problem else "no_loss_tokens")
+        status if example is None else (encoder.refusal(example) or ("ok", ""))[0]
         for status, example in zip(table["status"], encoded, strict=True)
     ]
     write_parquet(
@@ -141,7 +141,7 @@ def score_texts(work: StepInputs) -> StepResult:
     scorer = rule(targets, lambda: (texts for _, _, texts in _pool_texts(work)))
     rows = 0
     for shard, usable, texts in _pool_texts(work):
-        whole = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
+        whole = pool_rows(lineage, shard, ["example_id", "source", "status"])
         scores = np.full((whole.height, len(scorer.columns)), np.nan, dtype=np.float32)
         scores[usable] = scorer.score(texts)
         write_scores(work, shard, whole, scores)
@@ -161,7 +161,7 @@ def _pool_texts(work: StepInputs) -> Iterator[tuple[str, np.ndarray, list[str]]]
     from less_assets.method.selection.baselines import text_of
 
     for shard in work.lineage.shards():
-        table = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["messages", "status"])
+        table = pool_rows(work.lineage, shard, ["messages", "status"])
         usable = table.with_row_index("row").filter(pl.col("status") == "ok")
         yield shard, usable["row"].to_numpy(), list(map(text_of, usable["messages"]))
 

@@ -19,7 +19,7 @@ from less_assets.steps.shown import Picture, Table, Verdict
 from less_assets.store.tables import read_parquet
 
 QUARANTINE_LIMIT = 0.05
-"""Share of quarantined rows above which a pool is worth a look."""
+"""Share of quarantined and refused rows above which a pool is worth a look."""
 DOMINANCE_LIMIT = 0.5
 """Share of the selection above which one subtask has won too much (issue with `max` aggregation, method.md)."""
 
@@ -40,11 +40,16 @@ TROUBLE = (LessAssetsError, MemoryError, RuntimeError)
 def _check_quarantine(lineage: Lineage, _: str, models: ModelLoader, log: Log) -> Verdict:
     shards = [lineage.summary("instruction_pool", shard) for shard in lineage.shards()]
     rows, bad = sum(shard["rows"] for shard in shards), sum(shard["quarantined"] for shard in shards)
-    share = bad / max(1, rows)
+    refused = lineage.summary("pool_index").get("refused", 0)
+    share = (bad + refused) / max(1, rows)
+    words = f"{bad:,} of {rows:,} rows ({bad / max(1, rows):.1%}) are quarantined"
+    if refused:
+        words += f" and {refused:,} refused by the chat template or for their length"
+    lists = "`instruction_pool` and `refused_rows` list" if refused else "`instruction_pool` lists"
     return Verdict(
         share <= QUARANTINE_LIMIT,
-        f"{bad:,} of {rows:,} rows ({share:.1%}) are quarantined; `instruction_pool` lists them with reasons.",
-        {"rows": rows, "quarantined": bad, "share": share},
+        f"{words}; {lists} them with reasons.",
+        {"rows": rows, "quarantined": bad, "refused": refused, "share": share},
     )
 
 
@@ -195,7 +200,9 @@ def _judge_steps(summary: dict[str, Any], steps: pl.DataFrame) -> Verdict:
     )
 
 
-few_rows_quarantined = Check("few_rows_quarantined", "Few rows of the pool are quarantined.", _check_quarantine)
+few_rows_quarantined = Check(
+    "few_rows_quarantined", "Few rows of the pool are quarantined or refused.", _check_quarantine
+)
 no_subtask_dominates = Check(
     "no_subtask_dominates", "No subtask has won more than half of the selection.", check_dominance
 )

@@ -1,4 +1,4 @@
-"""The base model and the instruction pool: read, normalised, indexed, and what is left out of it.
+"""The base model and the instruction pool: read, normalised, tried on the tokenizer, indexed; what is left out of it.
 
 Belongs here: wiring only. Formats are `method/data/row_formats.py`, files and shards `lineage/pool_files.py`.
 """
@@ -14,14 +14,19 @@ from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
 from less_assets.lineage.file_digests import model_stamp
 from less_assets.lineage.lineage import Input, Keys, Lineage
-from less_assets.lineage.plan import digest
+from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.pool_files import data_path
-from less_assets.reading.files import EXAMPLES, EXCLUDED, INDEX
+from less_assets.project.project import Project
+from less_assets.reading.files import EXAMPLES, EXCLUDED, INDEX, REFUSED
+from less_assets.reading.rows import conversations_of
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import few_rows_quarantined
 from less_assets.steps.fairness_checks import evaluation_not_in_pool
 from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
+
+NOTHING_REFUSED = digest([])
+"""Version of `refused_rows` where there are none."""
 
 
 def record_base_model(work: StepInputs) -> StepResult:
@@ -67,9 +72,22 @@ def read_shard(work: StepInputs) -> StepResult:
     return StepResult(summary, data_version=digest([list(row) for row in rows]), units=table.height)
 
 
+def refuse_rows(work: StepInputs) -> StepResult:
+    """Encode a shard's rows, and list those of which nothing can be trained on; needs the tokenizer only."""
+    from less_assets.method.data.chat import refusals
+
+    table = conversations_of(work.lineage, work.partition)
+    refused = refusals(work.models.encoder(), table, work.progress(table.height, "rows"))
+    write_parquet(work.folder, REFUSED, refused)
+    reasons = dict(sorted(refused["status"].value_counts().iter_rows()))
+    summary = {"rows": table.height, "refused": refused.height, "reasons": reasons}
+    version = digest([list(row) for row in refused.iter_rows()])
+    return StepResult(summary, data_version=version, units=table.height)
+
+
 def index_pool(work: StepInputs) -> StepResult:
-    """List every usable row of every shard; of equal examples the first one is canonical."""
-    parts = []
+    """List every usable row of every shard; of equal examples the first one is canonical. Refused rows stand apart."""
+    parts, refused_parts = [], []
     shards = work.lineage.pool_files.shard_keys()
     if not shards:  # else everything after it would go on with nothing, where only the ledger was lost
         raise PoolFormatError(
@@ -81,8 +99,23 @@ def index_pool(work: StepInputs) -> StepResult:
         table = read_parquet(
             work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"]
         )
-        rows = table.with_row_index("row").filter(pl.col("status") == "ok")
-        parts.append(rows.select("example_id", "source", pl.lit(shard).alias("shard"), pl.col("row").cast(pl.Int64)))
+        refused = read_parquet(work.lineage.folder("refused_rows", shard), REFUSED)
+        rows = table.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row")).filter(pl.col("status") == "ok")
+        used = rows.join(refused, on="row", how="anti", maintain_order="left")
+        parts.append(used.select("example_id", "source", pl.lit(shard).alias("shard"), "row"))
+        refused_parts.append(refused.select("example_id", pl.lit(shard).alias("shard"), "row", "status", "detail"))
+    refused = pl.concat(refused_parts)
+    if refused.height and not sum(part.height for part in parts):
+        reasons = ", ".join(
+            f"{status}: {rows}" for status, rows in sorted(refused["status"].value_counts().iter_rows())
+        )
+        raise PoolFormatError(
+            f"No row of the pool can be used with this model ({reasons}); the first says: {refused['detail'][0]}.",
+            where="model",
+            fix="set another `model.chat_format`, raise `model.max_length`, or correct the rows",
+        )
+    if refused.height:
+        write_parquet(work.folder, REFUSED, refused)
     index = pl.concat(parts).with_columns(
         pl.len().over("example_id").cast(pl.Int64).alias("copies"),
         pl.col("example_id").is_first_distinct().alias("canonical"),
@@ -94,6 +127,7 @@ def index_pool(work: StepInputs) -> StepResult:
         "usable": index.height,
         "unique": unique.height,
         "copies": index.height - unique.height,
+        "refused": refused.height,
         "sources": dict(sorted(unique["source"].value_counts().iter_rows())),
     }
     return StepResult(summary)
@@ -135,6 +169,13 @@ def describe_shard(stored: Stored) -> Shown:
     return Shown(values, table.height, table.schema)
 
 
+def describe_refused(stored: Stored) -> Shown:
+    """Every refused row with its reason."""
+    refused = stored.table(REFUSED)
+    values = {"refused_rows": Table(refused.head(TABLE_ROWS))} if refused.height else {}
+    return Shown(values, refused.height, refused.schema)
+
+
 def describe_index(stored: Stored) -> Shown:
     """The share of each source."""
     from less_assets.report import charts
@@ -162,6 +203,25 @@ def pool_work(workload: Workload, due: Sequence[str]) -> Amount:
     shards = [workload.lineage.pool_files.shard(str(key)) for key in due]
     stored = sum(shard.rows * workload.samples[shard.source].stored_bytes for shard in shards)
     return Amount(units={"instruction_pool": sum(shard.rows for shard in shards)}, bytes=stored)
+
+
+def refusal_work(workload: Workload, due: Sequence[str]) -> Amount:
+    """Rows encoded."""
+    shards = [workload.lineage.pool_files.shard(str(key)) for key in due]
+    return Amount(units={"refused_rows": sum(shard.rows for shard in shards)})
+
+
+def _tokenizer_settings(project: Project) -> Mapping[str, Any]:
+    return {"tokenizer": project.tokenizer_settings()}
+
+
+def _indexed_rows(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """A shard without refused rows adds nothing: its index is the one that earlier versions made."""
+    return {
+        name: version
+        for name, version in inputs.items()
+        if not name.startswith("refused_rows/") or version != NOTHING_REFUSED
+    }
 
 
 def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
@@ -214,14 +274,34 @@ ASSETS = (
         speed=Guess(seconds=2e-4),  # of one two-core machine, and small beside all work on tokens
     ),
     Asset(
+        name="refused_rows",
+        group="pool",
+        kinds=frozenset({"huggingface", "parquet"}),
+        description=(
+            "Rows of one shard that leave nothing to train on: refused by the base model's chat template, or too long."
+        ),
+        axes=("shard",),
+        inputs=(Input("base_model"), Input("instruction_pool")),
+        folder="refused/{shard}",
+        settings=lambda lineage, keys: _tokenizer_settings(lineage.project),
+        shared_settings=_tokenizer_settings,
+        compute=refuse_rows,
+        describe=describe_refused,
+        in_ranges=True,
+        amount=refusal_work,
+        speed=Guess(seconds=2e-3),  # of one two-core machine, rows of 150 tokens
+        columns_from={"instruction_pool": {"example_id": ["example_id"]}},
+    ),
+    Asset(
         name="pool_index",
         group="pool",
         kinds=frozenset({"polars", "parquet"}),
-        description="Where every example of the pool stands, how often, and which copy counts.",
-        inputs=(Input("instruction_pool"),),
+        description="Where every usable example of the pool stands, how often, and which copy counts.",
+        inputs=(Input("instruction_pool"), Input("refused_rows")),
         folder="pool_index",
         # A removed source changes no partition that is left; by this Dagster sees that the index is another one.
         shared_settings=lambda project: {"sources": [*sorted(source.name for source in project.pool.sources)]},
+        determined_by=_indexed_rows,
         compute=index_pool,
         describe=describe_index,
         checks=(few_rows_quarantined, evaluation_not_in_pool),

@@ -168,7 +168,8 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
         def read() -> Iterator[pl.DataFrame]:
             for shard in work.lineage.shards():
                 table = read_parquet(folder, score_file(shard)).drop("loss_tokens", strict=False)
-                scores = ranked_scores(table["example_id"].to_list(), score_matrix(table["score"]))[:, wanted]
+                ids = table["example_id"].fill_null("").to_list()  # quarantined rows have none, and no score
+                scores = ranked_scores(ids, score_matrix(table["score"]))[:, wanted]
                 rows = pool.rows(shard, tokens=counted).drop("example_id", "source", "shard", "copies", "status")
                 joined = table.with_columns(pl.Series("score", scores, dtype=kind)).join(
                     rows, on="row", how="left", maintain_order="left"

@@ -20,7 +20,6 @@ from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import CERTIFICATE, REAL_STEPS, certified_rules, judge_selection
 from less_assets.reading.files import (
-    EXAMPLES,
     FEATURES,
     PASSED_OVER,
     POOL_SCORES,
@@ -30,7 +29,7 @@ from less_assets.reading.files import (
     TARGET_FEATURES,
     score_file,
 )
-from less_assets.reading.rows import checkpoint_weights, conversations_of
+from less_assets.reading.rows import checkpoint_weights, conversations_of, pool_rows
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import (
     influence_is_real,
@@ -67,7 +66,7 @@ def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
         features = {
             name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in checkpoints
         }
-        pool = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
+        pool = pool_rows(lineage, shard, ["example_id", "source", "status"])
         status = row_statuses(pool["status"].to_list(), {name: reader.status for name, reader in features.items()})
         table = pool.with_columns(
             pl.lit(shard).alias("shard"),

@@ -50,7 +50,7 @@ def test_rows_without_a_usable_gradient_have_a_reason_and_no_rank(tiny_project):
     small(tiny_project, rows, targets)
     lineage = finished(tiny_project)
     table = read_parquet(lineage.folder("influence_scores", "sums"), score_file("plus-00000"))
-    assert table["status"].to_list() == ["ok", "no_loss_tokens", "wrong_type", "ok", "no_assistant_turn"]
+    assert table["status"].to_list() == ["ok", "prompt_too_long", "wrong_type", "ok", "no_assistant_turn"]
     scored = [name for name in table.columns if "." in name]
     assert table.filter(pl.col("status") != "ok").select(scored).null_count().row(0) == (3,) * len(scored)
     subset = read_parquet(lineage.folder("selected_subset", "less|sums"), SUBSET)
@@ -80,8 +80,9 @@ def test_a_pool_in_which_no_row_has_loss_tokens_is_refused_with_the_reason(tiny_
     small(tiny_project, [cut_off], [{"messages": question(200, "plus")}])
     with pytest.raises(LessAssetsError) as caught:
         finished(tiny_project)
-    assert isinstance(caught.value, TrainingError | PoolFormatError)
-    assert "no example to train on" in str(caught.value)
+    assert isinstance(caught.value, PoolFormatError)
+    assert "No row of the pool can be used" in str(caught.value)
+    assert "prompt_too_long: 1" in str(caught.value)
 
 
 def test_a_warmup_of_one_step_at_rate_zero_is_refused_with_what_to_do(tiny_project):

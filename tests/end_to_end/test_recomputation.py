@@ -158,6 +158,7 @@ def test_a_new_shard_costs_that_shard_and_what_reads_the_whole_pool(finished):
     made = finished.run(UNTIL_SUBSETS)
     assert made == {
         "instruction_pool": ["colors-00001"],
+        "refused_rows": ["colors-00001"],
         "pool_index": [None],
         "warmup_sample": [None],  # checked again, not drawn again: nothing is trained
         "train_gradients": ["epoch-1|colors-00001", "epoch-2|colors-00001"],

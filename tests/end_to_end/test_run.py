@@ -69,7 +69,7 @@ def test_a_run_warns_of_a_pool_that_lost_more_than_a_tenth(tiny_project, instanc
     said = results(project, open_store(project))
     assert "Pool: 50 rows, 44 usable, 6 quarantined, 0 refused" in said
     assert "plus.jsonl:25" in said
-    assert "Warning: 12% of the pool cannot be used" in said
+    assert "Warning: 12% of these rows cannot be used" in said
 
 
 def test_exact_rescoring_of_the_whole_pool_selects_the_exact_best(tiny_project, instance):

@@ -139,6 +139,7 @@ def test_the_frozen_sample_keeps_its_fingerprint_when_the_pool_grows(bench):
         file.write(json.dumps({"messages": [*TURNS, *TURNS]}) + "\n")
     PoolFiles.scan(bench.project, bench.store)
     bench.put("instruction_pool", "plus-00000")
+    bench.put("refused_rows", "plus-00000")
     bench.put("pool_index", shards=["plus-00000"])
     after = bench.lineage.plan("warmup_sample")
     assert after.inputs != before.inputs

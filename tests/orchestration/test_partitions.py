@@ -51,7 +51,10 @@ KEYS = {"checkpoint": CHECKPOINTS, "shard": SHARD_KEYS, "task": TASKS, "recipe":
 
 # Child, one of its keys, parent, the parent's keys that it reads. Where the parent is unpartitioned: [None].
 PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
+    ("refused_rows", "plus-00001", "base_model", [None]),
+    ("refused_rows", "plus-00001", "instruction_pool", ["plus-00001"]),
     ("pool_index", None, "instruction_pool", SHARD_KEYS),
+    ("pool_index", None, "refused_rows", SHARD_KEYS),
     ("warmup_sample", None, "pool_index", [None]),
     ("warmup_checkpoints", "epoch-2", "base_model", [None]),
     ("warmup_checkpoints", "epoch-2", "warmup_sample", [None]),
@@ -301,7 +304,7 @@ def test_dagster_accepts_every_mapping(graph):
 
 def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less_than_a_run(graph):
     single = [asset for asset in ASSETS if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
-    sharing = ["instruction_pool", "warmup_checkpoints", "train_gradients", "target_gradients"]
+    sharing = ["instruction_pool", "refused_rows", "warmup_checkpoints", "train_gradients", "target_gradients"]
     sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
     assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset"}
     for asset in single:

@@ -98,7 +98,7 @@ def test_everything_is_every_partition_in_topological_order(small):
 def test_random_selection_needs_no_gradients(small):
     needed = small.needed(recipes=("random-seed0",))
     assert set(needed) == {
-        *("base_model", "instruction_pool", "pool_index", "target_examples", "recipe_settings"),
+        *("base_model", "instruction_pool", "refused_rows", "pool_index", "target_examples", "recipe_settings"),
         *("selected_subset", "finetuned_model", "eval_results", "selection_report"),
     }
     assert needed["recipe_settings"] == ["random-seed0"]
@@ -120,7 +120,7 @@ def test_one_task_needs_no_other_tasks_gradients(small):
 
 def test_until_an_asset_needs_nothing_below_it(small):
     assert set(small.needed(until="warmup_checkpoints")) == {
-        *("base_model", "instruction_pool", "pool_index", "warmup_sample", "warmup_checkpoints"),
+        *("base_model", "instruction_pool", "refused_rows", "pool_index", "warmup_sample", "warmup_checkpoints"),
     }
     subsets = small.needed(until="selected_subset", tasks=("sums",), recipes=("less",))
     assert subsets["selected_subset"] == ["less|sums"]

@@ -8,12 +8,13 @@ turns stand in it is `chat_template.py`; where the turns come from `examples.py`
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import polars as pl
 
 from less_assets.errors import ChatFormatError, TargetFormatError
 from less_assets.method import DEFAULT_DATE
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from less_assets.method.data.targets import TargetExample
 
 ChatFormat = Literal["template", "tulu"]
+
+REFUSED_SCHEMA = pl.Schema({"example_id": pl.String, "row": pl.Int64, "status": pl.String, "detail": pl.String})
 
 IGNORED = -100
 """Label of a position without loss, as everywhere in transformers."""
@@ -106,8 +109,8 @@ class ChatEncoder:
             tools: JSON text of the tool schemas; None: there are none.
 
         Returns:
-            The encoding; what is too long is cut off, so that no loss tokens may remain. With no tokens, a `status`
-            and a `problem` if this one conversation cannot be encoded.
+            The encoding; what is too long is cut off, so that no loss tokens may remain (see `refusal`). With no
+            tokens, a `status` and a `problem` if this one conversation cannot be encoded.
 
         Raises:
             ChatFormatError: If no conversation can be encoded so: no chat template, no end token, a template whose
@@ -123,6 +126,23 @@ class ChatEncoder:
         input_ids = np.asarray(ids[: self.max_length], dtype=np.int32)
         labels = np.where(in_loss[: self.max_length], input_ids, np.int32(IGNORED)).astype(np.int32)
         return EncodedExample(example_id, input_ids, labels)
+
+    def refusal(self, row: EncodedExample) -> tuple[str, str] | None:
+        """Why nothing can be trained on an encoded row; None if something can.
+
+        Args:
+            row: From `row`.
+
+        Returns:
+            The status (that of the row, `prompt_too_long` or `no_loss_tokens`), and the reason for a person.
+        """
+        if row.problem:
+            return row.status, row.problem
+        if row.loss_tokens:
+            return None
+        if len(row.input_ids) == self.max_length:
+            return "prompt_too_long", f"its answers begin after {self.max_length} tokens, which is `model.max_length`"
+        return "no_loss_tokens", "no token of it carries loss"
 
     def loss_token_texts(self, messages: Sequence[Message], tools: str | None = None) -> tuple[list[LossToken], bool]:
         """Say what text each loss token of `row` stands for.
@@ -310,6 +330,27 @@ def check_chat_format(tokenizer: Any, chat_format: ChatFormat, date: datetime.da
     elif not tokenizer.eos_token:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         raise ChatFormatError("The tokenizer has no end token, which the Tulu format needs.", where=name)
+
+
+def refusals(
+    encoder: ChatEncoder, rows: pl.DataFrame, on_row: Callable[[int], object] = lambda row: None
+) -> pl.DataFrame:
+    """Encode rows of the pool, and list those of which nothing can be trained on.
+
+    Args:
+        encoder: Encodes them.
+        rows: Columns `example_id` (null where a row is quarantined), `messages`, `tools`.
+        on_row: Called after each row with 1.
+
+    Returns:
+        example_id, row (number in `rows`), status, detail (why, for a person).
+    """
+    refused = []
+    for row, (example_id, messages, tools) in enumerate(rows.select("example_id", "messages", "tools").iter_rows()):
+        if example_id and (reason := encoder.refusal(encoder.row(example_id, messages, tools))):
+            refused.append((example_id, row, *reason))
+        on_row(1)
+    return pl.DataFrame(refused, REFUSED_SCHEMA, orient="row")
 
 
 # ---- the Tulu format ----

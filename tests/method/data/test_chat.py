@@ -283,6 +283,17 @@ def test_one_conversation_that_the_template_refuses_is_reported_not_raised():
     assert encode(conversation("a", "b"), TEMPLATED["alternating"]).problem is None
 
 
+def test_a_row_is_refused_for_what_the_template_says_for_its_length_or_for_having_no_loss():
+    encoder = ChatEncoder(TEMPLATED["alternating"], "template", 40)
+    twice = [*conversation("a", "b"), {"role": "assistant", "content": "c"}]
+    masked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]
+    rows = (conversation("a", "b"), twice, conversation("a " * 40, "b"), masked)
+    reasons = [encoder.refusal(encoder.row("row", messages)) for messages in rows]
+    assert reasons[0] is None
+    assert [reason[0] for reason in reasons[1:]] == ["template_refuses", "prompt_too_long", "no_loss_tokens"]
+    assert "roles must alternate" in reasons[1][1]
+
+
 def test_a_template_that_cannot_be_split_is_an_error_that_names_it():
     tokenizer = make_tokenizer(template=BACKWARDS, name_or_path="some/backwards-model")
     with pytest.raises(ChatFormatError, match="some/backwards-model"):
