@@ -14,6 +14,7 @@ import networkx
 
 PACKAGE = "less_assets"
 FLOORS = (
+    "openmp",
     "errors",
     "method",
     "store",

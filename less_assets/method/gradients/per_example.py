@@ -362,7 +362,7 @@ class PerExampleBackward:
         weights = (1.0 / places.counts)[row_of].to(self.device)
         self._sink, self._rows, self._reported = sink, places.shape[0], set()
         with self._attention:
-            logits = self._logits_at(places.inputs, places.positions.to(self.device))
+            logits = logits_at(self.model, places.inputs, places.positions.to(self.device))
         losses = nn.functional.cross_entropy(logits.float(), places.wanted, reduction="none")
         # The gradient of a sum is each example's own gradient: rows do not meet, not even through a NaN.
         torch.sum(losses * weights).backward()
@@ -393,7 +393,7 @@ class PerExampleBackward:
         try:
             # Fused attention kernels have no forward mode; the plain one has.
             with forward_mode.dual_level(), sdpa_kernel(SDPBackend.MATH):
-                logits = self._logits_at(places.inputs, places.positions.to(self.device)).float()
+                logits = logits_at(self.model, places.inputs, places.positions.to(self.device)).float()
                 losses = -logits.log_softmax(1).gather(1, places.wanted[:, None])[:, 0]
                 tangent = forward_mode.unpack_dual(losses).tangent
         finally:
@@ -414,28 +414,6 @@ class PerExampleBackward:
         positions = in_loss.flatten().nonzero().squeeze(1)
         wanted = targets.flatten()[positions].to(self.device)
         return _LossPlaces(inputs, (targets.shape[0], targets.shape[1]), positions, wanted, in_loss.sum(1))
-
-    def _logits_at(self, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """The model's own logits (positions, vocabulary) at some of the flattened positions.
-
-        The head is entered with only these positions, and whatever an architecture does to logits (scaling, soft caps)
-        follows as it always does.
-        """
-        base: Any = self.model.get_base_model()
-        head = base.get_output_embeddings()
-        rows, width = inputs["input_ids"].shape
-
-        def keep_positions(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if arguments and arguments[0].shape[:2] == (rows, width):
-                return (arguments[0].flatten(0, 1)[positions].unsqueeze(0), *arguments[1:])
-            return None
-
-        narrow = head is not None and not isinstance(head, lora.LoraLayer)
-        with _hook(head.register_forward_pre_hook(keep_positions) if narrow else None):
-            logits: Tensor = base(**inputs, use_cache=False).logits
-        if logits.shape[:2] == (1, len(positions)):
-            return logits[0]
-        return logits.flatten(0, 1)[positions]
 
     def _forward_layer(self, part: LoraSlice, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if x.dim() < 3 or x.shape[0] != self._rows:
@@ -468,6 +446,29 @@ class PerExampleBackward:
             rows = slice(start, min(start + step, self._rows))
             gradients = (_products(hidden_error[rows], x[rows]), _products(error[rows], scaled[rows]))
             self._sink(part, rows, torch.cat(gradients, dim=1))
+
+
+def logits_at(model: PeftModel, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """A model's own logits (positions, vocabulary) at some of the flattened positions of a batch.
+
+    The head is entered with only these positions, and whatever an architecture does to logits (scaling, soft caps)
+    follows as it always does.
+    """
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings()
+    rows, width = inputs["input_ids"].shape
+
+    def keep_positions(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if arguments and arguments[0].shape[:2] == (rows, width):
+            return (arguments[0].flatten(0, 1)[positions].unsqueeze(0), *arguments[1:])
+        return None
+
+    narrow = head is not None and not isinstance(head, lora.LoraLayer)
+    with _hook(head.register_forward_pre_hook(keep_positions) if narrow else None):
+        logits: Tensor = base(**inputs, use_cache=False).logits
+    if logits.shape[:2] == (1, len(positions)):
+        return logits[0]
+    return logits.flatten(0, 1)[positions]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

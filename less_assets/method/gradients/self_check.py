@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from less_assets.errors import UnsupportedModelError
 from less_assets.method.data.batching import collate
 from less_assets.method.data.probe_rows import probe_rows
-from less_assets.method.gradients.per_example import LoraSlice, PerExampleBackward, is_out_of_memory
+from less_assets.method.gradients.per_example import LoraSlice, PerExampleBackward, is_out_of_memory, lora_slices
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -41,11 +41,12 @@ SmolLM2-135M: in float32 0 alone and 8e-6 padded, in bfloat16 0.11 and 0.11.
 
 _OTHER_MODEL = "Choose another base model, or put LoRA on other layers."
 
-_passed: WeakKeyDictionary[nn.Module, set[tuple[str, torch.dtype]]] = WeakKeyDictionary()
+_passed: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
+"""Base model -> what was checked: padding side, dtype, LoRA layers."""
 
 
 def check_gradients(model: PeftModel, pad_token_id: int, padding_side: Literal["left", "right"]) -> None:
-    """Refuse a model whose batched per-example gradients are not those of each row alone; once per loaded model.
+    """Refuse a model whose batched per-example gradients are not those of each row alone; once for its layers.
 
     Args:
         model: PEFT model with one active LoRA adapter.
@@ -57,10 +58,11 @@ def check_gradients(model: PeftModel, pad_token_id: int, padding_side: Literal["
             `lora_slices`.
         LessAssetsError: If memory runs out.
     """
-    dtype = next(model.parameters()).dtype
-    if (padding_side, dtype) in _passed.get(model, ()):
+    base = model.get_base_model()
+    checked = (padding_side, next(model.parameters()).dtype, *(part.name for part in lora_slices(model)))
+    if checked in _passed.get(base, ()):
         return
-    architecture = type(model.get_base_model()).__name__
+    architecture = type(base).__name__
     try:
         errors = _relative_errors(model, pad_token_id, padding_side)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
@@ -73,7 +75,7 @@ def check_gradients(model: PeftModel, pad_token_id: int, padding_side: Literal["
         ) from error
     for alone, padded in errors:
         _judge(alone, padded, _limit(model), architecture, padding_side)
-    _passed.setdefault(model, set()).add((padding_side, dtype))
+    _passed.setdefault(base, set()).add(checked)
 
 
 def _relative_errors(

@@ -27,7 +27,7 @@ from less_assets.method.gradients import per_example as gradients
 from less_assets.method.gradients.attention import FastAttention, keeps_weights
 from less_assets.method.gradients.exact import per_example_gradients
 from less_assets.method.gradients.features import Batching, RowStatus, extract_features
-from less_assets.method.gradients.per_example import PerExampleBackward, lora_parameters, lora_slices
+from less_assets.method.gradients.per_example import logits_at, lora_parameters, lora_slices
 from less_assets.method.gradients.sketch import Sketch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -179,9 +179,7 @@ def test_logits_at_loss_positions_are_the_models_own(architecture):
     ids = torch.randint(3, 97, (3, 11))
     positions = torch.tensor([0, 4, 10, 17, 32])
     expected = model(input_ids=ids).logits.flatten(0, 1)[positions]
-    with PerExampleBackward(model) as backward:
-        backward._rows = 3
-        found = backward._logits_at({"input_ids": ids}, positions)
+    found = logits_at(model, {"input_ids": ids}, positions)
     assert torch.allclose(found, expected, atol=1e-5)
 
 

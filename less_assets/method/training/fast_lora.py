@@ -1,0 +1,171 @@
+"""The loss of a LoRA training step without the work that does not change it, for adapters of a known structure.
+
+Belongs here: LoRA layers as one autograd function each, and the loss of a batch through them. Not here: the training
+loop and the plain path, which serves every other model (`training`); per-example gradients (`gradients.per_example`).
+
+What is saved against PEFT's forward pass: adapter products are taken in the dtype of the layer's input, with the weight
+in float32 rounded to it; nothing is copied to float32 and back; the head sees only positions that carry loss; right
+padding needs no attention mask, with which attention would be slow; columns behind the last loss token are left out.
+Random numbers are drawn in the same order and number, so on a processor dropout drops what it drops in the plain path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from less_assets.errors import UnsupportedModelError
+from less_assets.method.data.chat import IGNORED
+from less_assets.method.gradients.attention import FastAttention, keeps_weights
+from less_assets.method.gradients.per_example import LoraSlice, logits_at, lora_slices
+from less_assets.method.gradients.self_check import check_gradients
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class FastLora:
+    """Context in which a PEFT model's LoRA layers run as one autograd function each.
+
+    Attributes:
+        attention: The context of its forward passes; gradient checkpointing needs it for the second one.
+
+    Args:
+        model: PEFT model with one active LoRA adapter on linear layers, which has passed `check_gradients`.
+
+    Raises:
+        UnsupportedModelError: As `per_example.lora_slices`.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+        self._slices = lora_slices(model)
+        # The base model's own dropout draws as many numbers as a batch has columns: those of the plain path.
+        config: Any = model.get_base_model().config
+        settings = config.get_text_config().to_dict()
+        self._cuts = not any("drop" in name and value for name, value in settings.items())
+        served = keeps_weights(next(model.parameters()))
+        self.attention: AbstractContextManager[Any] = FastAttention() if served else nullcontext()
+
+    def __enter__(self) -> FastLora:
+        for part in self._slices:
+            part.layer.forward = partial(self._forward_layer, part)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for part in self._slices:
+            del part.layer.forward
+
+    def token_loss_sum(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Sum of the cross-entropy over a batch's loss tokens, float32 scalar; `training.token_loss_sum`, faster.
+
+        Args:
+            batch: `input_ids`, `labels`, each int64 (rows, length), padded on the right, on the model's device.
+        """
+        labels = batch["labels"][:, 1:]
+        whole = batch["input_ids"].shape[1]
+        # What follows the last loss token of all predicts none.
+        width = int((labels != IGNORED).any(0).nonzero().max()) + 1 if self._cuts else whole
+        labels = functional.pad(labels, (0, 1), value=IGNORED)[:, :width].flatten()
+        positions = (labels != IGNORED).nonzero().squeeze(1)
+        self._columns = width, whole
+        with self.attention:
+            logits = logits_at(self._model, {"input_ids": batch["input_ids"][:, :width]}, positions)
+        return functional.cross_entropy(logits.float(), labels[positions], reduction="sum")
+
+    def _forward_layer(self, part: LoraSlice, x: Tensor) -> Tensor:
+        base: Any = part.layer.base_layer
+        (dropout,) = (part.layer.lora_dropout[name] for name in part.layer.active_adapters)
+        rate = getattr(dropout, "p", 0.0) if part.layer.training else 0.0
+        mask = self._mask(x, 1 - rate) if rate else None
+        adapter = (part.a, part.b, part.scaling / (1 - rate), mask)
+        fused = type(base) is nn.Linear
+        output: Tensor = (
+            _Lora.apply(x, base.weight, base.bias, None, *adapter)  # type: ignore[no-untyped-call]
+            if fused
+            else _Lora.apply(x, None, None, base(x), *adapter)  # type: ignore[no-untyped-call]
+        )
+        return output
+
+    def _mask(self, x: Tensor, share: float) -> Tensor:
+        """Zeros and ones of x's shape and dtype: the numbers that PEFT's dropout draws for the whole batch, cut."""
+        width, whole = self._columns
+        if x.dim() < 3 or x.shape[1] != width:
+            return torch.empty_like(x).bernoulli_(share)
+        return x.new_empty(x.shape[0], whole, *x.shape[2:]).bernoulli_(share)[:, :width]
+
+
+def fast_lora(model: PeftModel, pad_token_id: int) -> FastLora | None:
+    """The fast path for a model, or None if its structure is not known to allow it.
+
+    Args:
+        model: PEFT model, ready to be trained.
+        pad_token_id: Fills the padding.
+
+    Raises:
+        LessAssetsError: If memory runs out.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        return None  # small gradients would vanish, which PEFT's products in float32 keep
+    try:
+        check_gradients(model, pad_token_id, "right")
+        return FastLora(model)
+    except UnsupportedModelError:
+        return None
+
+
+class _Lora(torch.autograd.Function):
+    """y = W·x + bias + s·B·A·(mask ∘ x); W·x + bias is `base`, if that is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        dropped = (x if mask is None else x * mask).flatten(0, -2)
+        hidden = dropped @ a.T
+        # A new tensor, not a view: models may add to it in place (Falcon does).
+        output = x.new_empty(*x.shape[:-1], len(b))
+        rows = output.flatten(0, -2)
+        if weight is None:
+            assert base is not None
+            torch.addmm(base.flatten(0, -2), hidden, b.T, alpha=scaling, out=rows)
+        else:
+            if bias is None:
+                torch.mm(x.flatten(0, -2), weight.T, out=rows)
+            else:
+                torch.addmm(bias, x.flatten(0, -2), weight.T, out=rows)
+            rows.addmm_(hidden, b.T, alpha=scaling)
+        ctx.save_for_backward(dropped, hidden, a, b, weight, mask)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor | None, ...]:
+        dropped, hidden, a, b, weight, mask = ctx.saved_tensors
+        rows = error.flatten(0, -2)
+        hidden_error = (rows @ b).mul_(ctx.scaling)
+        of_a, of_b = (hidden_error.T @ dropped).float(), (rows.T @ hidden).float().mul_(ctx.scaling)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = rows.new_zeros(dropped.shape) if weight is None else rows @ weight
+            if mask is None:
+                of_x.addmm_(hidden_error, a)
+            else:
+                of_x.addcmul_(hidden_error @ a, mask.flatten(0, -2))
+            of_x = of_x.view(*error.shape[:-1], -1)
+        return of_x, None, None, None if weight is not None else error, of_a, of_b, None, None
