@@ -17,7 +17,7 @@ import dagster as dg
 
 from less_assets.compute.step import Failures
 from less_assets.errors import LessAssetsError
-from less_assets.lineage.lineage import Lineage, Status
+from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.pool_files import PoolFiles
 from less_assets.orchestration.dagster_internals import (
     DATA_VERSION_TAG,
@@ -204,14 +204,7 @@ class GraphRunner:
         follower = ASSETS[asset].same_run
         if follower is None or len(partitions) != 1 or partitions[0] not in needed.get(follower, ()):
             return []
-        return [follower] if self._recorded_version(follower, partitions[0]) is None else []
-
-    def status(self, request: Request) -> Iterator[tuple[str, Partition, Status]]:
-        """Status of every artifact that a request needs, in order; computes nothing."""
-        lineage = open_lineage(self._project, self._store)
-        for asset, partitions in self.needed(request).items():
-            for partition in partitions:
-                yield asset, partition, lineage.status(asset, partition)
+        return [follower] if self.recorded_version(follower, partitions[0]) is None else []
 
     def needed(self, request: Request) -> dict[str, list[Partition]]:
         """Which partitions of which assets a request needs, in topological order of the assets.
@@ -269,9 +262,10 @@ class GraphRunner:
         """Whether the stored artifact matches its plan and Dagster has recorded just this version of it."""
         if lineage.status(asset, partition).state != "fresh":
             return False
-        return self._recorded_version(asset, partition) == lineage.fresh(asset, partition).data_version
+        return self.recorded_version(asset, partition) == lineage.fresh(asset, partition).data_version
 
-    def _recorded_version(self, asset: str, partition: Partition) -> str | None:
+    def recorded_version(self, asset: str, partition: Partition) -> str | None:
+        """Data version of an artifact's last materialization that Dagster has recorded; None if there is none."""
         key = dg.AssetKey(asset)
         if partition is None:
             event = self._instance.get_latest_materialization_event(key)

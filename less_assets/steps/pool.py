@@ -23,6 +23,11 @@ from less_assets.steps.fairness_checks import evaluation_not_in_pool
 from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
 
+ROW_SECONDS = 2e-4
+"""Reading and normalising a row on one two-core machine: small beside all work on tokens."""
+INDEX_ROW_SECONDS = 5e-6
+"""Listing a row in the index, likewise."""
+
 
 def record_base_model(work: StepInputs) -> StepResult:
     """Load the base model once and record what it is."""
@@ -157,6 +162,7 @@ ASSETS = (
         compute=record_base_model,
         loads_model=True,
         amount=base_model_work,
+        versioned_by_content=True,
     ),
     Asset(
         name="instruction_pool",
@@ -173,7 +179,9 @@ ASSETS = (
         describe=describe_shard,
         in_ranges=True,
         amount=pool_work,
-        speed=Guess(seconds=2e-4),  # of one two-core machine, and small beside all work on tokens
+        speed=Guess(seconds=ROW_SECONDS),
+        versioned_by_content=True,
+        rehearsal_seconds=lambda lineage, keys: ROW_SECONDS * lineage.pool_files.shard(keys["shard"]).rows,
     ),
     Asset(
         name="pool_index",
@@ -187,6 +195,7 @@ ASSETS = (
         compute=index_pool,
         describe=describe_index,
         checks=(few_rows_quarantined, evaluation_not_in_pool),
+        rehearsal_seconds=lambda lineage, keys: INDEX_ROW_SECONDS * lineage.pool_files.rows,
         columns_from={"instruction_pool": ROW_COLUMNS},
     ),
 )
