@@ -277,11 +277,14 @@ class GraphRunner:
         return tags.get(partition, {}).get(DATA_VERSION_TAG)
 
     def runs(self, asset: str, due: Sequence[Partition]) -> list[list[Partition]]:
-        """Cut what is due into runs: neighbours in one run where the asset takes ranges, else one run each."""
+        """Cut what is due into runs: neighbours in one run where the asset takes ranges, else one run each.
+
+        Base models come first: checks compare other models with them.
+        """
         key = dg.AssetKey(asset)
         policy = self._graph.get(key).backfill_policy
         if policy is None or due == [None]:
-            return [[partition] for partition in due]
+            return [[partition] for partition in sorted(due, key=lambda key: self._chooses_rows(asset, key))]
         with partition_loading_context(dynamic_partitions_store=self._instance):
             definition = self._graph.get(key).partitions_def
             assert definition is not None
@@ -299,6 +302,11 @@ class GraphRunner:
             else:
                 runs.append([partition])
         return runs
+
+    def _chooses_rows(self, asset: str, partition: Partition) -> bool:
+        if "recipe" not in ASSETS[asset].axes:
+            return False
+        return self._project.recipe(_part(partition, asset, "recipe")).traits.chooses_rows
 
     def _execute(self, assets: Sequence[str], partitions: Sequence[Partition], process: str) -> list[Warned]:
         """Run assets of the same partitions, or one asset of several; returns the checks that warn."""

@@ -168,6 +168,12 @@ def test_assets_without_range_runs_get_one_run_for_each_partition(small):
     assert small.runner.runs("pool_index", [None]) == [[None]]
 
 
+def test_base_models_come_first_so_that_others_can_be_compared_with_them(small):
+    due = grid(["less", "base"], TASKS)
+    assert small.runner.runs("finetuned_model", due) == [[key] for key in grid(["base", "less"], TASKS)]
+    assert small.runner.runs("eval_results", due) == [[key] for key in grid(["base", "less"], TASKS)]
+
+
 @dg.job
 def talk():
     @dg.op
