@@ -117,7 +117,7 @@ def test_the_leaderboard_is_a_table_and_pictures_in_the_ui(checked):
 def test_a_model_below_the_base_is_told(checked):
     passed, words = checked.said("eval_results", "not_worse_than_base", "max|sums")
     assert passed
-    assert words.startswith("Not worse than the base model: sums/loss"), "the base model comes first"
+    assert words.startswith("Not worse than the base model: sums answer loss"), "the base model comes first"
     assert checked.said("task_results", "no_recipe_below_base", "sums") == (True, "No recipe is below the base model.")
     checked.tiny.settings["finetuning"] = {"epochs": 2, "learning_rate": 5.0, "batch_size": 4}
     checked.tiny.settings["recipes"] = checked.tiny.settings["recipes"][::3]
