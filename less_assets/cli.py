@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from less_assets.errors import LessAssetsError
 if TYPE_CHECKING:
     import dagster as dg
 
-    from less_assets.lineage.lineage import Lineage, Status
+    from less_assets.lineage.lineage import Lineage
     from less_assets.planning.estimate import AssetEstimate, Estimate
     from less_assets.project.project import Project
     from less_assets.running.runner import GraphRunner, Outcome, Request
@@ -195,18 +195,26 @@ def _print_plan(forecast: "Estimate") -> None:
 
     headings = ("asset", "fresh", "to make", "tokens", "time", "bytes", "why")
     print(text_table([_plan_row(planned) for planned in forecast.assets], headings, right_aligned=range(1, 6)))
-    due = sum(planned.due for planned in forecast.assets)
-    if not due:
+    if not forecast.due:
         print("\nnothing to do")
         return
-    print(f"\n{due} artifacts to make; `less-assets run` makes them")
-    is_lower_bound = any(planned.amount and planned.seconds is None for planned in forecast.assets)
+    if forecast.perhaps:
+        print(
+            f"\nat most {forecast.due} artifacts to make, {forecast.due - forecast.perhaps} of them certainly; "
+            "`less-assets run` makes them.\nThe others are made only if something that they are made from turns out to "
+            "have changed. Tokens, time and bytes are those of all."
+        )
+    else:
+        print(f"\n{forecast.due} artifacts to make; `less-assets run` makes them")
+    has_unknown = any(planned.amount and planned.seconds is None for planned in forecast.assets)
+    bound = {(True, False): "at least", (False, True): "at most"}.get((has_unknown, forecast.perhaps > 0), "about")
     print(
-        f"{'at least' if is_lower_bound else 'about'} {duration(forecast.seconds)}; "
+        f"{bound} {duration(forecast.seconds)}; "
         f"{_count(forecast.tokens)} tokens through the model; {_count(forecast.bytes)}B"
     )
     for words, names in (
         ("speeds measured in earlier runs", forecast.measured),
+        ("speeds measured with other settings of adapter or gradients", forecast.similar),
         ("speeds of a short trial", forecast.calibrated),
         ("speeds not known, left out of the time", forecast.unknown),
     ):
@@ -220,10 +228,11 @@ def _plan_as_data(forecast: "Estimate") -> dict[str, Any]:
             "asset": planned.asset,
             "fresh": len(planned.statuses) - planned.due,
             "to_make": [partition or "" for partition, status in planned.statuses.items() if status.state != "fresh"],
+            "perhaps": sorted(partition or "" for partition in planned.perhaps),
             "tokens": planned.amount.tokens if planned.amount else 0,
             "seconds": planned.seconds if planned.amount else 0,
             "bytes": planned.amount.bytes if planned.amount else 0,
-            "why": _why(planned.statuses.values()),
+            "why": _why(planned),
         }
         for planned in forecast.assets
     ]
@@ -232,7 +241,8 @@ def _plan_as_data(forecast: "Estimate") -> dict[str, Any]:
 
 
 def _plan_row(planned: "AssetEstimate") -> tuple[str, ...]:
-    counts = (planned.asset, str(len(planned.statuses) - planned.due), str(planned.due))
+    at_most = "≤ " if planned.perhaps else ""
+    counts = (planned.asset, str(len(planned.statuses) - planned.due), f"{at_most}{planned.due}")
     if planned.amount is None:
         return (*counts, "", "", "", "")
     return (
@@ -240,7 +250,7 @@ def _plan_row(planned: "AssetEstimate") -> tuple[str, ...]:
         _count(planned.amount.tokens).rstrip() if planned.amount.tokens else "",
         "?" if planned.seconds is None else duration(planned.seconds),
         f"{_count(planned.amount.bytes)}B" if planned.amount.bytes else "",
-        _why(planned.statuses.values()),
+        _why(planned),
     )
 
 
@@ -253,20 +263,17 @@ def _count(number: float) -> str:
     raise AssertionError
 
 
-def _why(statuses: Iterable["Status"]) -> str:
-    states: dict[str, int] = {}
-    reason = ""
-    for status in statuses:
-        states[status.state] = states.get(status.state, 0) + 1
-        if status.state == "stale":
-            reason = reason or "; ".join(status.reasons)
+def _why(planned: "AssetEstimate") -> str:
+    certain = [status for partition, status in planned.statuses.items() if partition not in planned.perhaps]
+    missing = sum(status.state == "missing" for status in certain)
+    stale = [status for status in certain if status.state == "stale"]
     words = []
-    if states.get("missing"):
-        words.append(f"{states['missing']} never made")
-    if states.get("stale"):
-        words.append(f"{states['stale']} stale: {reason}")
-    if states.get("blocked"):
-        words.append(f"{states['blocked']} after what they need")
+    if missing:
+        words.append(f"{missing} never made")
+    if stale:
+        words.append(f"{len(stale)} stale: {'; '.join(stale[0].reasons)}")
+    if planned.perhaps:
+        words.append(f"{len(planned.perhaps)} if what they are made from changes")
     return "; ".join(words)
 
 

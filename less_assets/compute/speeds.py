@@ -36,12 +36,13 @@ class Rate:
     Attributes:
         seconds: Time measured, older measurements weighing less.
         units: Units of work in that time: tokens, rows, samples or loads, as the asset counts them.
-        source: `measured`: in runs; `calibrated`: by a short trial, until a run has measured it.
+        source: `measured`: in runs; `similar`: in runs with other settings of adapter and gradients; `calibrated`: by a
+            short trial, until a run has measured it.
     """
 
     seconds: float
     units: float
-    source: Literal["measured", "calibrated"] = "measured"
+    source: Literal["measured", "similar", "calibrated"] = "measured"
 
     @property
     def per_unit(self) -> float:
@@ -77,8 +78,21 @@ class Rates:
 
     @classmethod
     def load(cls, store: ArtifactStore, project: Project, guesses: Mapping[str, Guess]) -> "Rates":
-        """The rates stored so far for this project's model on this machine; none if the file is gone or damaged."""
-        return cls(_read(store).get(setup_of(project), {}), guesses)
+        """The rates stored so far for this project's model on this machine; none if the file is gone or damaged.
+
+        Those that were never measured with the project's settings of adapter and gradients are taken from the settings
+        that were first measured last.
+        """
+        setup, stored = setup_of(project), _read(store)
+        rates: dict[str, Rate] = {}
+        for other, measured in stored.items():
+            if other.partition("-")[0] == setup.partition("-")[0]:
+                rates |= {
+                    name: replace(rate, source="similar")
+                    for name, rate in measured.items()
+                    if rate.source == "measured"
+                }
+        return cls(rates | stored.get(setup, {}), guesses)
 
     def get(self, name: str) -> Rate | None:
         """The rate of a name, or of the one most like it; None if nothing is known."""
@@ -128,11 +142,11 @@ def keep_calibrated(store: ArtifactStore, project: Project, rates: Mapping[str, 
 
 
 def setup_of(project: Project) -> str:
-    """Hash of what speed depends on: the machine, the model and its adapter, and what is computed of each row."""
+    """Hash of machine and model, which speed depends on most, and one of the rest: the adapter, and the gradients."""
     model = project.model
     placed = [model.device, model.device_map, project.compute.backend]
-    settings = [project.model_settings(), placed, project.lora.model_dump(), project.gradient_settings()]
-    return digest([machine(), settings])[:16]
+    most = digest([machine(), project.model_settings(), placed])[:12]
+    return f"{most}-{digest([project.lora.model_dump(), project.gradient_settings()])[:12]}"
 
 
 def machine() -> str:

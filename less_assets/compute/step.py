@@ -105,12 +105,13 @@ def materialize(
         opened = store.resuming if resumable else store.writing
         with opened(plan.folder, plan.fingerprint) as folder:
             if not folder.exists():  # another run may have finished it while this one waited
-                _seal(folder, plan, compute(folder))
+                seal(folder, plan, compute(folder))
     # Equal content may come from other inputs than the first time: the pointer says from which this one came.
     return store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)
 
 
-def _seal(folder: ArtifactFolder, plan: ArtifactPlan, computed: StepResult) -> None:
+def seal(folder: ArtifactFolder, plan: ArtifactPlan, computed: StepResult) -> None:
+    """Declare an artifact complete, with what its plan and its computation say of it."""
     folder.seal(
         kind=plan.asset,
         settings=plan.settings,
@@ -290,7 +291,7 @@ def make_together(
             for plan in missing:  # the pass was for all of them alike
                 add_seconds(store, asset, plan.fingerprint, (time.monotonic() - started) / len(missing))
             for plan, step, result in zip(missing, steps, done, strict=True):
-                _seal(step.folder, plan, result)
+                seal(step.folder, plan, result)
     for partition, plan in plans.items():
         yield (
             partition,

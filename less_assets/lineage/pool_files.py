@@ -88,6 +88,11 @@ class PoolFiles:
         """Keys of all shards: sources in the order of the project file, shards in row order."""
         return list(self._by_key)
 
+    @property
+    def rows(self) -> int:
+        """Physical rows of all shards, quarantined ones included."""
+        return sum(shard.rows for shard in self.shards)
+
     def shard(self, key: str) -> Shard:
         """The shard of a key.
 

@@ -1,7 +1,7 @@
 """What a run would cost: the work that is missing, multiplied by measured speeds, calibrated where none is known.
 
-Belongs here: putting work and speeds together for `less-assets plan`. Amounts are `workload.py`, measured speeds
-`rates.py`, the trials `method/calibration.py`.
+Belongs here: putting work and speeds together for `less-assets plan`. What is missing finds `rehearsal.py`; amounts are
+`compute/workload.py`, measured speeds `compute/speeds.py`, the trials `trials.py`.
 """
 
 import tempfile
@@ -15,8 +15,8 @@ from less_assets.compute import speeds as stored_rates
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import MODEL_LOAD, TRAINING, Rate, Rates, rate_name
 from less_assets.compute.workload import Amount, Workload
-from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, Status
+from less_assets.planning.rehearsal import Rehearsal, rehearse
 from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
 from less_assets.running.runner import GraphRunner, Partition, Request
@@ -32,19 +32,21 @@ class AssetEstimate:
 
     Attributes:
         asset: Name.
-        statuses: Status of every partition that the request needs.
-        amount: The missing work; None if nothing of it is missing.
+        statuses: Status of every partition that the request needs, when its turn comes in the run.
+        perhaps: Partitions that are due only if something they are made from turns out to have changed.
+        amount: The missing work, theirs included; None if nothing is due.
         seconds: Its time; None where a speed is not known.
     """
 
     asset: str
     statuses: Mapping[Partition, Status]
+    perhaps: frozenset[Partition]
     amount: Amount | None
     seconds: float | None
 
     @property
     def due(self) -> int:
-        """Artifacts to make."""
+        """Artifacts to make, at most."""
         return sum(status.state != "fresh" for status in self.statuses.values())
 
 
@@ -55,14 +57,26 @@ class Estimate:
     Attributes:
         assets: In the order of the run.
         measured: Names of the speeds that earlier runs have measured, of those that were used.
+        similar: Names of those that runs with other settings of adapter and gradients have measured.
         calibrated: Names of those that a short trial has.
         unknown: Names of those that nobody knows, whose work is left out of the time.
     """
 
     assets: list[AssetEstimate]
     measured: list[str]
+    similar: list[str]
     calibrated: list[str]
     unknown: list[str]
+
+    @property
+    def due(self) -> int:
+        """Artifacts to make, at most."""
+        return sum(asset.due for asset in self.assets)
+
+    @property
+    def perhaps(self) -> int:
+        """How many of them only a change of content makes due, which nobody knows before."""
+        return sum(len(asset.perhaps) for asset in self.assets)
 
     @property
     def seconds(self) -> float:
@@ -102,43 +116,30 @@ def estimate(
     Raises:
         LessAssetsError: Data or model cannot be read.
     """
-    statuses: dict[str, dict[Partition, Status]] = {}
-    for asset, partition, status in runner.status(request):
-        statuses.setdefault(asset, {})[partition] = status
-    due = {
-        asset: [partition for partition, status in found.items() if status.state != "fresh"]
-        for asset, found in statuses.items()
-    }
-    rates = Rates.load(lineage.store, lineage.project, GUESSES)
-    work = Workload(lineage, models)
-    unknown = _unknown(rates, due, lineage.project)
-    if calibrate and unknown:
-        log(f"measuring the speed of {', '.join(sorted(unknown))}: up to a minute")
-        found = calibration(lineage.project, models, work, unknown)
-        stored_rates.keep_calibrated(lineage.store, lineage.project, found)
-        rates = rates.with_calibrated(found)
-    lines = []
-    for asset, found_statuses in statuses.items():
-        missing = due[asset]
-        amount = _amount(work, asset, missing, len(runner.runs(asset, missing))) if missing else None
-        lines.append(AssetEstimate(asset, found_statuses, amount, amount.seconds(rates) if amount else None))
-    return Estimate(lines, **_sources(rates, [each.amount for each in lines if each.amount]))
+    with rehearse(runner, lineage, models, request) as rehearsal:
+        rates = Rates.load(lineage.store, lineage.project, GUESSES)
+        work = Workload(rehearsal.lineage, models)
+        unknown = _unknown(rates, rehearsal.computed, lineage.project)
+        if calibrate and unknown:
+            log(f"measuring the speed of {', '.join(sorted(unknown))}: up to a minute")
+            found = calibration(lineage.project, models, work, unknown)
+            stored_rates.keep_calibrated(lineage.store, lineage.project, found)
+            rates = rates.with_calibrated(found)
+        lines = []
+        for asset, statuses in rehearsal.statuses.items():
+            amount = _amount(work, asset, rehearsal, runner)
+            seconds = amount.seconds(rates) if amount else None
+            lines.append(AssetEstimate(asset, statuses, rehearsal.perhaps[asset], amount, seconds))
+    return Estimate(lines, **_sources(rates, [line.amount for line in lines if line.amount]))
 
 
-def _amount(work: Workload, asset: str, due: Sequence[Partition], runs: int) -> Amount:
-    """Work of the due partitions of an asset, made in so many Dagster runs."""
-    new = [str(partition) for partition in due if not _exists(work.lineage, asset, partition)]
-    counted = ASSETS[asset].amount
-    return replace(counted(work, new) if counted and new else Amount(), runs=runs, artifacts=len(due))
-
-
-def _exists(lineage: Lineage, asset: str, partition: Partition) -> bool:
-    """Whether the artifact is stored already and only has to be put in force again."""
-    try:
-        plan = lineage.plan(asset, partition)
-        return lineage.store.artifact(plan.folder, plan.fingerprint).exists()
-    except (MissingArtifactError, StaleArtifactError, CorruptArtifactError):
-        return False
+def _amount(work: Workload, asset: str, rehearsal: Rehearsal, runner: GraphRunner) -> Amount | None:
+    """Work of what is due of an asset; None if nothing is."""
+    if not (due := rehearsal.due(asset)):
+        return None
+    computed, counted = list(map(str, rehearsal.computed[asset])), ASSETS[asset].amount
+    amount = counted(work, computed) if counted and computed else Amount()
+    return replace(amount, runs=len(runner.runs(asset, due)), artifacts=len(due))
 
 
 def _sources(rates: Rates, amounts: Sequence[Amount]) -> dict[str, list[str]]:
@@ -147,24 +148,26 @@ def _sources(rates: Rates, amounts: Sequence[Amount]) -> dict[str, list[str]]:
     }
     found = {name: rates.get(name) for name in sorted(names)}
     return {
-        "measured": [name for name, rate in found.items() if rate and rate.source == "measured"],
-        "calibrated": [name for name, rate in found.items() if rate and rate.source == "calibrated"],
+        **{
+            source: [name for name, rate in found.items() if rate and rate.source == source]
+            for source in ("measured", "similar", "calibrated")
+        },
         "unknown": [name for name, rate in found.items() if rate is None],
     }
 
 
-def _unknown(rates: Rates, due: Mapping[str, Sequence[Partition]], project: Project) -> set[str]:
-    """Speeds that the missing work needs, nobody has measured yet, and a calibration can."""
-    needed = {asset for asset, partitions in due.items() if partitions} - {"eval_results"}
+def _unknown(rates: Rates, computed: Mapping[str, Sequence[Partition]], project: Project) -> set[str]:
+    """Speeds that the missing work needs, nobody has measured with these settings, and a calibration can."""
+    needed = {asset for asset, partitions in computed.items() if partitions} - {"eval_results"}
     needed &= {"base_model", "influence_scores", *(name for name, asset in ASSETS.items() if asset.counts_tokens)}
     needed |= {
         rate_name("eval_results", key)
-        for key in due.get("eval_results", [])
+        for key in computed.get("eval_results", [])
         if any(_can_ask(member) for member in project.member_tasks(str(key).partition("|")[2]))
     }
     if project.warmup.imported:
         needed.discard("warmup_checkpoints")
-    return {name for name in needed if rates.get(name) is None}
+    return {name for name in needed if (rate := rates.get(name)) is None or rate.source == "similar"}
 
 
 def _can_ask(task: Task) -> bool:

@@ -17,7 +17,7 @@ import dagster as dg
 
 from less_assets.compute.step import Failures
 from less_assets.errors import LessAssetsError
-from less_assets.lineage.lineage import Lineage, Status
+from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.pool_files import PoolFiles
 from less_assets.orchestration.dagster_internals import (
     DATA_VERSION_TAG,
@@ -204,14 +204,7 @@ class GraphRunner:
         follower = ASSETS[asset].same_run
         if follower is None or len(partitions) != 1 or partitions[0] not in needed.get(follower, ()):
             return []
-        return [follower] if self._recorded_version(follower, partitions[0]) is None else []
-
-    def status(self, request: Request) -> Iterator[tuple[str, Partition, Status]]:
-        """Status of every artifact that a request needs, in order; computes nothing."""
-        lineage = open_lineage(self._project, self._store)
-        for asset, partitions in self.needed(request).items():
-            for partition in partitions:
-                yield asset, partition, lineage.status(asset, partition)
+        return [follower] if self.recorded_version(follower, partitions[0]) is None else []
 
     def needed(self, request: Request) -> dict[str, list[Partition]]:
         """Which partitions of which assets a request needs, in topological order of the assets.
@@ -269,9 +262,10 @@ class GraphRunner:
         """Whether the stored artifact matches its plan and Dagster has recorded just this version of it."""
         if lineage.status(asset, partition).state != "fresh":
             return False
-        return self._recorded_version(asset, partition) == lineage.fresh(asset, partition).data_version
+        return self.recorded_version(asset, partition) == lineage.fresh(asset, partition).data_version
 
-    def _recorded_version(self, asset: str, partition: Partition) -> str | None:
+    def recorded_version(self, asset: str, partition: Partition) -> str | None:
+        """Data version of an artifact's last materialization that Dagster has recorded; None if there is none."""
         key = dg.AssetKey(asset)
         if partition is None:
             event = self._instance.get_latest_materialization_event(key)
@@ -283,11 +277,14 @@ class GraphRunner:
         return tags.get(partition, {}).get(DATA_VERSION_TAG)
 
     def runs(self, asset: str, due: Sequence[Partition]) -> list[list[Partition]]:
-        """Cut what is due into runs: neighbours in one run where the asset takes ranges, else one run each."""
+        """Cut what is due into runs: neighbours in one run where the asset takes ranges, else one run each.
+
+        Base models come first: checks compare other models with them.
+        """
         key = dg.AssetKey(asset)
         policy = self._graph.get(key).backfill_policy
         if policy is None or due == [None]:
-            return [[partition] for partition in due]
+            return [[partition] for partition in sorted(due, key=lambda key: self._chooses_rows(asset, key))]
         with partition_loading_context(dynamic_partitions_store=self._instance):
             definition = self._graph.get(key).partitions_def
             assert definition is not None
@@ -305,6 +302,11 @@ class GraphRunner:
             else:
                 runs.append([partition])
         return runs
+
+    def _chooses_rows(self, asset: str, partition: Partition) -> bool:
+        if "recipe" not in ASSETS[asset].axes:
+            return False
+        return self._project.recipe(_part(partition, asset, "recipe")).traits.chooses_rows
 
     def _execute(self, assets: Sequence[str], partitions: Sequence[Partition], process: str) -> list[Warned]:
         """Run assets of the same partitions, or one asset of several; returns the checks that warn."""

@@ -10,7 +10,7 @@ from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import Compute, ComputeTogether, Log
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.lineage import Declaration, Lineage
+from less_assets.lineage.lineage import Declaration, Keys, Lineage
 from less_assets.steps.shown import Describe, Verdict, only_figures
 
 ROW_COLUMNS = {"example_id": ["example_id"], "source": ["source"]}
@@ -58,6 +58,11 @@ class Asset(Declaration):
         amount: Counts the work of partitions; None: too little to count.
         counts_tokens: Whether its work is counted in tokens.
         speed: What serves where its speed was not measured.
+        versioned_by_content: Whether its data version tells its content, so that equal content has one version whatever
+            it was made from; else it tells what it was made from.
+        rehearsal_seconds: About how long a partition takes, where that is so short that a plan makes it to know its
+            content, in a folder that is thrown away; 0: it needs no file of its inputs. None, of the field or of a
+            partition: a plan never makes it.
         columns_from: Upstream asset -> column -> the upstream columns that it is made from; names in braces stand for
             the project's (with the axis `recipe`: the recipe's) direction forms, subtask rules and checkpoints.
     """
@@ -78,4 +83,6 @@ class Asset(Declaration):
     amount: CountWork | None = None
     counts_tokens: bool = False
     speed: Guess = field(default_factory=Guess)
+    versioned_by_content: bool = False
+    rehearsal_seconds: Callable[[Lineage, Keys], float | None] | None = None
     columns_from: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)

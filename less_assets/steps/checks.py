@@ -21,7 +21,7 @@ from less_assets.store.tables import read_parquet
 QUARANTINE_LIMIT = 0.05
 """Share of quarantined and refused rows above which a pool is worth a look."""
 DOMINANCE_LIMIT = 0.5
-"""Share of the selection above which one subtask has won too much (issue with `max` aggregation, method.md)."""
+"""How far above an even share one subtask may be, as a part of the rest: of two it may have 75 %, of many half."""
 
 OVERLAP_LIMIT = 0.7
 """Expected overlap with the exact selection below which sketches are too coarse; LESS's own storage reaches 0.6."""
@@ -63,8 +63,10 @@ def _compare_with_base(lineage: Lineage, key: str, models: ModelLoader, log: Log
     ]
     known = [name for name in bases if lineage.status("eval_results", f"{name}|{task}").state == "fresh"]
     ours = lineage.summary("eval_results", key).get("metrics") or {}
-    if not known or not ours:
-        return Verdict(True, "There is no evaluation of the base model to compare with yet.", {})
+    if not ours:
+        return Verdict(True, "The task has no evaluation.", {})
+    if not known:
+        return Verdict(True, "Not compared: the base model (strategy `none`) is not evaluated on this task.", {})
     base = lineage.summary("eval_results", f"{known[0]}|{task}")["metrics"]
     tasks = {member.name: member for member in lineage.project.member_tasks(task)}
     losses = [
@@ -90,18 +92,22 @@ def check_dominance(lineage: Lineage, key: str, models: ModelLoader, log: Log) -
     """Whether one subtask has won most of a selection (partition key `recipe|task`)."""
     recipe, task = split(key)
     counts = lineage.summary("selected_subset", key).get("subtasks") or {}
-    shares = {f"{task}/{name}": count for task, part in counts.items() for name, count in part.items()}
-    total = sum(shares.values())
+    rows = {f"{task}/{name}": count for task, part in counts.items() for name, count in part.items()}
+    total, aggregate = sum(rows.values()), lineage.project.recipe(recipe).aggregate
     # A subtask that has won everything is the only one that was counted.
-    choices = lineage.summary("target_examples", task)["subtasks"] if lineage.project.recipe(recipe).aggregate else []
+    choices = lineage.summary("target_examples", task)["subtasks"] if aggregate else []
     if len(choices) < 2 or not total:
         return Verdict(True, "The recipe does not choose between subtasks.", {})
-    name, most = max(shares.items(), key=lambda item: item[1])
-    return Verdict(
-        most / total <= DOMINANCE_LIMIT,
-        f"{name} has won {most / total:.0%} of the selection; `aggregate: round_robin` takes turns.",
-        {"subtask": name, "share": most / total},
+    name, most = max(rows.items(), key=lambda item: item[1])
+    share, even = most / total, 1 / len(choices)
+    said = f"{name} has won {most:,} of {total:,} selected rows ({share:.0%}; an even share is {even:.0%})"
+    passed = share <= even + DOMINANCE_LIMIT * (1 - even)
+    remedy = (
+        "subtasks take turns, so the others had no rows left: look at quotas and `near_duplicates`"
+        if aggregate == "round_robin"
+        else "`aggregate: round_robin` takes turns"
     )
+    return Verdict(passed, f"{said}." if passed else f"{said}; {remedy}.", {"subtask": name, "share": share})
 
 
 def check_short_rows(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
@@ -204,7 +210,7 @@ few_rows_quarantined = Check(
     "few_rows_quarantined", "Few rows of the pool are quarantined or refused.", _check_quarantine
 )
 no_subtask_dominates = Check(
-    "no_subtask_dominates", "No subtask has won more than half of the selection.", check_dominance
+    "no_subtask_dominates", "No subtask has won far more than its even share of the selection.", check_dominance
 )
 not_only_very_short_rows = Check(
     "not_only_very_short_rows",

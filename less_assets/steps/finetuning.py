@@ -100,16 +100,10 @@ def describe_training(stored: Stored) -> Shown:
 
 
 def training_work(workload: Workload, due: Sequence[str]) -> Amount:
-    """Tokens of the subsets, times epochs; equal trainings count once."""
-    trained = {}
-    for key in due:
-        recipe, task = split(key)
-        resolved = workload.project.recipe(recipe)
-        if resolved.traits.chooses_rows:
-            same = (resolved.strategy, resolved.budget, resolved.seed, resolved.model)
-            subset = same if resolved.traits.same_for_every_task else (recipe, task)
-            trained[subset] = workload.selected_rows(recipe, task)
-    tokens = sum(trained.values()) * workload.row_tokens * workload.project.finetuning.epochs
+    """Tokens of the subsets, times epochs."""
+    trained = {key for key in due if workload.project.recipe(split(key)[0]).traits.chooses_rows}
+    rows = sum(workload.selected_rows(*split(key)) for key in trained)
+    tokens = rows * workload.row_tokens * workload.project.finetuning.epochs
     stored = workload.training_bytes(len(trained))
     return Amount(units={"finetuned_model": tokens}, tokens=tokens, loads=len(trained), bytes=stored)
 

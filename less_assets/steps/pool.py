@@ -27,6 +27,12 @@ from less_assets.store.tables import read_parquet, write_parquet
 
 NOTHING_REFUSED = digest([])
 """Version of `refused_rows` where there are none."""
+ROW_SECONDS = 2e-4
+"""Reading and normalising a row on one two-core machine: small beside all work on tokens."""
+ENCODED_ROW_SECONDS = 2e-3
+"""Encoding a row of 150 tokens, likewise."""
+INDEX_ROW_SECONDS = 5e-6
+"""Listing a row in the index, likewise."""
 
 
 def record_base_model(work: StepInputs) -> StepResult:
@@ -255,6 +261,7 @@ ASSETS = (
         compute=record_base_model,
         loads_model=True,
         amount=base_model_work,
+        versioned_by_content=True,
     ),
     Asset(
         name="instruction_pool",
@@ -271,7 +278,9 @@ ASSETS = (
         describe=describe_shard,
         in_ranges=True,
         amount=pool_work,
-        speed=Guess(seconds=2e-4),  # of one two-core machine, and small beside all work on tokens
+        speed=Guess(seconds=ROW_SECONDS),
+        versioned_by_content=True,
+        rehearsal_seconds=lambda lineage, keys: ROW_SECONDS * lineage.pool_files.shard(keys["shard"]).rows,
     ),
     Asset(
         name="refused_rows",
@@ -289,7 +298,9 @@ ASSETS = (
         describe=describe_refused,
         in_ranges=True,
         amount=refusal_work,
-        speed=Guess(seconds=2e-3),  # of one two-core machine, rows of 150 tokens
+        speed=Guess(seconds=ENCODED_ROW_SECONDS),
+        versioned_by_content=True,
+        rehearsal_seconds=lambda lineage, keys: ENCODED_ROW_SECONDS * lineage.pool_files.shard(keys["shard"]).rows,
         columns_from={"instruction_pool": {"example_id": ["example_id"]}},
     ),
     Asset(
@@ -305,6 +316,7 @@ ASSETS = (
         compute=index_pool,
         describe=describe_index,
         checks=(few_rows_quarantined, evaluation_not_in_pool),
+        rehearsal_seconds=lambda lineage, keys: INDEX_ROW_SECONDS * lineage.pool_files.rows,
         columns_from={"instruction_pool": ROW_COLUMNS},
     ),
     Asset(
@@ -318,6 +330,8 @@ ASSETS = (
         needed_by=lambda project, recipe: bool(project.exclude),
         compute=list_excluded,
         describe=describe_excluded,
+        versioned_by_content=True,
+        rehearsal_seconds=lambda lineage, keys: INDEX_ROW_SECONDS * lineage.pool_files.rows,
         columns_from={"pool_index": {"source": ["source"], "in_pool": ["example_id"]}},
     ),
 )

@@ -43,6 +43,8 @@ from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
+RANKING_SECONDS = 2e-5
+"""Ranking a row of the pool on one two-core machine."""
 CHART_SCORES = 20_000
 """Scores kept for the histogram: enough for its bins, small for any pool."""
 
@@ -155,7 +157,8 @@ def select_subset(work: StepInputs) -> StepResult:
     pool_sources = work.lineage.summary("pool_index")["sources"] if selection else {}
     summary = {"recipe": recipe.name, "rows": table.height, **counts, "pool_sources": pool_sources}
     version = digest(["selected", *table["example_id"].to_list()])
-    return StepResult(summary, data_version=version, units=work.lineage.summary("pool_index")["usable"])
+    ranked = work.lineage.summary("pool_index")["usable"] if selection else 0
+    return StepResult(summary, data_version=version, units=ranked)
 
 
 def _select(work: StepInputs, recipe: ResolvedRecipe, task: str) -> Any:
@@ -339,6 +342,16 @@ def _ranked_by(project: Project, recipe: str) -> str:
     return project.ranked_by(recipe)
 
 
+def _rehearsal_seconds(lineage: Lineage, keys: Keys) -> float | None:
+    """Encoding rows to count their tokens, and reading features to find near-duplicates, would take too long."""
+    recipe = lineage.project.recipe(keys["recipe"])
+    if not recipe.traits.chooses_rows:
+        return 0
+    if recipe.near_duplicates is not None or lineage.project.counts_tokens(recipe.key):
+        return None
+    return RANKING_SECONDS * lineage.pool_files.rows
+
+
 ASSETS = (
     Asset(
         name="influence_scores",
@@ -368,6 +381,8 @@ ASSETS = (
         settings=_recipe,
         compute=resolve_recipe,
         in_ranges=True,
+        versioned_by_content=True,
+        rehearsal_seconds=lambda lineage, keys: 0,
     ),
     Asset(
         name="selected_subset",
@@ -394,7 +409,9 @@ ASSETS = (
         checks=(no_subtask_dominates, not_only_very_short_rows),
         in_ranges=True,
         amount=selection_work,
-        speed=Guess(seconds=2e-5),
+        speed=Guess(seconds=RANKING_SECONDS),
+        versioned_by_content=True,
+        rehearsal_seconds=_rehearsal_seconds,
         columns_from={
             "pool_index": ROW_COLUMNS | {"shard": ["shard"], "row": ["row"]},
             "influence_scores": {

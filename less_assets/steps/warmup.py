@@ -28,6 +28,7 @@ from less_assets.reading.excluded import mark_excluded
 from less_assets.reading.files import INDEX, SAMPLE
 from less_assets.reading.rows import conversations_of, refused_rows
 from less_assets.steps.asset import Asset
+from less_assets.steps.pool import INDEX_ROW_SECONDS
 from less_assets.steps.shown import Picture, Shown, Stored, one_table
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.files import storage_trouble
@@ -287,6 +288,8 @@ ASSETS = (
         before=check_sample,
         compute=draw_warmup_sample,
         describe=describe_sample,
+        versioned_by_content=True,
+        rehearsal_seconds=lambda lineage, keys: INDEX_ROW_SECONDS * lineage.pool_files.rows,
         columns_from={"pool_index": {"example_id": ["example_id"], "shard": ["shard"]}},
     ),
     Asset(

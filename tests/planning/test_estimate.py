@@ -195,7 +195,10 @@ def test_speeds_belong_to_a_machine_a_model_and_its_gradients(planned, monkeypat
     project, store, _ = planned._open()
     rates.record(store, project, "train_gradients", 10, 100)
     planned.tiny.settings["gradients"]["dimension"] = 128
+    assert planned.rates().get("train_gradients").source == "similar"
+    planned.tiny.settings["model"]["max_length"] = 16
     assert planned.rates().get("train_gradients") is None
+    planned.tiny.settings["model"]["max_length"] = 32
     planned.tiny.settings["gradients"]["dimension"] = 256
     assert planned.rates().get("train_gradients").per_unit == 0.1
     monkeypatch.setattr(rates, "machine", lambda: "another machine")
@@ -222,7 +225,7 @@ def test_the_table_adds_up(planned, monkeypatch, tmp_path):
     assert quick.exit_code == 0, quick.output
     assert "speeds not known, left out of the time: base_model" in quick.output
     (line,) = [line for line in quick.output.splitlines() if line.startswith("train_gradients")]
-    assert re.search(r"train_gradients +0 +8 +\d+(\.\d+)? k? +\? +[\d.]+ kB +8 after what they need", line)
+    assert re.search(r"train_gradients +0 +8 +\d+(\.\d+)? k? +\? +[\d.]+ kB +8 never made", line)
     shown = CliRunner().invoke(app, ["plan", "--project", str(planned.tiny.path)]).output
     assert re.search(r"about [\w ]+; [\d.]+ k tokens through the model; [\d.]+ [kM]B", shown)
     assert "speeds of a short trial: base_model, eval_results/sky" in shown

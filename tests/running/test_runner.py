@@ -168,14 +168,10 @@ def test_assets_without_range_runs_get_one_run_for_each_partition(small):
     assert small.runner.runs("pool_index", [None]) == [[None]]
 
 
-def test_status_tells_what_is_missing_and_what_waits_without_computing(small):
-    found = {(asset, partition): status.state for asset, partition, status in small.runner.status(Request())}
-    assert found["base_model", None] == "missing"
-    assert found["instruction_pool", "plus-00001"] == "missing"
-    assert found["pool_index", None] == "blocked"
-    assert found["leaderboard", None] == "blocked"
-    assert set(found.values()) == {"missing", "blocked"}
-    assert not (small.folder / "artifacts/model").exists()
+def test_base_models_come_first_so_that_others_can_be_compared_with_them(small):
+    due = grid(["less", "base"], TASKS)
+    assert small.runner.runs("finetuned_model", due) == [[key] for key in grid(["base", "less"], TASKS)]
+    assert small.runner.runs("eval_results", due) == [[key] for key in grid(["base", "less"], TASKS)]
 
 
 @dg.job
