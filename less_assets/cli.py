@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from less_assets.lineage.lineage import Lineage
-    from less_assets.planning.estimate import AssetEstimate, Estimate
     from less_assets.project.project import Project
     from less_assets.running.runner import GraphRunner, Outcome, Request
     from less_assets.store.artifacts import ArtifactStore
@@ -172,6 +171,7 @@ def plan(
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with _told(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.compute.models import ModelLoader, cache_folder
+        from less_assets.inspection.plan_words import plan_as_data, print_plan
         from less_assets.inspection.pool_counts import counts_in_words, pool_counts
         from less_assets.planning.estimate import estimate
         from less_assets.running.runner import register_shards
@@ -183,98 +183,11 @@ def plan(
         lineage = open_lineage(loaded, store)
         planned = estimate(runner, lineage, models, request, calibrate=calibrate, log=_say)
         if as_json:
-            _print_json(_plan_as_data(planned) | {"pool": pool_counts(lineage)})
+            _print_json(plan_as_data(planned) | {"pool": pool_counts(lineage)})
             return
-        _print_plan(planned)
+        print_plan(planned)
         if counts := pool_counts(lineage):
             print(f"\n{counts_in_words(counts)}")
-
-
-def _print_plan(forecast: "Estimate") -> None:
-    from less_assets.inspection.text_table import text_table
-
-    headings = ("asset", "fresh", "to make", "tokens", "time", "bytes", "why")
-    print(text_table([_plan_row(planned) for planned in forecast.assets], headings, right_aligned=range(1, 6)))
-    if not forecast.due:
-        print("\nnothing to do")
-        return
-    if forecast.perhaps:
-        print(
-            f"\nat most {forecast.due} artifacts to make, {forecast.due - forecast.perhaps} of them certainly; "
-            "`less-assets run` makes them.\nThe others are made only if something that they are made from turns out to "
-            "have changed. Tokens, time and bytes are those of all."
-        )
-    else:
-        print(f"\n{forecast.due} artifacts to make; `less-assets run` makes them")
-    has_unknown = any(planned.amount and planned.seconds is None for planned in forecast.assets)
-    bound = {(True, False): "at least", (False, True): "at most"}.get((has_unknown, forecast.perhaps > 0), "about")
-    print(
-        f"{bound} {duration(forecast.seconds)}; "
-        f"{_count(forecast.tokens)} tokens through the model; {_count(forecast.bytes)}B"
-    )
-    for words, names in (
-        ("speeds measured in earlier runs", forecast.measured),
-        ("speeds measured with other settings of adapter or gradients", forecast.similar),
-        ("speeds of a short trial", forecast.calibrated),
-        ("speeds not known, left out of the time", forecast.unknown),
-    ):
-        if names:
-            print(f"{words}: {', '.join(names)}")
-
-
-def _plan_as_data(forecast: "Estimate") -> dict[str, Any]:
-    assets = [
-        {
-            "asset": planned.asset,
-            "fresh": len(planned.statuses) - planned.due,
-            "to_make": [partition or "" for partition, status in planned.statuses.items() if status.state != "fresh"],
-            "perhaps": sorted(partition or "" for partition in planned.perhaps),
-            "tokens": planned.amount.tokens if planned.amount else 0,
-            "seconds": planned.seconds if planned.amount else 0,
-            "bytes": planned.amount.bytes if planned.amount else 0,
-            "why": _why(planned),
-        }
-        for planned in forecast.assets
-    ]
-    totals = {"seconds": forecast.seconds, "tokens": forecast.tokens, "bytes": forecast.bytes}
-    return {"assets": assets, **totals, "speeds_not_known": forecast.unknown}
-
-
-def _plan_row(planned: "AssetEstimate") -> tuple[str, ...]:
-    at_most = "≤ " if planned.perhaps else ""
-    counts = (planned.asset, str(len(planned.statuses) - planned.due), f"{at_most}{planned.due}")
-    if planned.amount is None:
-        return (*counts, "", "", "", "")
-    return (
-        *counts,
-        _count(planned.amount.tokens).rstrip() if planned.amount.tokens else "",
-        "?" if planned.seconds is None else duration(planned.seconds),
-        f"{_count(planned.amount.bytes)}B" if planned.amount.bytes else "",
-        _why(planned),
-    )
-
-
-def _count(number: float) -> str:
-    """A number with three digits and a unit: 123, 4.5 k, 67.8 M."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(number) < 999.5 or unit == "T":
-            return f"{number:.3g} {unit}" if unit else f"{number:.0f} "
-        number /= 1000
-    raise AssertionError
-
-
-def _why(planned: "AssetEstimate") -> str:
-    certain = [status for partition, status in planned.statuses.items() if partition not in planned.perhaps]
-    missing = sum(status.state == "missing" for status in certain)
-    stale = [status for status in certain if status.state == "stale"]
-    words = []
-    if missing:
-        words.append(f"{missing} never made")
-    if stale:
-        words.append(f"{len(stale)} stale: {'; '.join(stale[0].reasons)}")
-    if planned.perhaps:
-        words.append(f"{len(planned.perhaps)} if what they are made from changes")
-    return "; ".join(words)
 
 
 @app.command()
