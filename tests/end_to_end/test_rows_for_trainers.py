@@ -3,7 +3,7 @@
 import json
 
 import dagster as dg
-from support.tiny import question, write_rows
+from support.tiny import question, showing_everything, write_rows
 
 from less_assets.method.data.row_formats import normalize
 from less_assets.orchestration.definitions import build_definitions
@@ -32,7 +32,9 @@ ROWS = [
 ]
 
 
-def test_what_a_row_says_reaches_the_subset_for_trainers(tiny_project):
+def test_what_a_row_says_reaches_the_subset_for_trainers(tiny_project, tiny_model, tmp_path_factory):
+    model = showing_everything(tiny_model, tmp_path_factory.mktemp("showing"))
+    tiny_project.settings["model"]["base"] = str(model)
     write_rows(tiny_project.folder / "data/plus.jsonl", [*ROWS, {**ROWS[3], "rejected_response": "no"}])
     tiny_project.settings["recipes"] = [{"name": "all", "strategy": "full"}]
     project = load_project(tiny_project.path)

@@ -67,7 +67,7 @@ def test_a_recipe_trains_another_model_on_the_same_rows(tiny_project, byte_folde
         assert trained["less-t"]["tokens"] > 2 * trained["less"]["tokens"], "bytes are more than words"
         prompts = read_parquet(lineage.folder("eval_results", "less-t|sums"), SAMPLES)["prompt"]
         assert prompts.str.starts_with("[user]what is").all()
-        board = read_parquet(lineage.folder("leaderboard"), BOARD).filter(metric="loss")
+        board = read_parquet(lineage.folder("leaderboard"), BOARD).filter(metric="answer_loss")
         models = dict(board.select("recipe", "model").rows())
         assert models["less-t"] == models["base-t"] == str(byte_folder) != models["less"]
         values = {row["recipe"]: row for row in board.iter_rows(named=True)}

@@ -45,7 +45,7 @@ def test_extras_are_left_out_and_made_later_and_warnings_and_the_tasks_table_sta
     assert status("task_results", "sky") == "fresh"
     assert [status(asset, "less|sky") for asset in EXTRAS] == ["missing", "blocked"]
     assert not certified()
-    assert "Held-out loss" in said
+    assert "Answer loss" in said
     assert "Share of each source among the rows selected for sky" in said
     assert "sums" not in said
     warned = said.partition("Worth a look\n")[2].splitlines()

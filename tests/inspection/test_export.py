@@ -11,7 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
-from support.tiny import TinyProject, question, write_rows
+from support.tiny import TinyProject, question, showing_everything, write_rows
 from typer.testing import CliRunner
 
 from less_assets.cli import app
@@ -54,7 +54,8 @@ LLAMA_FACTORY_TAGS |= {"system_tag"}
 @pytest.fixture(scope="module")
 def project_file(tmp_path_factory, tiny_model) -> Path:
     """A project that was run in full, whose pool has tools, masks, thoughts and further columns."""
-    tiny = TinyProject(tmp_path_factory.mktemp("exported"), tiny_model)
+    model = showing_everything(tiny_model, tmp_path_factory.mktemp("showing"))
+    tiny = TinyProject(tmp_path_factory.mktemp("exported"), model)
     write_rows(tiny.folder / "data/plus.jsonl", [*SPECIAL, *(question(place, "plus") for place in range(20))])
     (tiny.folder / "data/README.md").write_text("---\nlicense: mit\n---\n# Rows\n")
     tiny.settings["tasks"] = tiny.settings["tasks"][:1]

@@ -19,6 +19,7 @@ PROJECT = b"""
 name: small
 model: {base: someone/some-model}
 pool: {sources: [{name: plus, path: plus.jsonl}]}
+exclude: [left-out.jsonl]
 warmup: {epochs: 3}
 gradients: {forms: [adamw, marginal]}
 tasks:
@@ -55,7 +56,13 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("refused_rows", "plus-00001", "instruction_pool", ["plus-00001"]),
     ("pool_index", None, "instruction_pool", SHARD_KEYS),
     ("pool_index", None, "refused_rows", SHARD_KEYS),
+    ("excluded_rows", None, "pool_index", [None]),
     ("warmup_sample", None, "pool_index", [None]),
+    ("warmup_sample", None, "excluded_rows", [None]),
+    ("exact_scores", "less|sky", "excluded_rows", [None]),
+    ("selected_subset", "less|sky", "excluded_rows", [None]),
+    ("token_attribution", "less|sky", "excluded_rows", [None]),
+    ("selection_report", "less|sky", "excluded_rows", [None]),
     ("warmup_checkpoints", "epoch-2", "base_model", [None]),
     ("warmup_checkpoints", "epoch-2", "warmup_sample", [None]),
     ("train_gradients", "epoch-2|plus-00001", "warmup_checkpoints", ["epoch-2"]),
@@ -245,6 +252,7 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
         text = text.replace(b"strategy: " + strategy + b", fraction: 0.1", b"strategy: full")
     text = text.replace(b"strategy: less, fraction: 0.1, precondition: pool", b"strategy: full")
     text = text.replace(b"strategy: external, fraction: 0.1, scores: scores.csv", b"strategy: full")
+    text = text.replace(b"exclude: [left-out.jsonl]\n", b"")
     text = text.replace(b"match: less, ", b"").replace(b"match: rds, ", b"")
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
     assert dg.AssetKey("influence_scores") not in graph.get(dg.AssetKey("selected_subset")).parent_keys

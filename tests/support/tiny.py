@@ -1,6 +1,7 @@
 """Tiny data and a project file over them, for tests that run the whole graph."""
 
 import json
+import shutil
 from pathlib import Path
 
 import yaml
@@ -91,3 +92,16 @@ class TinyProject:
         path = self.folder / "project.yaml"
         path.write_text(yaml.safe_dump(self.settings, sort_keys=False))
         return path
+
+
+def showing_everything(model: Path, folder: Path) -> Path:
+    """A copy of a tiny model whose chat template shows tools, calls and thoughts, too."""
+    copy = Path(shutil.copytree(model, folder / "model"))
+    (copy / "chat_template.jinja").write_text(
+        "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.reasoning_content %}{{ m.reasoning_content }} ? {% endif %}{{ m.content or '' }}"
+        "{% for call in m.tool_calls or [] %} {{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return copy

@@ -77,7 +77,7 @@ def test_certain_rows_are_right_and_the_expected_overlap_is_the_real_one(noise):
         real.append(hit.mean())
     assert np.mean(expected) == pytest.approx(np.mean(real), abs=0.04)
     assert certain == 0 or right / certain >= CONFIDENCE
-    assert certain > 0 or noise > 1, "a good sketch must make some rows certain"
+    assert certain > 0 or noise > 0.5, "a good sketch must make some rows certain"
 
 
 def test_labelling_by_the_sketchs_error_alone_would_not_do():
