@@ -101,7 +101,8 @@ def showing_everything(model: Path, folder: Path) -> Path:
         "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
         "{% for m in messages %}<|{{ m.role }}|>"
         "{% if m.reasoning_content %}{{ m.reasoning_content }} ? {% endif %}{{ m.content or '' }}"
-        "{% for call in m.tool_calls or [] %} {{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+        "{% for call in m.tool_calls or [] %} {{ call.function.name }} "
+        "{{ call.function.arguments | tojson }}{% endfor %}"
         "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     return copy
