@@ -89,8 +89,8 @@ def normalize_plain(text: str) -> str:
         text: Answer or reference.
     """
     folded = without_markdown(" ".join(text.casefold().split()))
-    if folded.endswith(".") and not folded.endswith(".."):
-        folded = without_markdown(folded[:-1])
+    while folded.endswith(".") and not folded.endswith(".."):
+        folded = without_markdown(folded[:-1])  # what is left may end in markdown and a period again: "6.*."
     return folded
 
 
