@@ -10,12 +10,9 @@ rate where that is slower. Rows are clustered, so that they repeat each other; s
 Results go to `benchmarks/results/matching.json`.
 """
 
-import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +21,7 @@ import numpy as np
 import torch  # noqa: F401 - what computes is loaded before the clock starts
 
 sys.path.insert(0, str(Path(__file__).parent))
-from scoring import BLOCK_ROWS, FORM, SHARD_ROWS, peak_gib
+from scoring import BLOCK_ROWS, FORM, SHARD_ROWS, datastore_parser, peak_gib, written_datastore
 
 from less_assets.method.selection.influence import similarity_vectors
 from less_assets.method.selection.matching import REACH, Limits, match, vector_dimension
@@ -101,20 +98,10 @@ def select(root: str, rows: int, checkpoints: int, dimension: int, share: float)
 
 def main() -> None:
     """Run, print one line of JSON, and keep it if the design was the full one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=270_679)
-    parser.add_argument("--checkpoints", type=int, default=4)
-    parser.add_argument("--dimension", type=int, default=32768)
-    parser.add_argument("--storage", default="int4")
+    parser = datastore_parser(__doc__, rows=270_679, checkpoints=4)
     parser.add_argument("--share", type=float, default=0.05)
-    parser.add_argument("--write-only", metavar="ROOT", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.write_only:
-        write_features(asked.write_only, asked.dimension, asked.storage)
-        return
-    with tempfile.TemporaryDirectory() as root:
-        # In a process of its own, so that its memory does not count.
-        subprocess.run([sys.executable, *sys.argv, "--write-only", root], check=True)
+    with written_datastore(asked, write_features) as root:
         result = select(root, asked.rows, asked.checkpoints, asked.dimension, asked.share)
     print(json.dumps(result))
     if len(sys.argv) == 1:

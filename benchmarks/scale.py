@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py                       # everything, about two hours on two cores
     python benchmarks/scale.py --only load append    # some sections
-    python benchmarks/scale.py --small --out /tmp/scale.json   # minutes: does it run at all?
+    python benchmarks/scale.py --small --out small.json   # minutes: does it run at all?
 
 Every section is a function of its own, keeps its raw times in the result file as soon as it has them, and goes on from
 there when it is started again (`--again` forgets those of the sections that are asked for). Where two sides are

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,22 +123,34 @@ def bare_products(rows: int, checkpoints: int, dimension: int, subtasks: int) ->
     return time.perf_counter() - started
 
 
-def main() -> None:
-    """Run and print one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--checkpoints", type=int, default=1)
+def datastore_parser(description: str | None, *, rows: int, checkpoints: int) -> argparse.ArgumentParser:
+    """Options of a synthetic datastore, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=rows)
+    parser.add_argument("--checkpoints", type=int, default=checkpoints)
     parser.add_argument("--dimension", type=int, default=32768)
     parser.add_argument("--storage", default="int4")
-    parser.add_argument("--subtasks", type=int, default=9)
     parser.add_argument("--write-only", metavar="ROOT", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    return parser
+
+
+@contextmanager
+def written_datastore(asked: argparse.Namespace, write: Callable[[str, int, str], None]) -> Iterator[str]:
+    """A folder with features that a process of its own has written, so that its memory does not count."""
     if asked.write_only:
-        write_features(asked.write_only, asked.dimension, asked.storage)
-        return
+        write(asked.write_only, asked.dimension, asked.storage)
+        sys.exit()
     with tempfile.TemporaryDirectory() as root:
-        # In a process of its own, so that its memory does not count.
         subprocess.run([sys.executable, *sys.argv, "--write-only", root], check=True)
+        yield root
+
+
+def main() -> None:
+    """Run and print one line of JSON."""
+    parser = datastore_parser(__doc__, rows=100_000, checkpoints=1)
+    parser.add_argument("--subtasks", type=int, default=9)
+    asked = parser.parse_args()
+    with written_datastore(asked, write_features) as root:
         result = score_and_select(root, asked.rows, asked.checkpoints, asked.dimension, asked.subtasks)
     products = bare_products(result["scored_rows"], asked.checkpoints, asked.dimension, asked.subtasks)
     wall = result["score_s"] + result["select_s"]

@@ -13,6 +13,7 @@ import pytest
 import typer
 import zarr
 
+from benchmarks import memory
 from less_assets.cli import app
 from less_assets.method.data.conversations import MESSAGES_TYPE
 from less_assets.orchestration.definitions import build_definitions
@@ -141,6 +142,10 @@ def test_the_check_of_commands_can_fail():
 def test_readme_shows_every_subcommand():
     shown = {arguments[0] for program, arguments in commands(ROOT / "README.md") if program == "less-assets"}
     assert shown == set(typer.main.get_command(app).commands)
+
+
+def test_the_readmes_table_of_memory_is_calculated():
+    assert memory.as_markdown() in (ROOT / "README.md").read_text(), "copy what `python -m benchmarks.memory` prints"
 
 
 @page

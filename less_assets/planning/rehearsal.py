@@ -19,7 +19,7 @@ from less_assets.compute.step import StepInputs, seal
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, Status
 from less_assets.lineage.plan import ArtifactPlan, digest
-from less_assets.reading.certificates import certificate_plan, certified_recipes
+from less_assets.reading.certificates import certificate_plan, certified_recipes, lacks_certificate
 from less_assets.running.runner import GraphRunner, Partition, Request
 from less_assets.steps.asset import Asset
 from less_assets.steps.registry import ASSETS, open_lineage
@@ -199,7 +199,7 @@ class _Walk:
             for plan in plans:
                 self._publish(plan)
             if asset == "influence_scores" and request.extras:
-                self._certify(map(str, partitions))
+                self._certify(map(str, partitions), set(map(str, due)))
 
     def _status(self, asset: str, partition: Partition) -> Status:
         status = self.lineage.status(asset, partition)
@@ -265,12 +265,15 @@ class _Walk:
         contents = sorted((name.partition("/")[0], version) for name, version in plan.inputs.items())
         return f"expected-{digest([plan.asset, dict(plan.settings), contents])}"
 
-    def _certify(self, tasks: Iterable[str]) -> None:
-        """The certificates that the checks of scores make; reports are made from them, too."""
+    def _certify(self, tasks: Iterable[str], scored: Collection[str]) -> None:
+        """The certificates that the checks of scores make, of those scored anew and those that lack one.
+
+        Reports are made from them, too. Another budget alone makes none: the one there still says the truth.
+        """
         if not self.lineage.project.gradients.certificate_rows or not certified_recipes(self.lineage.project):
             return
         for task in tasks:
             plan = certificate_plan(self.lineage, task)
-            if not self._is_stored(plan):
+            if not self._is_stored(plan) and (task in scored or lacks_certificate(self.lineage, task)):
                 self._store.expect(plan, plan.fingerprint)
                 self._publish(plan)

@@ -6,15 +6,12 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
-from support.graph import run
+from support.graph import StoredSubsets
 from support.tiny import TinyProject, question, write_rows
 
-from less_assets.lineage.lineage import Lineage
-from less_assets.project.project import load_project
-from less_assets.reading.files import EMBEDDINGS, PASSED_OVER, SUBSET, score_file
+from less_assets.reading.files import EMBEDDINGS, PASSED_OVER, score_file
 from less_assets.running.runner import Request
 from less_assets.steps.ranking import restraints_of
-from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 SUBSETS = Request(tasks=("sums",), until="selected_subset")
@@ -33,24 +30,6 @@ RECIPES = [
 ]
 
 
-class Baselines:
-    """A tiny project brought up to its subsets, and what it has stored."""
-
-    def __init__(self, project: TinyProject, instance: dg.DagsterInstance) -> None:
-        self.tiny, self.instance = project, instance
-
-    def run(self, request: Request = SUBSETS) -> dict[str, list]:
-        return run(self.tiny.path, self.instance, request).materialized
-
-    @property
-    def lineage(self) -> Lineage:
-        project = load_project(self.tiny.path)
-        return open_lineage(project, open_store(project))
-
-    def subset(self, key: str) -> pl.DataFrame:
-        return read_parquet(self.lineage.folder("selected_subset", key), SUBSET)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_model):
     """All baselines of a project with two tasks and a group of both."""
@@ -61,7 +40,7 @@ def made(tmp_path_factory, tiny_model):
     project.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
     project.settings["recipes"] = RECIPES
     with dg.DagsterInstance.ephemeral() as instance:
-        found = Baselines(project, instance)
+        found = StoredSubsets(project, instance, SUBSETS)
         found.first = found.run()
         yield found
 

@@ -4,15 +4,12 @@ import dagster as dg
 import numpy as np
 import polars as pl
 import pytest
-from support.graph import run
+from support.graph import StoredSubsets
 from support.tiny import TinyProject, question, write_rows
 
-from less_assets.lineage.lineage import Lineage
-from less_assets.project.project import load_project
-from less_assets.reading.files import FEATURES, PASSED_OVER, SUBSET, TARGET_FEATURES
+from less_assets.reading.files import FEATURES, PASSED_OVER, TARGET_FEATURES
 from less_assets.reading.rows import checkpoint_weights
 from less_assets.running.runner import Request
-from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_parquet
 
@@ -32,22 +29,8 @@ RECIPES = [
 ]
 
 
-class Made:
-    """A tiny project brought up to its subsets, and what it has stored."""
-
-    def __init__(self, project: TinyProject, instance: dg.DagsterInstance) -> None:
-        self.tiny, self.instance = project, instance
-
-    def run(self, request: Request = SUBSETS) -> dict[str, list]:
-        return run(self.tiny.path, self.instance, request).materialized
-
-    @property
-    def lineage(self) -> Lineage:
-        project = load_project(self.tiny.path)
-        return open_lineage(project, open_store(project))
-
-    def subset(self, key: str) -> pl.DataFrame:
-        return read_parquet(self.lineage.folder("selected_subset", key), SUBSET)
+class Made(StoredSubsets):
+    """And the features of its pool."""
 
     def unit_features(self, form: str) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
         """The pool's distinct rows, and by checkpoint their unit features (n, k)."""
@@ -83,7 +66,7 @@ def made(tmp_path_factory, tiny_model):
     ]
     (project.folder / "by_place.csv").write_text("\n".join(["source,row,score,task", *scored]) + "\n")
     with dg.DagsterInstance.ephemeral() as instance:
-        found = Made(project, instance)
+        found = Made(project, instance, SUBSETS)
         found.first = found.run()
         yield found
 

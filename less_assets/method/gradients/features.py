@@ -151,16 +151,8 @@ def resolve_token_budget(
 ) -> int:
     """The number of padded tokens of a batch that fits into free memory, at most where more no longer helps.
 
-    With L layers, hidden size H, feed-forward size I, vocabulary V, s bytes a number, a batch of T padded tokens holds
-
-        T · L·s·(10·H + 4·I)      activations; T·s·(L·H + 10·H + 4·I) with gradient checkpointing
-        + T · L·s·A·min(T', 400)  weights of A attention heads over rows of T' tokens, if kept (`attention`)
-        + T · 20·V                logits and their gradients in float32, if every token carries loss
-        + rows · F · k · 4        sketches of F forms; T/32 rows are reckoned with
-
-    bytes. On SmolLM2-135M (float32, CPU, every token with loss) this gives 2.4 MB a token, and 1.1 MB with gradient
-    checkpointing, where 1.9 and 1.0 MB were measured. Half of the free memory is planned for; the rest is room for
-    temporary arrays and for other architectures.
+    `token_bytes` says what one token needs. Half of the free memory is planned for; the rest is room for temporary
+    arrays and for other architectures.
 
     Args:
         model: PEFT model on its device.
@@ -178,16 +170,15 @@ def resolve_token_budget(
         LessAssetsError: If the longest row alone needs more than all the free memory.
     """
     base: Any = model.get_base_model()
-    config = base.config.get_text_config()
     weight = next(base.parameters())
-    device, number = weight.device, weight.element_size()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
-    layer = number * (10 * hidden + 4 * feed_forward)
-    if keeps_weights(weight):
-        layer += number * config.num_attention_heads * min(longest, LONGEST)
-    activations = layers * number * hidden + layer if gradient_checkpointing else layers * layer
-    per_token = activations + 20 * config.vocab_size + len(forms) * dimension * 4 // 32
+    device = weight.device
+    per_token = token_bytes(
+        base.config.get_text_config(),
+        weight.element_size(),
+        sketches=len(forms) * dimension,
+        kept_weights=min(longest, LONGEST) if keeps_weights(weight) else 0,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     free = _free_memory(device) if free_bytes is None else free_bytes
     if longest * per_token > free:
         raise LessAssetsError(
@@ -198,6 +189,37 @@ def resolve_token_budget(
         )
     most = 4096 if device.type == "cpu" else 65536
     return int(max(longest, min(most, free // 2 // per_token)))
+
+
+def token_bytes(
+    config: Any, number: int, *, sketches: int, kept_weights: int = 0, gradient_checkpointing: bool = False
+) -> int:
+    """About the bytes that a padded token of a batch needs while features are taken.
+
+    With L layers, hidden size H, feed-forward size I, vocabulary V, s bytes a number, a batch of T padded tokens holds
+
+        T · L·s·(10·H + 4·I)      activations; T·s·(L·H + 10·H + 4·I) with gradient checkpointing
+        + T · L·s·A·min(T', 400)  weights of A attention heads over rows of T' tokens, if kept (`attention`)
+        + T · 20·V                logits and their gradients in float32, if every token carries loss
+        + rows · F · k · 4        sketches of F forms; T/32 rows are reckoned with
+
+    bytes. On SmolLM2-135M (float32, CPU, every token with loss) this gives 2.4 MB a token, and 1.1 MB with gradient
+    checkpointing, where 1.9 and 1.0 MB were measured.
+
+    Args:
+        config: The model's text configuration.
+        number: Bytes of one of its numbers, s.
+        sketches: F · k.
+        kept_weights: Attention weights kept for each token and head: min(T', 400), or 0.
+        gradient_checkpointing: Whether it is on.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    feed_forward = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = number * (10 * hidden + 4 * feed_forward)
+    if kept_weights:
+        layer += number * config.num_attention_heads * kept_weights
+    activations = layers * number * hidden + layer if gradient_checkpointing else layers * layer
+    return int(activations + 20 * config.vocab_size + sketches * 4 // 32)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -285,11 +285,6 @@ def _chance_of_staying(sample: ScoredSample, queue: Queue, exact: np.ndarray, sh
     return chance
 
 
-def root_mean_square_error(sketched: np.ndarray, exact: np.ndarray) -> float:
-    """Root of the mean squared difference of two arrays of scores."""
-    return float(np.sqrt(np.mean(np.square(np.asarray(sketched, np.float64) - np.asarray(exact, np.float64)))))
-
-
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation of two (n,) arrays (`scipy.stats.pearsonr`); NaN if one is constant."""
     from scipy.stats import pearsonr
