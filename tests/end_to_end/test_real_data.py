@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import dagster as dg
-import polars as pl
 import pytest
 from support.graph import run
 
+from less_assets.method.evaluation.leaderboard import of_number
 from less_assets.project.data_check import check_data
 from less_assets.project.project import load_project
 from less_assets.reading.files import BOARD, SUBSET
@@ -50,7 +50,12 @@ def test_real_pool_and_the_papers_tasks_run_end_to_end(tiny_project):
         run(tiny_project.path, instance)
 
     lineage = open_lineage(project, open_store(project))
-    assert lineage.summary("pool_index")["usable"] == 600
+    pool = lineage.summary("pool_index")
+    assert pool["usable"] + pool["refused"] == 600
+    # Prompts that leave no room for an answer are refused before anything is drawn; so short a limit meets some.
+    reasons = [lineage.summary("refused_rows", shard)["reasons"] for shard in pool["shards"]]
+    assert {reason for shard in reasons for reason in shard} == {"prompt_too_long"}
+    assert 0 < pool["refused"] < 60
     subtasks = {task: len(lineage.summary("influence_scores", task)["subtasks"]) for task in EXAMPLES}
     assert subtasks == {"bbh": 27, "mmlu": 57, "tydiqa": 9, "gsm8k": 1}
     assert {task: lineage.summary("target_examples", task)["examples"] for task in EXAMPLES} == {
@@ -59,11 +64,10 @@ def test_real_pool_and_the_papers_tasks_run_end_to_end(tiny_project):
         "tydiqa": 9,
         "gsm8k": 8,
     }
-    unique = lineage.summary("pool_index")["unique"]
     for task in EXAMPLES:
         subset = read_parquet(lineage.folder("selected_subset", f"less|{task}"), SUBSET)
-        assert subset.height == int(0.05 * unique)
+        assert subset.height == int(0.05 * pool["unique"])
         assert subset["example_id"].n_unique() == subset.height
         assert subset["messages"].null_count() == 0
     board = read_parquet(lineage.folder("leaderboard"), BOARD)
-    assert board.filter(pl.col("metric") == "loss").height == 2 * len(EXAMPLES)
+    assert of_number(board, "answer_loss").height == 2 * len(EXAMPLES)
