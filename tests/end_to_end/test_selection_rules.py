@@ -19,6 +19,7 @@ RECIPES = [
     {"name": "match", "strategy": "less", "aggregate": "match", "fraction": 0.3},
     {"name": "match-limited", "strategy": "less", "aggregate": "match", "rows": 10, "quotas": {"plus": 0.2}},
     {"name": "match-tokens", "strategy": "less", "aggregate": "match", "tokens": 25},
+    {"name": "match-one", "strategy": "less", "aggregate": "match", "rows": 1},
     {"name": "mixed", "strategy": "less", "fraction": 0.3, "mix": {"share": 0.4}},
     {"name": "mixed-colors", "strategy": "bm25", "rows": 8, "mix": {"share": 0.5, "sources": ["colors"], "seed": 4}},
     {"name": "mixed-random", "strategy": "random", "tokens": 40, "mix": {"share": 0.5}},
@@ -111,6 +112,7 @@ def test_matching_keeps_to_quotas_and_to_tokens(made):
     passed = read_parquet(made.lineage.folder("selected_subset", "match-limited|sums"), PASSED_OVER)
     assert set(passed["reason"]) == {"quota"}
     assert set(passed["source"]) == {"plus"}
+    assert made.subset("match-one|sums")["example_id"].to_list() == [made.subset("match|sums")["example_id"][0]]
     tokens = made.subset("match-tokens|sums")
     assert 0 < tokens["loss_tokens"].sum() <= 25
     assert tokens["example_id"].to_list() == made.subset("match|sums")["example_id"][: tokens.height].to_list()

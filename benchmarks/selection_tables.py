@@ -1,0 +1,154 @@
+"""Tables of the selection study, from the loss of every question: differences from random with their intervals.
+
+Belongs here: arithmetic on stored losses. Making them is `selection_quality.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from less_assets.method.evaluation.leaderboard import markdown_table
+
+KEY = ("task", "recipe", "budget", "draw", "training_seed")
+LOSSES = pl.Schema(
+    {
+        "task": pl.String,
+        "recipe": pl.String,
+        "budget": pl.Float64,  # share of the pool; null: the base model
+        "draw": pl.Int64,  # seed of a random draw; null: the recipe draws nothing
+        "training_seed": pl.Int64,  # null: the base model
+        "number": pl.String,  # validation_loss or answer_loss
+        "subtask": pl.String,
+        "example_id": pl.String,
+        "loss": pl.Float32,  # nats per loss token
+    }
+)
+NUMBERS = {"validation_loss": "Validation loss", "answer_loss": "Answer loss"}
+REPLICATES = 2000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A recipe's mean loss minus random's, with its 95 % interval, and what single trainings did.
+
+    Attributes:
+        mean: Over questions, training seeds and draws.
+        low: Lower end of the interval.
+        high: Upper end.
+        worst: Highest mean loss of one training of the recipe.
+        random_best: Lowest mean loss of one training of random rows.
+        seeds: Training seeds of the recipe.
+    """
+
+    mean: float
+    low: float
+    high: float
+    worst: float
+    random_best: float
+    seeds: int
+
+
+def difference(recipe: np.ndarray, random: np.ndarray, *, seed: int = 0) -> Difference:
+    """Compare losses of the same questions; the bootstrap draws questions, trainings of the recipe and of random.
+
+    Questions are paired, trainings are not: a training seed gives other rows another course.
+
+    Args:
+        recipe: Losses float (trainings, questions).
+        random: Losses float (trainings, questions): training seeds times draws.
+        seed: Of the bootstrap.
+    """
+    rng = np.random.default_rng(seed)
+    questions = recipe.shape[1]
+    differences = np.empty(REPLICATES)
+    for replicate in range(REPLICATES):
+        drawn = rng.integers(0, questions, questions)
+        of_recipe = recipe[rng.integers(0, len(recipe), len(recipe))].mean(axis=0)[drawn]
+        of_random = random[rng.integers(0, len(random), len(random))].mean(axis=0)[drawn]
+        differences[replicate] = (of_recipe - of_random).mean()
+    low, high = np.quantile(differences, [0.025, 0.975])
+    means = recipe.mean(axis=1), random.mean(axis=1)
+    return Difference(
+        float(means[0].mean() - means[1].mean()),
+        float(low),
+        float(high),
+        float(means[0].max()),
+        float(means[1].min()),
+        len(recipe),
+    )
+
+
+def compared(losses: pl.DataFrame) -> list[dict[str, Any]]:
+    """Every recipe against random of the same budget: one entry for each task, number, budget and recipe.
+
+    Args:
+        losses: Table of `LOSSES`.
+    """
+    found = []
+    trained = losses.filter(pl.col("budget").is_not_null())
+    for (task, number, budget), part in trained.group_by("task", "number", "budget", maintain_order=True):
+        by_recipe = {name: _matrix(table) for (name,), table in part.group_by("recipe", maintain_order=True)}
+        random = by_recipe.pop("random", None)
+        for recipe, matrix in by_recipe.items() if random is not None else []:
+            result = difference(matrix, random)
+            found.append({"task": task, "number": number, "budget": budget, "recipe": recipe, "found": result})
+    return found
+
+
+def _matrix(losses: pl.DataFrame) -> np.ndarray:
+    """Losses of one recipe: a line for each training, its questions in the order of their ids."""
+    wide = losses.pivot("example_id", index=["draw", "training_seed"], values="loss", aggregate_function="mean")
+    questions = sorted(losses["example_id"].unique())
+    return wide.select(questions).to_numpy().astype(np.float64)
+
+
+def tables(losses: pl.DataFrame) -> str:
+    """The study as Markdown: for each budget and each number a table, recipes by their mean over the tasks."""
+    entries = compared(losses)
+    tasks = losses["task"].unique(maintain_order=True).to_list()
+    parts = ["<!-- written by benchmarks/selection_quality.py -->"]
+    for budget in sorted({entry["budget"] for entry in entries}):
+        for number, name in NUMBERS.items():
+            chosen = [entry for entry in entries if entry["budget"] == budget and entry["number"] == number]
+            parts.append(
+                f"**{name} minus random's, {100 * budget:g} % of the pool** (nats a token; lower is better; in "
+                "brackets the 95 % interval over questions, training seeds and draws)\n\n"
+                f"{markdown_table(_table(chosen, tasks))}"
+            )
+    parts.append(
+        "\\*: the interval is below 0, †: above 0. !: the worst training of the recipe is still better than the best "
+        "of random rows. A number in parentheses: training seeds, where fewer than three are finished."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(entries: list[dict[str, Any]], tasks: list[str]) -> pl.DataFrame:
+    lines: dict[str, dict[str, Difference]] = {}
+    for entry in entries:
+        lines.setdefault(entry["recipe"], {})[entry["task"]] = entry["found"]
+    means = {recipe: float(np.mean([found.mean for found in row.values()])) for recipe, row in lines.items()}
+    complete = {recipe: len(row) == len(tasks) for recipe, row in lines.items()}
+    order = sorted(lines, key=lambda recipe: (not complete[recipe], means[recipe]))
+    return pl.DataFrame(
+        [
+            {
+                "recipe": recipe,
+                "mean": f"{means[recipe]:+.3f}" if complete[recipe] else "",
+                **{task: _cell(lines[recipe].get(task)) for task in tasks},
+            }
+            for recipe in order
+        ]
+    )
+
+
+def _cell(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    mark = "*" if found.high < 0 else "†" if found.low > 0 else ""
+    mark += "!" if found.worst < found.random_best else ""
+    seeds = f" ({found.seeds})" if found.seeds < 3 else ""
+    return f"{found.mean:+.3f}{mark} [{found.low:+.3f}, {found.high:+.3f}]{seeds}"
