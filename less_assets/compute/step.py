@@ -215,7 +215,7 @@ def measured(lineage: Lineage, asset: str, partition: str | None, models: ModelL
     seconds = time.perf_counter() - started
     loading = models.loading_seconds - loading
     speeds.record(lineage.store, lineage.project, speeds.MODEL_LOAD, loading, models.loads - loads)
-    units = sum(each.units for each in done)
+    units = sum(result.units for result in done)
     speeds.record(lineage.store, lineage.project, speeds.rate_name(asset, partition), seconds - loading, units)
 
 

@@ -83,6 +83,6 @@ def cost_with_inputs(lineage: Lineage, asset: str, partition: str | None) -> Cos
 def _sum(lineage: Lineage, artifacts: list[tuple[str, str | None]]) -> Cost:
     manifests = [lineage.fresh(*artifact) for artifact in artifacts]
     seconds = [seconds_of(lineage.store, manifest.kind, manifest.fingerprint) for manifest in manifests]
-    tokens = sum(each for manifest in manifests if isinstance(each := manifest.summary.get("tokens"), int))
-    known = [each for each in seconds if each is not None]
+    tokens = sum(count for manifest in manifests if isinstance(count := manifest.summary.get("tokens"), int))
+    known = [value for value in seconds if value is not None]
     return Cost(sum(known) / 60 if len(known) == len(seconds) else None, tokens)

@@ -94,10 +94,10 @@ def lacks_certificate(lineage: Lineage, task: str) -> bool:
     if gradients.real_step_rows:
         plans.append(steps_plan(lineage, task))
     try:
-        found = [(lineage.store.current(plan.pointer), dict(plan.inputs)) for plan in plans]
+        stored = [(lineage.store.current(plan.pointer), dict(plan.inputs)) for plan in plans]
     except CorruptArtifactError:
         return False
-    return any(manifest is None or manifest.inputs != inputs for manifest, inputs in found)
+    return any(manifest is None or manifest.inputs != inputs for manifest, inputs in stored)
 
 
 def judge_selection(lineage: Lineage, key: str, selected: pl.DataFrame) -> "Judgement | None":

@@ -88,8 +88,8 @@ class Cuts:
         if self.exact is None:
             return sketched
         known = self.exact.select("example_id", EXACT_COLUMN)
-        found = rows.select("example_id").join(known, on="example_id", how="left", maintain_order="left")
-        exact = score_matrix(found[EXACT_COLUMN])
+        rescored = rows.select("example_id").join(known, on="example_id", how="left", maintain_order="left")
+        exact = score_matrix(rescored[EXACT_COLUMN])
         return np.where(np.isnan(exact), sketched, exact)
 
     def pool_margins(self) -> Iterator[np.ndarray]:

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 from support.tiny import question, write_rows
 
@@ -16,11 +18,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def benchmark():
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as where the script is run
     spec = importlib.util.spec_from_file_location("selection_quality", ROOT / "benchmarks/selection_quality.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["selection_quality"] = module
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture
@@ -51,42 +55,61 @@ def work() -> Iterator[Path]:
 def test_the_small_design_runs_and_its_figures_are_complete(benchmark, data, tiny_model, work, tmp_path, capsys):
     results = tmp_path / "results.json"
     options = ["--small", "--base", str(tiny_model), "--data", str(data), "--work", str(work)]
-    options += ["--rows", "40", "--dimension", "256", "--limit", "2", "--seeds", "0", "1", "--results", str(results)]
+    options += ["--rows", "40", "--dimension", "256", "--limit", "2", "--draws", "0", "1", "--results", str(results)]
     benchmark.main([*options, "--estimate"])
-    assert "together about" in capsys.readouterr().out
+    assert "h so far" in capsys.readouterr().out
     assert not results.exists()
 
-    benchmark.main(options)
+    benchmark.main([*options, "--training-seeds", "0"])
     found = json.loads(results.read_text())
-    assert {tuple(each) for each in found} == {
-        ("task", "recipe", "budget", "seed", "validation_loss", "answer_loss", "score", "tokens")
+    assert {tuple(line) for line in found} == {
+        *[("task", "recipe", "budget", "draw", "training_seed", "validation_loss", "answer_loss", "score", "tokens")]
     }
-    names = [(each["recipe"], each["seed"]) for each in found]
-    less = [("less-adamw-max", None), ("less-marginal-round_robin", None), ("less-sgd-round_robin", None)]
-    assert names == [("base", None), *less, ("random", 0), ("random", 1), ("bm25", None), ("rds", None), ("as-long", 0)]
-    assert all(each["budget"] == 0.1 and each["tokens"] > 0 for each in found[1:])
-    assert found[0]["budget"] is None
-    assert all(0 < each["answer_loss"] < 10 and each["score"] in (0, 0.5, 1) for each in found)
+    names = [(line["recipe"], line["draw"]) for line in found]
+    rules = [(name, None) for name in ("less", "less-paper", "less-match", "less-whitened")]
+    assert names == [("base", None), *rules, ("random", 0), ("random", 1)]
+    assert all(line["budget"] == 0.1 and line["tokens"] > 0 and line["training_seed"] == 0 for line in found[1:])
+    assert found[0]["budget"] is found[0]["training_seed"] is None
+    assert all(0 < line[number] < 10 for line in found for number in ("answer_loss", "validation_loss"))
     sources = {path.stem for path in (work / "small/pool").iterdir()}
     assert sources == {"cot", "dolly"}, "GSM8K's own training source is left out"
-    board = results.with_suffix(".md").read_text()
-    assert "| less-marginal-round_robin.10 |" in board
-    random = [each["answer_loss"] for each in found if each["recipe"] == "random"]
-    for each in found[1:]:
-        if each["recipe"] != "random":
-            (line,) = (line for line in board.splitlines() if line.startswith(f"| {each['recipe']} |"))
-            difference = float(line.split("|")[3].strip(" *†"))
-            assert difference == pytest.approx(each["answer_loss"] - sum(random) / len(random), abs=1e-3)
-    assert "| random, over its seeds |" in board
     assert "to make" in capsys.readouterr().out
 
-    results.unlink()
-    benchmark.main(options)
+    # Another training seed makes its own models only, and what is finished is not made again, not even elsewhere.
+    shutil.rmtree(work / "small")
+    benchmark.main([*options, "--training-seeds", "0"])
     assert json.loads(results.read_text()) == found
     assert "to make" not in capsys.readouterr().out, "everything was there already"
+    benchmark.main([*options, "--training-seeds", "0", "1"])
+    more = json.loads(results.read_text())
+    assert more[: len(found)] == found
+    assert [(line["recipe"], line["training_seed"]) for line in more[len(found) :]] == [
+        *[(name, 1) for name, _ in names[1:]]
+    ]
+    losses = pl.read_parquet(tmp_path / "results_losses.parquet")
+    chosen = losses.filter(number="validation_loss", recipe="less")
+    assert chosen["loss"].mean() == pytest.approx(
+        sum(line["validation_loss"] for line in more if line["recipe"] == "less") / 2
+    )
+    assert "| less-match | " in results.with_suffix(".md").read_text()
 
 
-def test_the_full_design_has_every_variant_and_baseline(benchmark):
+def test_a_difference_from_random_and_its_interval(benchmark):
+    import selection_tables
+
+    rng = np.random.default_rng(0)
+    questions = rng.normal(2, 1, 200)
+    random = questions + rng.normal(0, 0.05, (9, 1)) + rng.normal(0, 0.1, (9, 200))
+    better = questions - 0.3 + rng.normal(0, 0.1, (3, 200))
+    found = selection_tables.difference(better, random)
+    assert found.mean == pytest.approx(better.mean() - random.mean())
+    assert -0.4 < found.low < found.mean < found.high < -0.2
+    assert found.worst == better.mean(axis=1).max() < found.random_best == random.mean(axis=1).min()
+    same = selection_tables.difference(questions + rng.normal(0, 0.05, (3, 1)), random)
+    assert same.low < 0 < same.high, "trainings that differ by luck alone"
+
+
+def test_the_stages_cover_every_rule_budget_and_training_seed(benchmark):
     design = benchmark.Design(
         base="x",
         dtype="auto",
@@ -95,15 +118,17 @@ def test_the_full_design_has_every_variant_and_baseline(benchmark):
         row_length=9,
         max_length=9,
         fractions=(0.05, 0.1),
-        seeds=(0, 1, 2),
+        draws=(0, 1, 2),
+        training_seeds=(0, 1),
         epochs=1,
         learning_rate=1.0,
         dimension=8,
         limit=None,
-        few_shot=False,
-        full=True,
         small=False,
     )
-    names = {recipe["name"].rpartition(".")[0] or recipe["name"] for recipe in benchmark.recipes(design)}
-    assert {f"less-{form}-{how}" for form in benchmark.FORMS for how in ("max", "mean", "round_robin")} < names
-    assert {"base", "full", "random", "bm25", "dsir", "rds", "perplexity-mid", "perplexity-top", "as-long"} < names
+    stages = benchmark.stages(design)
+    assert [stage.name for stage in stages[:3]] == ["main-5-seed0", "main-5-seed1", "all-5-seed0"]
+    assert len({stage.name for stage in stages}) == 8
+    main, everything = ({recipe["name"] for recipe in benchmark.recipes(design, stages[i])} for i in (0, 2))
+    assert main == {"base", "random", *benchmark.MAIN}
+    assert main | {"as-long", *benchmark.MORE} == everything

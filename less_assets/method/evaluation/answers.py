@@ -42,9 +42,9 @@ def last_number(text: str) -> str | None:
     numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return None
-    found = numbers[-1]
-    value = Decimal(found["digits"].replace(",", ""))
-    if found["sign"]:
+    last = numbers[-1]
+    value = Decimal(last["digits"].replace(",", ""))
+    if last["sign"]:
         value = -value
     if value == 0:
         return "0"
@@ -60,8 +60,8 @@ def stated_answer(text: str) -> str:
     Args:
         text: Generated worked answer, for example `"… = 6. So the answer is (B)."`, which gives `"(B)"`.
     """
-    found = _STATED.search(text)
-    return (found[1] if found else text).strip()
+    stated = _STATED.search(text)
+    return (stated[1] if stated else text).strip()
 
 
 def short_answer(text: str) -> str:
@@ -185,7 +185,9 @@ class AnswerRule:
             answer: What `extract` returned.
             references: Accepted answers, at least one.
         """
-        return {name: max(metric(answer, each) for each in references) for name, metric in self.metrics.items()}
+        return {
+            name: max(metric(answer, reference) for reference in references) for name, metric in self.metrics.items()
+        }
 
 
 RULES: dict[RuleName, AnswerRule] = {

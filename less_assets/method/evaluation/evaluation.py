@@ -265,18 +265,18 @@ def harness_task(
     Raises:
         EvaluationError: If some examples have choices and some have not.
     """
-    if len({bool(each.choices) for each in examples}) > 1:
+    if len({bool(example.choices) for example in examples}) > 1:
         raise EvaluationError("Some evaluation examples have choices and some have not.", where=name)
     documents = [
         {
-            "example_id": each.example_id,
-            "subtask": each.subtask,
+            "example_id": example.example_id,
+            "subtask": example.subtask,
             "prompt": prompt,
-            "answers": list(each.answers),
-            "choices": list(each.choices),
-            "gold": each.completion,
+            "answers": list(example.answers),
+            "choices": list(example.choices),
+            "gold": example.completion,
         }
-        for each, prompt in zip(examples, prompts, strict=True)
+        for example, prompt in zip(examples, prompts, strict=True)
     ]
 
     def dataset(**_: Any) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def harness_task(
                 "filter": [
                     {
                         "function": "custom",
-                        "filter_fn": lambda outputs, _: [[rule.extract(each[0])] for each in outputs],
+                        "filter_fn": lambda outputs, _: [[rule.extract(texts[0])] for texts in outputs],
                     },
                     {"function": "take_first"},
                 ],
@@ -445,7 +445,7 @@ def summarize(
 
 
 def _common_rule(examples: Sequence[EvaluationExample], settings: EvaluationSettings, name: str) -> AnswerRule:
-    rules = {settings.rule} if settings.rule else {each.metric for each in examples}
+    rules = {settings.rule} if settings.rule else {example.metric for example in examples}
     if len(rules) > 1:
         raise EvaluationError(
             f"Evaluation examples of different kinds cannot be mixed: {', '.join(sorted(rules))}.", where=name
@@ -467,8 +467,8 @@ def _max_length(model: Any, settings: EvaluationSettings) -> int:
 
 
 def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: Any) -> int:
-    answers = {answer for each in examples for answer in each.answers}
-    return SPARE_NEW_TOKENS + max(len(tokenizer(each, add_special_tokens=False).input_ids) for each in answers)
+    answers = {answer for example in examples for answer in example.answers}
+    return SPARE_NEW_TOKENS + max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
 
 
 def _encode_requests(
@@ -488,7 +488,7 @@ def _encode_requests(
         }
         prompt_ids, _ = choices[example.completion]
         prompts.append(encoder.tokenizer.decode(prompt_ids))
-        encodings |= {(prompts[-1], each): (prompt_ids, ids) for each, (_, ids) in choices.items()}
+        encodings |= {(prompts[-1], choice): (prompt_ids, ids) for choice, (_, ids) in choices.items()}
     return prompts, encodings
 
 

@@ -161,10 +161,10 @@ class _Run:
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, prefix:]
         logits = self._forward(input_ids, positions, cache, kept)[:, -kept:]
         own = [logits[row, kept - 1 - length :] for row, length in enumerate(scored)]
-        self.next_ids = torch.stack([each[0].argmax(-1) for each in own])
+        self.next_ids = torch.stack([logits[0].argmax(-1) for logits in own])
         self.reference_losses = [
-            float(cross_entropy(each[:-1].float(), input_ids[row, -length:])) if length else float("nan")
-            for row, (each, length) in enumerate(zip(own, scored, strict=True))
+            float(cross_entropy(logits[:-1].float(), input_ids[row, -length:])) if length else float("nan")
+            for row, (logits, length) in enumerate(zip(own, scored, strict=True))
         ]
         self.positions = torch.empty_like(self.next_ids)
         for row, length in enumerate(scored):
@@ -189,7 +189,7 @@ class _Run:
     ) -> list[list[int]]:
         """Return the new token ids of each row, end tokens excluded."""
         # A token decodes to at least one byte, so this many tokens always cover the longest stop string.
-        window = max((len(each.encode()) for each in stop), default=0) + 2
+        window = max((len(string.encode()) for string in stop), default=0) + 2
         rows = list(range(len(self.next_ids)))  # which row of the batch each row of the tensors is
         open_rows = set(rows)
         new_ids: list[list[int]] = [[] for _ in rows]
@@ -199,13 +199,13 @@ class _Run:
                     open_rows.remove(row)
                 elif row in open_rows:
                     new_ids[row].append(token)
-                    if stop and any(each in tokenizer.decode(new_ids[row][-window:]) for each in stop):
+                    if stop and any(string in tokenizer.decode(new_ids[row][-window:]) for string in stop):
                         open_rows.remove(row)
             if not open_rows or not left:
                 break
             # Leaving rows out copies the cache, so not for every single one.
             if 2 * len(open_rows) <= len(rows) and _can_share(self.cache):
-                self._keep([place for place, row in enumerate(rows) if row in open_rows])
+                self._keep([position for position, row in enumerate(rows) if row in open_rows])
                 rows = [row for row in rows if row in open_rows]
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(self.next_ids[:, None], self.positions[:, None], self.cache, 1)
@@ -225,7 +225,7 @@ def cut_before(text: str, stop: Sequence[str]) -> str:
         text: Generated text.
         stop: Strings that end it.
     """
-    ends = [position for each in stop if (position := text.find(each)) >= 0]
+    ends = [position for string in stop if (position := text.find(string)) >= 0]
     return text[: min(ends)] if ends else text
 
 
@@ -317,7 +317,7 @@ def group_by_prefix(sequences: Sequence[Tokens], longest_prefixes: Sequence[int]
         groups.setdefault(start.tobytes() if len(start) == PREFIX_WINDOW else b"", []).append(i)
     alone = [i for start, members in groups.items() if not start or len(members) == 1 for i in members]
     alike = [members for start, members in groups.items() if start and len(members) > 1]
-    found = []
+    groups = []
     for members in [*alike, sorted(alone)]:
         if members:
             common = min(longest_prefixes[i] for i in members)
@@ -326,8 +326,8 @@ def group_by_prefix(sequences: Sequence[Tokens], longest_prefixes: Sequence[int]
                 differs = np.flatnonzero(first != np.asarray(sequences[i])[: len(first)])
                 first = first[: differs[0]] if len(differs) else first
             worthwhile = len(members) > 1 and len(first) >= MIN_PREFIX
-            found.append((np.array(members), len(first) if worthwhile else 0))
-    return found
+            groups.append((np.array(members), len(first) if worthwhile else 0))
+    return groups
 
 
 def _pad(rows: Sequence[Tokens], side: str, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -398,8 +398,8 @@ def _paired(
 
 def _reference(recipes: dict[str, list[RecipeResult]], ours: RecipeResult, strategy: str) -> str | None:
     """Return the recipe of that strategy on our model: the one with our budget if there is one, else the first."""
-    found = [draws[0] for draws in recipes.values() if draws[0].strategy == strategy and draws[0].model == ours.model]
-    return next((each.recipe for each in found if each.budget == ours.budget), found[0].recipe if found else None)
+    rivals = [draws[0] for draws in recipes.values() if draws[0].strategy == strategy and draws[0].model == ours.model]
+    return next((rival.recipe for rival in rivals if rival.budget == ours.budget), rivals[0].recipe if rivals else None)
 
 
 def _row(
@@ -444,8 +444,8 @@ def _average(values: pl.DataFrame, column: str, average: str) -> float:
 
 
 def _interval(values: pl.DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
-    found = clustered_bootstrap(values["value"].to_numpy(), values["subtask"].to_list(), **settings)
-    return found.mean, found.low, found.high
+    interval = clustered_bootstrap(values["value"].to_numpy(), values["subtask"].to_list(), **settings)
+    return interval.mean, interval.low, interval.high
 
 
 def _mean(numbers: Sequence[float | None]) -> float | None:

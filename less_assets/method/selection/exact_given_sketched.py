@@ -136,9 +136,9 @@ def exact_given_sketched(
     effects = likeliest[5:]
     level_edges = np.unique(np.quantile(pool_traits @ effects, np.linspace(0, 1, LEVELS + 1)[1:-1]))
     cells = ExactScores(edges[1:-1], level_edges, effects, values, np.empty(0))
-    level, place = cells.cells(pool, pool_traits)
+    level, score_bin = cells.cells(pool, pool_traits)
     counts = np.zeros((len(level_edges) + 1, BINS))
-    np.add.at(counts, (level, place), 1)
+    np.add.at(counts, (level, score_bin), 1)
     known = np.zeros_like(counts)
     np.add.at(known, cells.cells(sketched, traits), 1)
     middle = np.zeros((len(counts), traits.shape[1]))
@@ -160,9 +160,9 @@ def _sampling(pool: np.ndarray, inclusion: np.ndarray) -> tuple[np.ndarray, np.n
     """Bins of sketched scores, finer towards the top, and the chance to be sampled in each, up to a factor."""
     tails = np.geomspace(1, min(0.5, 8 / len(pool)), SAMPLING_BINS)[1:]
     edges = np.unique(np.quantile(pool, 1 - tails))
-    place = np.searchsorted(edges, pool, side="right")
-    rows = np.bincount(place, minlength=len(edges) + 1)
-    chance = np.bincount(place, weights=inclusion, minlength=len(edges) + 1) / np.maximum(1, rows)
+    pool_bin = np.searchsorted(edges, pool, side="right")
+    rows = np.bincount(pool_bin, minlength=len(edges) + 1)
+    chance = np.bincount(pool_bin, weights=inclusion, minlength=len(edges) + 1) / np.maximum(1, rows)
     chance = np.where(rows > 0, chance, inclusion.mean())
     return edges, chance / chance.mean()
 

@@ -190,8 +190,8 @@ class QueueFidelity:
         It is the shift under which the sampled rows of that side are likeliest, with a normal prior around none.
         """
         side = self._selected == selected
-        level, place = self._cells
-        chances = self.distribution.chances((level[side], place[side]), value).mean(axis=0)
+        level, score_bin = self._cells
+        chances = self.distribution.chances((level[side], score_bin[side]), value).mean(axis=0)
         hits = np.clip((self._exact[side] - value) / (2 * self.distribution.resolution(value)) + 0.5, 0, 1)
         shift, precision = 0.0, SHIFT_DEVIATION**-2
         for _ in range(20):
@@ -308,9 +308,9 @@ def spearman(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) ->
 
 
 def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    _, place = np.unique(values, return_inverse=True)
-    total = np.bincount(place, weights=weights)
-    ranks: np.ndarray = (np.cumsum(total) - total / 2)[place]
+    _, group = np.unique(values, return_inverse=True)
+    total = np.bincount(group, weights=weights)
+    ranks: np.ndarray = (np.cumsum(total) - total / 2)[group]
     return ranks
 
 
