@@ -20,8 +20,7 @@ tables are made; and the tables, `selection_quality.md`. Cells that these files 
 whichever machine; `--again` forgets them.
 
 How to read the tables. Both losses are nats a token; lower is better. A difference from random is paired: the same
-questions, the mean over training seeds and over random's draws; its interval is a bootstrap over questions, training
-seeds and draws together.
+questions, the mean over training seeds and over random's draws; its interval covers the luck of all three.
 """
 
 from __future__ import annotations

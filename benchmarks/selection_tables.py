@@ -5,11 +5,13 @@ Belongs here: arithmetic on stored losses. Making them is `selection_quality.py`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
+from scipy.stats import t as student_t
 
 from less_assets.method.evaluation.leaderboard import markdown_table
 
@@ -28,7 +30,6 @@ LOSSES = pl.Schema(
     }
 )
 NUMBERS = {"validation_loss": "Validation loss", "answer_loss": "Answer loss"}
-REPLICATES = 2000
 
 
 @dataclass(frozen=True)
@@ -52,34 +53,28 @@ class Difference:
     seeds: int
 
 
-def difference(recipe: np.ndarray, random: np.ndarray, *, seed: int = 0) -> Difference:
-    """Compare losses of the same questions; the bootstrap draws questions, trainings of the recipe and of random.
+def difference(recipe: np.ndarray, random: np.ndarray, draws: Sequence[int]) -> Difference:
+    """Compare losses of the same questions; the interval covers the luck of questions, trainings and draws.
 
-    Questions are paired, trainings are not: a training seed gives other rows another course.
+    The variance of the mean difference is the sum of three: that of the paired differences over questions, that of the
+    recipe's trainings, and that of random's draws (each the mean of its trainings), every one over its number. Few
+    trainings make the last two uncertain: Student's t with Welch and Satterthwaite's degrees of freedom (Welch 1947)
+    widens the interval for it. What has one value only adds nothing, and the interval is then too narrow.
 
     Args:
         recipe: Losses float (trainings, questions).
-        random: Losses float (trainings, questions): training seeds times draws.
-        seed: Of the bootstrap.
+        random: Losses float (n, questions): of n trainings on random rows.
+        draws: Seed of the draw of each of the n.
     """
-    rng = np.random.default_rng(seed)
-    questions = recipe.shape[1]
-    differences = np.empty(REPLICATES)
-    for replicate in range(REPLICATES):
-        drawn = rng.integers(0, questions, questions)
-        of_recipe = recipe[rng.integers(0, len(recipe), len(recipe))].mean(axis=0)[drawn]
-        of_random = random[rng.integers(0, len(random), len(random))].mean(axis=0)[drawn]
-        differences[replicate] = (of_recipe - of_random).mean()
-    low, high = np.quantile(differences, [0.025, 0.975])
-    means = recipe.mean(axis=1), random.mean(axis=1)
-    return Difference(
-        float(means[0].mean() - means[1].mean()),
-        float(low),
-        float(high),
-        float(means[0].max()),
-        float(means[1].min()),
-        len(recipe),
-    )
+    by_draw = np.array([random[np.asarray(draws) == draw].mean(axis=0) for draw in sorted(set(draws))])
+    samples = [recipe.mean(axis=0) - by_draw.mean(axis=0), recipe.mean(axis=1), by_draw.mean(axis=1)]
+    parts = [(values.var(ddof=1) / len(values), len(values) - 1) for values in samples if len(values) > 1]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts) if variance else 1.0
+    mean = float(samples[0].mean())
+    reach = float(student_t.ppf(0.975, freedom) * np.sqrt(variance))
+    worst, random_best = float(samples[1].max()), float(random.mean(axis=1).min())
+    return Difference(mean, mean - reach, mean + reach, worst, random_best, len(recipe))
 
 
 def compared(losses: pl.DataFrame) -> list[dict[str, Any]]:
@@ -91,19 +86,19 @@ def compared(losses: pl.DataFrame) -> list[dict[str, Any]]:
     found = []
     trained = losses.filter(pl.col("budget").is_not_null())
     for (task, number, budget), part in trained.group_by("task", "number", "budget", maintain_order=True):
-        by_recipe = {name: _matrix(table) for (name,), table in part.group_by("recipe", maintain_order=True)}
-        random = by_recipe.pop("random", None)
-        for recipe, matrix in by_recipe.items() if random is not None else []:
-            result = difference(matrix, random)
+        by_recipe = {name: _by_training(table) for (name,), table in part.group_by("recipe", maintain_order=True)}
+        draws, random = by_recipe.pop("random", ([], None))
+        for recipe, (_, trainings) in by_recipe.items() if random is not None else []:
+            result = difference(trainings, random, draws)
             found.append({"task": task, "number": number, "budget": budget, "recipe": recipe, "found": result})
     return found
 
 
-def _matrix(losses: pl.DataFrame) -> np.ndarray:
-    """Losses of one recipe: a line for each training, its questions in the order of their ids."""
+def _by_training(losses: pl.DataFrame) -> tuple[list[int], np.ndarray]:
+    """Draws of a recipe's trainings (-1: it draws nothing), and its losses: a line for each, questions by their ids."""
     wide = losses.pivot("example_id", index=["draw", "training_seed"], values="loss", aggregate_function="mean")
     questions = sorted(losses["example_id"].unique())
-    return wide.select(questions).to_numpy().astype(np.float64)
+    return wide["draw"].fill_null(-1).to_list(), wide.select(questions).to_numpy().astype(np.float64)
 
 
 def tables(losses: pl.DataFrame) -> str:

@@ -98,15 +98,30 @@ def test_a_difference_from_random_and_its_interval(benchmark):
     import selection_tables
 
     rng = np.random.default_rng(0)
-    questions = rng.normal(2, 1, 200)
-    random = questions + rng.normal(0, 0.05, (9, 1)) + rng.normal(0, 0.1, (9, 200))
-    better = questions - 0.3 + rng.normal(0, 0.1, (3, 200))
-    found = selection_tables.difference(better, random)
+    questions, draws = rng.normal(2, 1, 200), [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+    def trainings(draws: list[int]) -> np.ndarray:
+        luck = rng.normal(0, 0.05, 10)[draws] + rng.normal(0, 0.03, len(draws))
+        return questions + luck[:, None] + rng.normal(0, 0.1, (len(draws), 200))
+
+    random, better = trainings(draws), trainings([3, 3, 3]) - 0.4
+    found = selection_tables.difference(better, random, draws)
     assert found.mean == pytest.approx(better.mean() - random.mean())
-    assert -0.4 < found.low < found.mean < found.high < -0.2
+    assert found.low < found.mean < found.high < 0
     assert found.worst == better.mean(axis=1).max() < found.random_best == random.mean(axis=1).min()
-    same = selection_tables.difference(questions + rng.normal(0, 0.05, (3, 1)), random)
-    assert same.low < 0 < same.high, "trainings that differ by luck alone"
+
+
+def test_an_interval_covers_the_luck_of_trainings_and_draws(benchmark):
+    import selection_tables
+
+    rng = np.random.default_rng(1)
+    draws, covered = [0, 0, 0, 1, 1, 1, 2, 2, 2], 0
+    for _ in range(400):  # a rule that is as good as random: its own trainings and draws of random, by luck alone
+        luck = rng.normal(0, 0.05, (6, 1)), rng.normal(0, 0.05, (3, 1))
+        random = np.repeat(luck[1], 3, axis=0) + rng.normal(0, 0.02, (9, 1)) + rng.normal(0, 0.1, (9, 100))
+        found = selection_tables.difference(luck[0][:3] + rng.normal(0, 0.1, (3, 100)), random, draws)
+        covered += found.low < 0 < found.high
+    assert covered / 400 > 0.92
 
 
 def test_the_stages_cover_every_rule_budget_and_training_seed(benchmark):
