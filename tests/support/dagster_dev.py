@@ -36,7 +36,7 @@ class DagsterDev:
             for free in (ui, reports):
                 free.bind(("127.0.0.1", 0))
             self.port, self.reports_port = ui.getsockname()[1], reports.getsockname()[1]
-        self.home = home
+        self.project_file, self.home = project_file, home
         self._log = (home / "server.log").open("wb")
         command = [sys.executable, "-m", "less_assets.cli", "dev"]
         self._process = subprocess.Popen(
