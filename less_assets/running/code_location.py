@@ -12,6 +12,11 @@ from less_assets.project.project import load_project
 from less_assets.running.report_server import URL_VARIABLE
 from less_assets.running.task_job import task_job
 
-_project = load_project(os.environ.get("LESS_PROJECT", "project.yaml"))
-_graph = build_definitions(_project, reports_url=os.environ.get(URL_VARIABLE))
-defs = dg.Definitions.merge(_graph, dg.Definitions(jobs=[task_job(_graph, _project)]))
+
+def _with_job() -> dg.Definitions:
+    project = load_project(os.environ.get("LESS_PROJECT", "project.yaml"))
+    graph = build_definitions(project, reports_url=os.environ.get(URL_VARIABLE))
+    return dg.Definitions.merge(graph, dg.Definitions(jobs=[task_job(graph, project)]))
+
+
+defs = _with_job()

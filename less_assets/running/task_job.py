@@ -12,6 +12,8 @@ from less_assets.running.runner import GraphRunner, Request, register_shards
 from less_assets.steps.registry import ASSETS, open_store
 
 JOB = "bring_task_up_to_date"
+STEP = "bring_up_to_date"
+"""The job's one step, whose config names the task; Dagster wants it to have another name than the job."""
 
 
 def task_job(graph: dg.Definitions, project: Project) -> dg.JobDefinition:
@@ -34,7 +36,7 @@ def task_job(graph: dg.Definitions, project: Project) -> dg.JobDefinition:
         "extras": dg.Field(bool, default_value=True, description="Also certificates, shares of tokens, and reports."),
     }
 
-    @dg.op(name=JOB, config_schema=settings, description="Makes what is missing or stale, upstream first.")
+    @dg.op(name=STEP, config_schema=settings, description="Makes what is missing or stale, upstream first.")
     def bring_up_to_date(context: dg.OpExecutionContext) -> None:
         config, instance, store = context.op_config, context.instance, open_store(project)
         register_shards(project, store, instance)
@@ -51,8 +53,7 @@ def task_job(graph: dg.Definitions, project: Project) -> dg.JobDefinition:
         name=JOB,
         description="Makes everything that one task needs and that is missing or stale: up to its evaluation and its "
         "reports, or up to the asset that `until` names. Interrupted, launch it again: what is finished is kept.",
-        config={"ops": {JOB: {"config": {"task": project.task_names[0]}}}},
-        owners=[f"team:{project.name}"],
+        config={"ops": {STEP: {"config": {"task": project.task_names[0]}}}},
         executor_def=dg.in_process_executor,
     )
     def bring_task_up_to_date() -> None:

@@ -8,14 +8,14 @@ from support.tiny import TinyProject
 
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project
-from less_assets.running.task_job import JOB, task_job
+from less_assets.running.task_job import STEP, task_job
 
 
 def launch(tiny: TinyProject, instance: dg.DagsterInstance, **config: Any) -> dg.ExecuteInProcessResult:
     """Run the job; without config, with what the launchpad is filled with."""
     project = load_project(tiny.path)
     job = task_job(build_definitions(project), project)
-    given = {"ops": {JOB: {"config": config}}} if config else None
+    given = {"ops": {STEP: {"config": config}}} if config else None
     return job.execute_in_process(run_config=given, instance=instance, raise_on_error=False)
 
 
@@ -60,6 +60,5 @@ def test_a_failure_is_the_jobs_and_names_what_to_do(tiny_project, instance):
 def test_the_launchpad_is_filled_with_the_first_task(tiny_project):
     project = load_project(tiny_project.path)
     job = task_job(build_definitions(project), project)
-    assert job.run_config == {"ops": {JOB: {"config": {"task": "sums"}}}}
+    assert job.run_config == {"ops": {STEP: {"config": {"task": "sums"}}}}
     assert job.description
-    assert job.owners == ["team:tiny"]
