@@ -14,12 +14,15 @@ from typing import Any
 
 READY_SECONDS = 90
 RUN_SECONDS = 120
+BACKFILL_SECONDS = 600
+"""Dagster's daemon looks at backfills every 30 s; the rest is for a busy machine."""
 
 LOCATION = """{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus
   locationOrLoadError { ... on PythonError { message } } } } } }"""
 LAUNCH = """mutation($params: ExecutionParams!) { launchPipelineExecution(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 RUN = "query($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+BACKFILL = "query($id: String!) { partitionBackfillOrError(backfillId: $id) { ... on PartitionBackfill { status } } }"
 MATERIALIZATIONS = """query($key: AssetKeyInput!, $partitions: [String!]) { assetOrError(assetKey: $key) {
   ... on Asset { assetMaterializations(partitions: $partitions, limit: 20) { partition tags { key value }
     metadataEntries { label ... on IntMetadataEntry { intValue } ... on TextMetadataEntry { text }
@@ -106,6 +109,15 @@ class DagsterDev:
         while (found := self.query(RUN, id=run)["runOrError"]["status"]) not in ("SUCCESS", "FAILURE", "CANCELED"):
             assert time.monotonic() < deadline, f"still {found}:\n{self.log()[-3000:]}"
             time.sleep(0.3)
+        return found
+
+    def backfill_outcome(self, backfill: str) -> str:
+        """Status of a backfill once it has ended."""
+        deadline = time.monotonic() + BACKFILL_SECONDS
+        unfinished = ("REQUESTED", "CANCELING", "FAILING")
+        while (found := self.query(BACKFILL, id=backfill)["partitionBackfillOrError"]["status"]) in unfinished:
+            assert time.monotonic() < deadline, f"still {found}:\n{self.log()[-3000:]}"
+            time.sleep(1)
         return found
 
     def materializations(self, asset: str, *partitions: str) -> dict[str | None, dict[str, Any]]:
