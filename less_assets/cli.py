@@ -6,11 +6,12 @@ Belongs here: arguments, printing, exit codes. What runs and in which order is `
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -314,23 +315,26 @@ def explain(
             "`-` reads it from standard input.",
         ),
     ] = "",
+    recipe: Annotated[str, typer.Option("--recipe", help="The row that this recipe ranks first, or at --rank.")] = "",
+    rank: Annotated[int, typer.Option("--rank", help="With --recipe: the rank of the row.", min=1)] = 1,
     as_json: JsonOption = False,
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Say why a row scores as it does for a task. Computes nothing, unless --text gives a new row."""
     with _told(), _read(project) as lineage:
         from less_assets.compute.models import ModelLoader, cache_folder
-        from less_assets.inspection.explain import explain_row, explain_text, in_words
+        from less_assets.inspection.explain import explain_row, explain_text, in_words, selected_id
 
-        if bool(example_id) == bool(text):
+        if sum(map(bool, (example_id, text, recipe))) != 1:
             raise LessAssetsError(
-                "One row is to be explained.", fix="give the id of a row of the pool, or a row of your own with --text"
+                "One row is to be explained.",
+                fix="give the id of a row of the pool, or --recipe for its top row, or a row of your own with --text",
             )
         if text:
             models = ModelLoader(lineage.project, cache_folder(lineage.store))
             explanation = explain_text(lineage, models, task, sys.stdin.read() if text == "-" else text)
         else:
-            explanation = explain_row(lineage, task, example_id)
+            explanation = explain_row(lineage, task, example_id or selected_id(lineage, task, recipe, rank))
         _print(explanation, in_words, as_json)
 
 
@@ -379,20 +383,42 @@ def export(
 @app.command()
 def dev(
     project: ProjectOption = DEFAULT_PROJECT,
-    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 3000,
+    port: Annotated[int, typer.Option(help="Port of the UI on this machine.", min=1, max=65535)] = 3000,
+    reports_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the reports' page.", min=1, max=65535, show_default="the port after the UI's"),
+    ] = None,
 ) -> None:
-    """Serve Dagster's UI for this project on http://127.0.0.1:3000, for this machine alone, until Ctrl-C."""
+    """Serve Dagster's UI for this project on http://127.0.0.1:3000, for this machine alone, until Ctrl-C.
+
+    Beside it a page shows the project's reports, to which links of the UI lead.
+    """
     with _told():
         from less_assets.project.project import load_project
         from less_assets.running.dagster_home import WORKSPACE, prepare_home
+        from less_assets.running.report_server import URL_VARIABLE, reports_served
         from less_assets.steps.registry import open_store
 
         loaded = load_project(project)
-        os.environ["DAGSTER_HOME"] = str(prepare_home(open_store(loaded)))
-        os.environ["LESS_PROJECT"] = str(loaded.path)
-        server = ("-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port), "--workspace", str(WORKSPACE))
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *server])
+        store = open_store(loaded)
+        home = prepare_home(store)
+        dagster = ("-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port), "--workspace", str(WORKSPACE))
+        environment = {**os.environ, "DAGSTER_HOME": str(home), "LESS_PROJECT": str(loaded.path)}
+        with reports_served(loaded, store, home, reports_port or port + 1) as url:
+            if url:
+                environment[URL_VARIABLE] = url
+            where = url or f"in {store.root}: a bucket, to which no link of the UI leads"
+            print(f"Dagster: http://127.0.0.1:{port}\nreports: {where}", flush=True)
+            status = _serve([sys.executable, *dagster], environment)
+        raise typer.Exit(status)
+
+
+def _serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a server until it ends, which Ctrl-C in the terminal and SIGTERM to this process make it do."""
+    server = subprocess.Popen(command, env=environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the server as well
+    signal.signal(signal.SIGTERM, lambda number, frame: server.send_signal(number))
+    return server.wait()
 
 
 @app.command()
@@ -489,7 +515,8 @@ def _opened(
     """
     from less_assets.orchestration.definitions import build_definitions
     from less_assets.project.project import load_project
-    from less_assets.running.dagster_home import opened_records
+    from less_assets.running.dagster_home import dagster_home, opened_records
+    from less_assets.running.report_server import reports_url
     from less_assets.running.runner import GraphRunner
     from less_assets.steps.registry import open_store
 
@@ -497,8 +524,8 @@ def _opened(
     if without:
         fewer = loaded.gradients.model_copy(update=dict.fromkeys(without, 0))
         loaded = loaded.model_copy(update={"gradients": fewer})
-    definitions = build_definitions(loaded)
     store = open_store(loaded)
+    definitions = build_definitions(loaded, reports_url=reports_url(loaded, store, dagster_home(store)))
     with opened_records(store) as instance:
         yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, _say)
 

@@ -97,6 +97,24 @@ def explain_row(lineage: Lineage, task: str, example_id: str) -> dict[str, Any]:
     }
 
 
+def selected_id(lineage: Lineage, task: str, recipe: str, rank: int) -> str:
+    """Id of the row that a recipe has selected at a rank.
+
+    Raises:
+        LessAssetsError: There is no such task, recipe or rank, or the subset is missing or stale.
+    """
+    project = lineage.project
+    partition = f"{project.recipe(recipe).key}|{project.task(task).name}"
+    subset = read_parquet(lineage.folder("selected_subset", partition), SUBSET, ["rank", "example_id"])
+    ids = subset.filter(pl.col("rank") == rank)["example_id"]
+    if ids.is_empty():
+        raise LessAssetsError(
+            f"{recipe} has selected {subset.height:,} rows for {task}: there is no rank {rank:,}.",
+            fix="choose a lower --rank" if subset.height else "choose a recipe that selects rows",
+        )
+    return str(ids[0])
+
+
 def explain_text(lineage: Lineage, models: ModelLoader, task: str, text: str) -> dict[str, Any]:
     """Score a row that need not be in the pool, against the task's stored target features.
 

@@ -12,12 +12,13 @@ import dagster as dg
 
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.plan import digest
+from less_assets.orchestration.automation import settings_condition, settings_sensor
 from less_assets.orchestration.console_log import compact_console
 from less_assets.orchestration.materialization import materialize
 from less_assets.orchestration.partitions import Axes
 from less_assets.orchestration.resources import Workspace, open_resources
 from less_assets.orchestration.sensors import shard_sensor
-from less_assets.orchestration.ui_metadata import check_result
+from less_assets.orchestration.ui_metadata import check_result, described, tags_of
 from less_assets.project.data_check import not_built
 from less_assets.project.project import Project
 from less_assets.project.yaml_file import problems_error
@@ -26,11 +27,12 @@ from less_assets.steps.registry import ASSETS
 from less_assets.store.manifest import FORMAT_VERSION
 
 
-def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definitions:
+def build_definitions(project: Project, *, reports_url: str | None = None, **resource_overrides: Any) -> dg.Definitions:
     """The whole graph of a project.
 
     Args:
         project: The project file, loaded.
+        reports_url: Where a page shows the reports; None: nowhere, and no link leads to one.
         **resource_overrides: Replace a resource by name: `store`, `backend`, `workspace`. Others are added, and opened
             before the workspace: `ray_cluster`, a `RayResource` of `dagster-ray` (such as `KubeRayCluster`), makes the
             cluster that the backend `ray` then works on.
@@ -51,21 +53,24 @@ def build_definitions(project: Project, **resource_overrides: Any) -> dg.Definit
         warnings.simplefilter("ignore", dg.BetaWarning)
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.Definitions(
-            assets=[_dagster_asset(asset, axes, versions[asset.name]) for asset in assets],
+            assets=[_dagster_asset(asset, axes, versions[asset.name], reports_url) for asset in assets],
             asset_checks=[_dagster_check(asset, check, axes) for asset in assets for check in asset.checks],
-            resources=open_resources(project, **resource_overrides),
-            sensors=[shard_sensor(project)],
+            resources=open_resources(project, reports_url, **resource_overrides),
+            sensors=[shard_sensor(project), settings_sensor([asset.name for asset in assets if asset.automatic])],
             loggers={"console": compact_console},
             executor=dg.in_process_executor,
         )
 
 
-def _dagster_asset(asset: Asset, axes: Axes, code_version: str) -> dg.AssetsDefinition:
+def _dagster_asset(asset: Asset, axes: Axes, code_version: str, reports_url: str | None) -> dg.AssetsDefinition:
     @dg.asset(
         name=asset.name,
-        description=asset.description,
+        description=described(asset, axes.project, reports_url),
         group_name=asset.group,
+        owners=[f"team:{axes.project.name}"],
         kinds=set(asset.kinds),
+        tags=tags_of(asset),
+        automation_condition=settings_condition(axes.project) if asset.automatic else None,
         pool="gpu" if asset.loads_model else None,
         partitions_def=axes.of(asset),
         deps=axes.dependencies(asset),

@@ -141,13 +141,15 @@ def materialize(
         yield _materialize_one(asset, context, workspace, lineage, partition)
         return
     run = RangeRun(context)
-    partitions = _in_order(_still_there(context, lineage))
-    if asset.checks and len(partitions) == 1 and asset.compute:
+    partitions = _in_order(asset, _still_there(context, lineage))
+    # A backfill of a partition without neighbours is a range run, of one: its checks know no partition key.
+    single = context.has_partition_key
+    if asset.checks and single and asset.compute:
         yield _materialize_one(asset, context, workspace, lineage, partitions[0])
         return
     for partition, manifest in _make(asset, context, workspace, lineage, partitions):
-        shown = _shown(context, lineage, manifest, partition)
-        if asset.checks and len(partitions) == 1:
+        shown = _shown(context, workspace, lineage, manifest, partition)
+        if asset.checks and single:
             yield dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
             return
         run.log(partition, manifest, shown)
@@ -161,7 +163,7 @@ def _materialize_one(
     manifest = make_artifact(
         lineage, asset.name, partition, asset.compute, workspace.models, context.log.info, resumable=False
     )
-    shown = _shown(context, lineage, manifest, partition)
+    shown = _shown(context, workspace, lineage, manifest, partition)
     return dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
 
 
@@ -182,10 +184,15 @@ def _make(
         progress(1)
 
 
-def _in_order(partitions: Sequence[str]) -> list[str]:
-    """Grouped by their first dimension, in the order of its keys: each checkpoint's model is loaded once."""
+def _in_order(asset: Asset, partitions: Sequence[str]) -> list[str]:
+    """Grouped by their first dimension, in the order of its keys: each checkpoint's model is loaded once.
+
+    Recipes in reverse: the UI's overview of an asset shows the partition that was made last, which then is the first
+    recipe of the project file, and not a baseline.
+    """
     groups = list(dict.fromkeys(key.split("|")[0] for key in partitions))
-    return sorted(partitions, key=lambda key: groups.index(key.split("|")[0]))
+    ordered = sorted(partitions, key=lambda key: groups.index(key.split("|")[0]))
+    return ordered[::-1] if "recipe" in asset.axes else ordered
 
 
 def _still_there(context: dg.AssetExecutionContext, lineage: Lineage) -> list[str]:
@@ -206,10 +213,14 @@ def _still_there(context: dg.AssetExecutionContext, lineage: Lineage) -> list[st
 
 
 def _shown(
-    context: dg.AssetExecutionContext, lineage: Lineage, manifest: Manifest, partition: str | None
+    context: dg.AssetExecutionContext,
+    workspace: Workspace,
+    lineage: Lineage,
+    manifest: Manifest,
+    partition: str | None,
 ) -> dict[str, Any]:
     """What a person sees at a materialization."""
     dependencies = context.assets_def.get_asset_spec(context.asset_key).deps
     upstream = {dependency.asset_key.to_user_string() for dependency in dependencies}
     stored = Stored(lineage, partition or "", lineage.store.artifact(manifest.key, manifest.fingerprint), manifest)
-    return shown_metadata(ASSETS[manifest.kind], stored, upstream)
+    return shown_metadata(ASSETS[manifest.kind], stored, upstream, workspace.reports_url)

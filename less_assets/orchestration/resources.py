@@ -27,12 +27,14 @@ class Workspace:
         store: Where artifacts are kept.
         models: Loads models on demand; one for each run.
         backend: Where partitions are made.
+        reports_url: Where a page shows the reports; None: nowhere.
     """
 
     project: Project
     store: ArtifactStore
     models: ModelLoader
     backend: Backend
+    reports_url: str | None = None
 
     def lineage(self) -> Lineage:
         """The plans as they stand now."""
@@ -40,7 +42,7 @@ class Workspace:
 
 
 def workspace_resource(
-    project: Project, store: ArtifactStore, backend: Backend | None, required: set[str]
+    project: Project, store: ArtifactStore, backend: Backend | None, required: set[str], reports_url: str | None
 ) -> dg.ResourceDefinition:
     """The workspace of a project, opened anew for each run.
 
@@ -49,27 +51,30 @@ def workspace_resource(
         store: Where artifacts are kept.
         backend: Where partitions are made; None: as the project file says.
         required: Resources that have to be opened before it, such as a cluster.
+        reports_url: Where a page shows the reports; None: nowhere.
     """
 
     @dg.resource(required_resource_keys=required, description="Project file, artifact store, models and backend.")
     def workspace(_: dg.InitResourceContext) -> Iterator[Workspace]:
         models = ModelLoader(project, cache_folder(store))
         with spared_from_collection():
-            yield Workspace(project, store, models, backend or open_backend(project))
+            yield Workspace(project, store, models, backend or open_backend(project), reports_url)
             models.forget()
 
     return workspace
 
 
-def open_resources(project: Project, **overrides: Any) -> dict[str, Any]:
+def open_resources(project: Project, reports_url: str | None = None, **overrides: Any) -> dict[str, Any]:
     """The resources of a project, by the names that assets ask for.
 
     Args:
         project: The project file.
+        reports_url: Where a page shows the reports; None: nowhere.
         **overrides: `store`, `backend`, `workspace`: in place of those that the project names; anything else (such as
             `ray_cluster`) is a resource of its own, opened before the workspace.
     """
     store = overrides.pop("store", None) or open_store(project)
     backend = overrides.pop("backend", None)
-    workspace = overrides.pop("workspace", None) or workspace_resource(project, store, backend, set(overrides))
+    workspace = overrides.pop("workspace", None)
+    workspace = workspace or workspace_resource(project, store, backend, set(overrides), reports_url)
     return {**overrides, "store": store, "workspace": workspace}

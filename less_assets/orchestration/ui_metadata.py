@@ -4,19 +4,36 @@ Belongs here: turning manifests and tables into Dagster metadata. Charts are dra
 """
 
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, get_args
+from urllib.parse import quote
 
 import dagster as dg
 import polars as pl
 
 from less_assets.compute.timings import seconds_of
 from less_assets.method.data.conversations import Message, full_text
+from less_assets.project.project import Project
 from less_assets.project.sections import SubtaskRule
+from less_assets.project.values import is_url
 from less_assets.report.charts import markdown_image
 from less_assets.steps.asset import Asset
-from less_assets.steps.shown import PREVIEW_CHARACTERS, File, Markdown, Picture, Stored, Table, Verdict
+from less_assets.steps.registry import ASSETS
+from less_assets.steps.shown import (
+    PREVIEW_CHARACTERS,
+    Command,
+    File,
+    Markdown,
+    Picture,
+    ReportLink,
+    ReportLinks,
+    Stored,
+    Table,
+    Verdict,
+)
+from less_assets.store.entry_page import ENTRY_NAME
 
 COLUMN_MEANINGS = {
     "aggregate": "how subtasks make one ranking",
@@ -84,21 +101,28 @@ COLUMN_MEANINGS = {
 }
 """What columns mean, wherever they appear; docs/tables.md has all of them, table by table."""
 
+MARKDOWN = re.compile(r"[!-/:-@\[-`{-~]")
+"""Characters that can mean something in Markdown; a backslash before one makes it text (CommonMark 0.31, 2.4)."""
 SCORE_COLUMN = re.compile(r"\w+\.(?:mean_cosine|cosine_of_mean)(?P<checkpoint>\..+)?")
 
 
-def shown_metadata(asset: Asset, stored: Stored, upstream: Collection[str]) -> dict[str, Any]:
+def shown_metadata(
+    asset: Asset, stored: Stored, upstream: Collection[str], reports_url: str | None = None
+) -> dict[str, Any]:
     """All that the UI shows at a materialization.
 
     Args:
         asset: The asset.
         stored: What was made.
         upstream: Assets that it depends on in this project.
+        reports_url: Where a page shows the reports; None: nowhere, and no link leads to one.
     """
     manifest, lineage = stored.manifest, stored.lineage
     shown = asset.describe(stored)
-    values = _figures(manifest.summary)
-    values |= {name: _value(value) for name, value in shown.values.items()}
+    # The overview of an asset shows the partition that was made last, without saying so.
+    values: dict[str, Any] = {"partition": dg.MetadataValue.text(stored.partition)} if stored.partition else {}
+    values |= _figures(manifest.summary)
+    values |= _values(shown.values, reports_url)
     if shown.rows is not None:
         values["dagster/partition_row_count" if asset.axes else "dagster/row_count"] = shown.rows
     if shown.columns is not None:
@@ -119,8 +143,47 @@ def check_result(verdict: Verdict) -> dg.AssetCheckResult:
         passed=verdict.passed,
         severity=dg.AssetCheckSeverity.WARN,
         description=verdict.said,
-        metadata=_in_order({name: _value(value) for name, value in verdict.values.items()}),
+        metadata=_in_order(_values(verdict.values, None)),
     )
+
+
+def described(asset: Asset, project: Project, reports_url: str | None) -> str:
+    """An asset's description in Markdown: what it holds and, where it leads to reports, where they are.
+
+    The overview of an asset shows the partition that was made last; the reports of the others are one click away here.
+
+    Args:
+        asset: The asset.
+        project: The project.
+        reports_url: Where a page shows the reports; None: nowhere.
+    """
+    if not asset.leads_to_reports:
+        return asset.description
+    recipes = ASSETS["selection_report"].recipes(project)
+    lines = []
+    for task in project.task_names if recipes else ():
+        names = [f"[{key}]({report_url(reports_url, f'{key}|{task}')})" if reports_url else key for key in recipes]
+        lines.append(f"- **{task}**: {' · '.join(names)}")
+    reports = [f"Reports:\n\n{chr(10).join(lines)}"] if lines and reports_url else []
+    if is_url(project.storage.root):
+        reports = ["The artifacts are in a bucket: no page serves reports from there, a copy of the file opens."]
+    project_file = shlex.quote(str(project.path))
+    explained = [
+        f"Why a recipe's top row was chosen:\n\n```\nless-assets explain {task} --recipe {recipes[0]} "
+        f"--project {project_file}\n```"
+        for task in project.task_names[:1]
+        if recipes
+    ]
+    return "\n\n".join([asset.description, *reports, *explained])
+
+
+def tags_of(asset: Asset) -> dict[str, str]:
+    """By what the assets of the graph can be filtered in the UI."""
+    return {
+        "less-assets/partitioned-by": "-by-".join(asset.axes) or "nothing",
+        "less-assets/work": "model" if asset.loads_model else "tables",
+        "less-assets/part": "extras" if asset.explains else "results",
+    }
 
 
 def _column_names(stored: Stored, asset: Asset) -> Mapping[str, Sequence[str]]:
@@ -139,7 +202,7 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_order(shown: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for the UI, which lists it as it comes: figures and words, then pictures, tables, and what is long."""
+    """The same for the UI, which lists it as it comes: what leads on, figures, pictures, tables, and what is long."""
     values = {name: _cell(value) if isinstance(value, float) else value for name, value in shown.items()}
     return dict(sorted(values.items(), key=lambda entry: _place(*entry)))
 
@@ -148,6 +211,8 @@ def _place(name: str, value: Any) -> int:
     kinds = (dg.MarkdownMetadataValue, dg.TableMetadataValue, dg.JsonMetadataValue)
     if name.startswith("dagster/") or name.endswith("digest"):
         return len(kinds) + 1
+    if isinstance(value, dg.TextMetadataValue | dg.UrlMetadataValue):
+        return -1
     return next((place for place, kind in enumerate(kinds, start=1) if isinstance(value, kind)), 0)
 
 
@@ -176,8 +241,46 @@ def _parts(value: Any, prefix: str = "") -> list[str] | None:
     return parts
 
 
+def _values(described: Mapping[str, Any], reports_url: str | None) -> dict[str, Any]:
+    """Values of a description in Dagster's terms; links only where something serves what they lead to."""
+    shown: dict[str, Any] = {}
+    for name, value in described.items():
+        match value:
+            case ReportLink(report, row):
+                if reports_url:
+                    shown[name] = dg.MetadataValue.url(report_url(reports_url, report, row))
+            case ReportLinks(report, rows):
+                if reports_url:
+                    shown[name] = dg.MetadataValue.md(_row_links(reports_url, report, rows))
+            case _:
+                shown[name] = _value(value)
+    return shown
+
+
+def report_url(reports_url: str, report: str, row: str | None = None) -> str:
+    """Address of a report that stays, whichever page is up to date.
+
+    Args:
+        reports_url: Where a page shows the reports.
+        report: Recipe and task, `recipe|task`.
+        row: Id of the row that it is to open with.
+    """
+    asset = ASSETS["selection_report"]
+    folder = quote(asset.folder.format(**asset.keys(report)))
+    return f"{reports_url}/{folder}/{ENTRY_NAME}" + (f"#row={quote(row)}" if row else "")
+
+
+def _row_links(reports_url: str, report: str, rows: pl.DataFrame) -> str:
+    """A list in Markdown, in the order of the rows; the start of a question is text, whatever stands in it."""
+    lines = []
+    for place, (row, messages) in enumerate(rows.select("example_id", "messages").iter_rows(), 1):
+        words = MARKDOWN.sub(r"\\\g<0>", _preview(messages, first=True)) or row
+        lines.append(f"{place}. [{words}]({report_url(reports_url, report, row)})")
+    return "\n".join(lines)
+
+
 def _value(value: Any) -> Any:
-    """A value of a description in Dagster's terms."""
+    """A value of a description that is no link."""
     match value:
         case Table(frame, examples):
             return table(_previewed(frame) if examples else frame)
@@ -185,6 +288,8 @@ def _value(value: Any) -> Any:
             return dg.MetadataValue.md(markdown_image(png, alt))
         case Markdown(text):
             return dg.MetadataValue.md(text)
+        case Command(text):
+            return dg.MetadataValue.text(text)
         case File(path):
             return dg.MetadataValue.path(str(path))
         case dict():

@@ -49,11 +49,13 @@ class Asset(Declaration):
         compute_together: Makes several partitions by one computation; instead of `compute`.
         before: Called before each materialization, also of what is stored already; raises to refuse it.
         describe: What is shown of an artifact besides the figures of its summary.
+        leads_to_reports: Whether its description in Dagster's UI leads to the reports of all recipes and tasks.
         checks: Its checks.
         in_ranges: Whether one Dagster run makes several partitions, each kept as it finishes.
         loads_model: Whether it loads a model: one such asset runs at a time by default.
         spread: Whether its partitions may be made by the workers of a cluster.
         explains: Whether nothing is made from it: a run comes to it last.
+        automatic: Whether Dagster may make it by itself as soon as it is missing or stale: settings and small files.
         same_run: Asset of the same partition that the same Dagster run goes on with, if it was never made.
         amount: Counts the work of partitions; None: too little to count.
         counts_tokens: Whether its work is counted in tokens.
@@ -68,17 +70,19 @@ class Asset(Declaration):
     """
 
     group: str
-    kinds: frozenset[str] = frozenset()
+    kinds: frozenset[str]
     description: str
     compute: Compute | None = None
     compute_together: ComputeTogether | None = None
     before: Callable[[Lineage], None] | None = None
     describe: Describe = only_figures
+    leads_to_reports: bool = False
     checks: tuple[Check, ...] = ()
     in_ranges: bool = False
     loads_model: bool = False
     spread: bool = False
     explains: bool = False
+    automatic: bool = False
     same_run: str | None = None
     amount: CountWork | None = None
     counts_tokens: bool = False

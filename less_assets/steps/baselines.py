@@ -222,7 +222,7 @@ def _compares_embeddings(project: Project, recipe: str) -> bool:
 ASSETS = (
     Asset(
         name="pool_embeddings",
-        group="selection",
+        group="scores",
         kinds=frozenset({"pytorch", "parquet"}),
         description=(
             "Hidden state and loss that the base model has for every example of a shard, from one forward pass."
@@ -243,7 +243,7 @@ ASSETS = (
     ),
     Asset(
         name="target_embeddings",
-        group="selection",
+        group="scores",
         kinds=frozenset({"pytorch", "parquet"}),
         description="Hidden state that the base model has for each of a task's target examples.",
         axes=("task",),
@@ -262,7 +262,7 @@ ASSETS = (
     ),
     Asset(
         name="embedding_scores",
-        group="selection",
+        group="scores",
         kinds=frozenset({"numpy", "parquet"}),
         description=(
             "Cosine of every pool row with each target example (`rds`), or the base model's loss on it (`perplexity`)."
@@ -282,7 +282,7 @@ ASSETS = (
     ),
     Asset(
         name="text_scores",
-        group="selection",
+        group="scores",
         kinds=frozenset({"numpy", "parquet"}),
         description="BM25 of every pool row with each subtask, or its n-gram importance (DSIR).",
         axes=("recipe", "task"),

@@ -35,7 +35,7 @@ from less_assets.report.page import page_digest
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.ranking import aggregate_of, restraints_of
-from less_assets.steps.shown import TABLE_ROWS, File, Shown, Stored, Table
+from less_assets.steps.shown import TABLE_ROWS, File, ReportLink, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
 
 NEAREST = 3
@@ -283,8 +283,8 @@ def describe_attribution(stored: Stored) -> Shown:
 
 def describe_report(stored: Stored) -> Shown:
     """Where the page is."""
-    # A path, which a click copies: browsers do not follow a link from the UI's web page to a file.
-    return Shown({"report": File(str(stored.folder.path(REPORT)))})
+    # A click copies the path: browsers do not follow a link from the UI's web page to a file, only to a served page.
+    return Shown({"open_report": ReportLink(stored.partition), "report": File(str(stored.folder.path(REPORT)))})
 
 
 def attribution_work(workload: Workload, due: Sequence[str]) -> Amount:
@@ -325,7 +325,7 @@ def _by_influence(project: Project, recipe: str) -> bool:
 ASSETS = (
     Asset(
         name="token_attribution",
-        group="selection",
+        group="reports",
         kinds=frozenset({"pytorch", "parquet"}),
         description="Shares of the tokens of selected and nearby rows, exact; nearest target examples and pool rows.",
         axes=("recipe", "task"),
@@ -358,7 +358,7 @@ ASSETS = (
     ),
     Asset(
         name="selection_report",
-        group="selection",
+        group="reports",
         kinds=frozenset({"html"}),
         description="One page that shows what was selected and why, row by row; opens from disk, asks for nothing.",
         axes=("recipe", "task"),
@@ -379,6 +379,7 @@ ASSETS = (
         of_folds=False,
         compute=write_report,
         describe=describe_report,
+        leads_to_reports=True,
         explains=True,
     ),
 )

@@ -73,7 +73,7 @@ def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
 ASSETS = (
     Asset(
         name="external_scores",
-        group="selection",
+        group="scores",
         kinds=frozenset({"parquet"}),
         description="Scores of the pool's rows that a file gives, by id or by source and row.",
         axes=("recipe", "task"),

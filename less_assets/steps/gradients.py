@@ -339,6 +339,7 @@ ASSETS = (
     Asset(
         name="gradient_datastore",
         group="gradients",
+        kinds=frozenset({"json"}),
         description=(
             "The gate before scoring: every shard of the pool has features at this checkpoint, all of one making."
         ),

@@ -329,6 +329,7 @@ ASSETS = (
         outside=_exclude_files,
         needed_by=lambda project, recipe: bool(project.exclude),
         compute=list_excluded,
+        automatic=True,
         describe=describe_excluded,
         versioned_by_content=True,
         rehearsal_seconds=lambda lineage, keys: INDEX_ROW_SECONDS * lineage.pool_files.rows,

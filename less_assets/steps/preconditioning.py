@@ -105,7 +105,7 @@ def _preconditions(project: Project, recipe: str) -> bool:
 ASSETS = (
     Asset(
         name="preconditioned_scores",
-        group="selection",
+        group="scores",
         kinds=frozenset({"numpy", "parquet"}),
         description=(
             "Influence of every pool row on every subtask, target directions times the pool's inverse covariance."

@@ -153,7 +153,7 @@ def rescoring_work(workload: Workload, due: Sequence[str]) -> Amount:
 ASSETS = (
     Asset(
         name="exact_scores",
-        group="selection",
+        group="scores",
         kinds=frozenset({"pytorch", "parquet"}),
         description="Exact, unprojected influence of the candidates around the cut, at every checkpoint.",
         axes=("recipe", "task"),

@@ -5,6 +5,7 @@ Belongs here: wiring only. Mathematics is `method/selection/`; which scores a re
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from less_assets.reading.files import (
     score_file,
 )
 from less_assets.reading.rows import checkpoint_weights, conversations_of, pool_rows
+from less_assets.reading.subsets import chooses_rows
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import (
     influence_is_real,
@@ -39,7 +41,7 @@ from less_assets.steps.checks import (
 )
 from less_assets.steps.gradients import require_same_sketch
 from less_assets.steps.ranking import Pool, aggregate_of, scored_pool, select_rows
-from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
+from less_assets.steps.shown import TABLE_ROWS, Command, Picture, ReportLink, ReportLinks, Shown, Stored, Table
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
@@ -234,6 +236,13 @@ def describe_subset(stored: Stored) -> Shown:
     if table["score"].null_count() < table.height:
         values["lowest_score"], values["mean_score"] = table["score"].min(), table["score"].mean()
     top = table.head(TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
+    recipe, task = split(stored.partition)
+    project, best = stored.lineage.project, top["example_id"][0]
+    if chooses_rows(project, recipe) and task not in project.folds:
+        values["explain_top_row"] = explain_command(project, task, best)
+        values["open_report"] = ReportLink(stored.partition)
+        values["open_top_row"] = ReportLink(stored.partition, best)
+        values["open_top_rows"] = ReportLinks(stored.partition, top)
     values["top_rows"] = Table(top, examples=True)
     sources = dict(table["source"].value_counts().iter_rows())
     pool: Any = stored.manifest.summary["pool_sources"]
@@ -250,6 +259,11 @@ def describe_subset(stored: Stored) -> Shown:
         )
         values["scores"] = Picture(drawn, "scores of the pool and the cut")
     return Shown({**values, **_trust(stored, table)}, table.height, table.schema)
+
+
+def explain_command(project: Project, task: str, example_id: str) -> Command:
+    """What says in a terminal, in any folder, why a row scores as it does."""
+    return Command(f"less-assets explain {task} {example_id} --project {shlex.quote(str(project.path))}")
 
 
 def _trust(stored: Stored, table: pl.DataFrame) -> Mapping[str, Any]:
@@ -355,7 +369,7 @@ def _rehearsal_seconds(lineage: Lineage, keys: Keys) -> float | None:
 ASSETS = (
     Asset(
         name="influence_scores",
-        group="selection",
+        group="scores",
         kinds=frozenset({"numpy", "parquet"}),
         description="Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint.",
         axes=("task",),
@@ -375,12 +389,14 @@ ASSETS = (
     Asset(
         name="recipe_settings",
         group="selection",
+        kinds=frozenset({"yaml", "json"}),
         description="The recipe with every default filled in; changes downstream only if it really changed.",
         axes=("recipe",),
         folder="recipes/{recipe}",
         settings=_recipe,
         compute=resolve_recipe,
         in_ranges=True,
+        automatic=True,
         versioned_by_content=True,
         rehearsal_seconds=lambda lineage, keys: 0,
     ),
@@ -407,6 +423,7 @@ ASSETS = (
         compute=select_subset,
         describe=describe_subset,
         checks=(no_subtask_dominates, not_only_very_short_rows),
+        leads_to_reports=True,
         in_ranges=True,
         amount=selection_work,
         speed=Guess(seconds=RANKING_SECONDS),

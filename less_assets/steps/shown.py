@@ -50,6 +50,29 @@ class File:
 
 
 @dataclass(frozen=True)
+class Command:
+    """A command for a terminal."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ReportLink:
+    """The report of a recipe and task (`recipe|task`), at a row of it if one is named; shown where a page serves it."""
+
+    report: str
+    row: str | None = None
+
+
+@dataclass(frozen=True)
+class ReportLinks:
+    """Rows in the report of a recipe and task: `example_id`, and `messages`, whose start each link shows."""
+
+    report: str
+    rows: pl.DataFrame
+
+
+@dataclass(frozen=True)
 class Stored:
     """An artifact that was made, for whoever describes it.
 

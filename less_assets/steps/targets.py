@@ -116,6 +116,7 @@ ASSETS = (
         compute=read_task,
         describe=describe_targets,
         checks=(targets_not_evaluated,),
+        automatic=True,
         versioned_by_content=True,
         rehearsal_seconds=lambda lineage, keys: 0,
     ),

@@ -279,6 +279,7 @@ ASSETS = (
     Asset(
         name="warmup_sample",
         group="warmup",
+        kinds=frozenset({"polars", "parquet"}),
         description="Ids of the warm-up examples: drawn once and frozen, so that an appended shard never trains again.",
         inputs=(Input("pool_index"), Input("excluded_rows")),
         folder="warmup_sample",

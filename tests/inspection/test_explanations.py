@@ -294,6 +294,20 @@ def test_the_commands_print_words_or_json(explained_project, subset):
         assert "error:" in failed.output
 
 
+def test_a_row_is_named_by_its_recipe_and_rank(explained_project, subset):
+    def says(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["explain", "sums", *arguments, "--project", str(explained_project), "--json"])
+        return done.output
+
+    assert json.loads(says("--recipe", "less"))["example_id"] == subset.filter(pl.col("rank") == 1)["example_id"][0]
+    third = json.loads(says("--recipe", "less", "--rank", "3"))["example_id"]
+    assert third == subset.filter(pl.col("rank") == 3)["example_id"][0]
+    assert "there is no rank 49" in says("--recipe", "less", "--rank", "49")
+    assert "less" in says("--recipe", "les"), "the name that was meant"
+    assert "One row is to be explained" in says("--recipe", "less", third)
+    assert "One row is to be explained" in says()
+
+
 def test_control_characters_of_a_row_do_not_reach_the_terminal(lineage, subset):
     row = next(row for row in subset.iter_rows(named=True) if row["messages"][-1]["content"] == HOSTILE["bytes"])
     words = in_words(explain_row(lineage, "sums", row["example_id"]))

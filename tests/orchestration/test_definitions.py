@@ -46,6 +46,11 @@ def versions(of: Project) -> dict[str, str | None]:
     return {key.to_user_string(): graph.get(key).code_version for key in graph.get_all_asset_keys()}
 
 
+def sensor(definitions: dg.Definitions) -> dg.SensorDefinition:
+    """The one that looks for new shards."""
+    return next(each for each in definitions.sensors if each.name == "pool_shards")
+
+
 def in_fresh_process(code: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run Python without anything this process has imported or set."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "DAGSTER_HOME": str(home)}
@@ -86,6 +91,43 @@ def test_every_asset_has_a_code_version_a_group_and_a_description():
         assert node.code_version, key
         assert node.group_name != "default", key
         assert len(node.description or "") > 20, key
+
+
+def test_every_asset_has_an_owner_kinds_and_tags_to_filter_by():
+    graph = build_definitions(project(exclude=["left-out.jsonl"])).resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.owners == ["team:small"], key
+        assert node.kinds, key
+        assert set(node.tags) >= {"less-assets/partitioned-by", "less-assets/work", "less-assets/part"}, key
+    assert graph.get(dg.AssetKey("selected_subset")).tags["less-assets/partitioned-by"] == "recipe-by-task"
+    extras = {
+        key.to_user_string()
+        for key in graph.get_all_asset_keys()
+        if graph.get(key).tags["less-assets/part"] == "extras"
+    }
+    assert extras == {"token_attribution", "selection_report"}
+
+
+def description(of: Project, asset: str, reports_url: str | None) -> str:
+    graph = build_definitions(of, reports_url=reports_url).resolve_asset_graph()
+    return graph.get(dg.AssetKey(asset)).description or ""
+
+
+def test_the_description_of_a_selection_leads_to_every_report_and_says_how_its_top_row_is_explained():
+    recipes = [*SETTINGS["recipes"], {"name": "random", "strategy": "random", "fraction": 0.1, "seeds": [0]}]
+    found = project(recipes=recipes)
+    for asset in ("selected_subset", "selection_report"):
+        shown = description(found, asset, "http://127.0.0.1:3001/small")
+        for recipe in ("less", "random-seed0"):
+            address = f"http://127.0.0.1:3001/small/selection/sums/reports/{recipe}/index.html"
+            assert f"[{recipe}]({address})" in shown
+        assert "/reports/base/" not in shown, "nothing is reported of a recipe that chooses nothing"
+        assert "less-assets explain sums --recipe less --project " in shown
+    assert "http" not in description(found, "selected_subset", None), "nobody serves them"
+    assert "bucket" not in description(found, "selected_subset", None)
+    assert "bucket" in description(project(storage={"root": "memory://far"}), "selection_report", None)
+    assert "http" not in description(found, "pool_index", "http://127.0.0.1:3001/small")
 
 
 def test_assets_that_load_a_model_share_the_gpu_pool():
@@ -137,8 +179,7 @@ def test_resources_can_be_replaced():
 
 
 def test_the_shard_sensor_is_on_by_default():
-    (sensor,) = build_definitions(project()).sensors
-    assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
+    assert sensor(build_definitions(project())).default_status is dg.DefaultSensorStatus.RUNNING
 
 
 def test_the_shard_sensor_registers_new_shards_and_nothing_else(tmp_path):
@@ -146,12 +187,12 @@ def test_the_shard_sensor_registers_new_shards_and_nothing_else(tmp_path):
     (tmp_path / "plus.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 5)
     settings = {**SETTINGS, "pool": {"shard_size": 2, "sources": [{"name": "plus", "path": "plus*.jsonl"}]}}
     found = parse_project(yaml.safe_dump(settings).encode(), tmp_path / "project.yaml")
-    (sensor,) = build_definitions(found).sensors
+    shards = sensor(build_definitions(found))
     with dg.DagsterInstance.ephemeral() as instance:
 
         def looks():
             context = dg.build_sensor_context(instance, resources={"store": open_store(found)})
-            return sensor.evaluate_tick(context)
+            return shards.evaluate_tick(context)
 
         (request,) = looks().dynamic_partitions_requests
         assert request.partition_keys == ["plus-00000", "plus-00001", "plus-00002"]
@@ -170,7 +211,7 @@ def test_the_shard_sensor_names_shards_whose_rows_have_changed(tmp_path):
     settings = {**SETTINGS, "pool": {"shard_size": 2, "sources": [{"name": "plus", "path": "plus.jsonl"}]}}
     found = parse_project(yaml.safe_dump(settings).encode(), tmp_path / "project.yaml")
     definitions = build_definitions(found)
-    (sensor,) = definitions.sensors
+    shards = sensor(definitions)
     with dg.DagsterInstance.ephemeral() as instance:
         store = open_store(found)
         register_shards(found, store, instance)
@@ -180,7 +221,7 @@ def test_the_shard_sensor_names_shards_whose_rows_have_changed(tmp_path):
 
         def says() -> str:
             context = dg.build_sensor_context(instance, resources={"store": store})
-            return sensor.evaluate_tick(context).skip_message
+            return shards.evaluate_tick(context).skip_message
 
         assert says() == "the pool has 2 shards, none of them new"
         lines = file.read_text().splitlines(keepends=True)

@@ -8,7 +8,10 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 
 from less_assets.errors import TrainingError
+from less_assets.orchestration.definitions import build_definitions
 from less_assets.orchestration.materialization import RangeRun
+from less_assets.project.project import load_project
+from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG
 from less_assets.store.manifest import Manifest
 
 KEYS = ["a", "b", "c"]
@@ -129,3 +132,19 @@ def test_the_version_of_several_upstream_partitions_is_a_hash_over_all_of_them()
     assert _upstream_version(both, "upper") == _upstream_version(both | {"other/a": "4"}, "upper")
     assert _upstream_version(both, "upper") != _upstream_version(both | {"upper/b": "4"}, "upper")
     assert _upstream_version({"upper": "5"}, "upper") == "5"
+
+
+def test_a_range_of_one_partition_is_checked_as_a_backfill_asks_for_it(explained_project):
+    """Backfills of partitions that are no neighbours, such as all recipes of a task, are such runs."""
+    job = build_definitions(load_project(explained_project)).resolve_implicit_global_asset_job_def()
+    subset, tags = dg.AssetKey("selected_subset"), {RANGE_START_TAG: "few|sums", RANGE_END_TAG: "few|sums"}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(instance=instance, asset_selection=[subset], tags=tags)
+        assert result.success
+        (record,) = instance.fetch_materializations(subset, limit=9).records
+        assert record.partition_key == "few|sums"
+        checks = result.get_asset_check_evaluations()
+        assert {(check.check_name, check.partition) for check in checks} == {
+            ("no_subtask_dominates", "few|sums"),
+            ("not_only_very_short_rows", "few|sums"),
+        }

@@ -1,5 +1,7 @@
 """What the Dagster UI is told of an artifact: in an order that can be read, with columns that exist."""
 
+import re
+
 import dagster as dg
 import polars as pl
 import pytest
@@ -131,6 +133,51 @@ def test_the_prompt_stands_beside_the_rank():
         ("answer", "yes"),
         ("source", "plus"),
     ]
+
+
+REPORTS_URL = "http://127.0.0.1:3001/tiny"
+
+
+def shown(lineage: Lineage, asset: str, partition: str, reports_url: str | None) -> dict:
+    manifest = lineage.fresh(asset, partition)
+    stored = Stored(lineage, partition, lineage.folder(asset, partition), manifest)
+    return metadata.shown_metadata(ASSETS[asset], stored, set(), reports_url)
+
+
+@pytest.mark.parametrize("recipe", ["less", "random-seed0"])
+def test_a_subset_leads_to_its_report_and_to_its_top_rows_there(lineage, recipe):
+    entries = shown(lineage, "selected_subset", f"{recipe}|sums", REPORTS_URL)
+    ids = [record.data["example_id"] for record in entries["top_rows"].records]
+    address = f"{REPORTS_URL}/selection/sums/reports/{recipe}/index.html"
+    assert entries["open_report"] == dg.MetadataValue.url(address)
+    assert entries["open_top_row"] == dg.MetadataValue.url(f"{address}#row={ids[0]}")
+    lines = entries["open_top_rows"].value.splitlines()
+    assert [line.rpartition("](")[2] for line in lines] == [f"{address}#row={row})" for row in ids]
+    assert entries["explain_top_row"].value == f"less-assets explain sums {ids[0]} --project {lineage.project.path}"
+    leads = {"partition", "open_report", "open_top_row", "explain_top_row"}
+    assert set(list(entries)[: len(leads)]) == leads, "they stand first"
+    assert entries["partition"].value == f"{recipe}|sums"
+
+
+def test_where_nobody_serves_reports_no_link_leads_to_one_and_the_path_stays(lineage):
+    entries = shown(lineage, "selected_subset", "less|sums", None)
+    assert not [name for name in entries if name.startswith("open_")]
+    assert "explain_top_row" in entries
+    for reports_url in (None, REPORTS_URL):
+        report = shown(lineage, "selection_report", "less|sums", reports_url)["report"]
+        assert isinstance(report, dg.PathMetadataValue)
+        assert report.value.endswith("/report.html")
+
+
+def test_words_of_a_link_are_text_whatever_stands_in_a_row():
+    hostile = "[a](javascript:b) <script>`x`</script> ![i](http://x.y) www.x.y \\ |\n# *z*"
+    rows = pl.DataFrame({"example_id": ["0f"], "messages": [[{"role": "user", "content": hostile}]]})
+    line = metadata._row_links(REPORTS_URL, "less|sums", rows)
+    words, _, address = line.removeprefix("1. [").rpartition("](")
+    assert address == f"{REPORTS_URL}/selection/sums/reports/less/index.html#row=0f)"
+    plain = re.sub(r"\\[!-/:-@\[-`{-~]", "", words)
+    assert not re.search(r"[!-/:-@\[-`{-~\n]", plain), "every sign is taken as it is"
+    assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", words) == " ".join(hostile.split())
 
 
 def test_every_materialization_tells_its_columns_and_its_upstream_versions(lineage):
