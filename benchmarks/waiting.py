@@ -23,7 +23,7 @@ COMMANDS = ("plan", "run")
 
 
 def seconds_of_checks(path: str) -> dict[str, float]:
-    """Seconds of the pool's extraction, of certificates and real steps of all tasks, and of these after rows were added.
+    """Seconds of extracting the pool, of certificates and real steps of all tasks, and of these after rows were added.
 
     Args:
         path: A project file whose checkpoints are not made yet; changed and brought up to date.
