@@ -65,7 +65,7 @@ class ExactScores:
         weights: Checkpoint -> its normalised mean learning rate.
         scores: Form and subtask rule -> checkpoint -> float32 (n, J); NaN for rows without a usable gradient.
         row_tokens: Tokens of the rows.
-        tokens: Tokens at all checkpoints together, those of the targets included twice, as if for this task alone.
+        tokens: Tokens at all checkpoints together, those of the targets included, as if for this task alone.
     """
 
     labels: list[str]
@@ -117,8 +117,10 @@ def score_rows_exactly(
         for task, table in rows.items()
     }
     targets = {task: encode_targets(work, task) for task in rows}
-    rows_passed = sum(len(encoded) for encoded, _ in targets.values()) * (1 if known_norms else 2) + len(examples)
-    progress = work.progress(len(work.project.checkpoints) * len(rules) * rows_passed, "rows")
+    # Besides their mean, `mean_cosine` needs the norms of the targets' gradients.
+    target_passes = sum(1 if known_norms or rule != "mean_cosine" else 2 for rule in rules)
+    passed = len(rules) * len(examples) + target_passes * sum(len(encoded) for encoded, _ in targets.values())
+    progress = work.progress(len(work.project.checkpoints) * passed, "rows")
     scores: dict[str, dict[tuple[str, str], dict[str, np.ndarray]]] = {
         task: {(form, rule): {} for form in forms for rule in rules} for task in rows
     }
@@ -152,7 +154,8 @@ def score_rows_exactly(
     exact = {}
     for task, (encoded, subtasks) in targets.items():
         row_tokens = total_tokens(examples[place] for place in places[task])
-        tokens = len(work.project.checkpoints) * len(rules) * (row_tokens + 2 * total_tokens(encoded))
+        passed = len(rules) * row_tokens + target_passes * total_tokens(encoded)
+        tokens = len(work.project.checkpoints) * passed
         exact[task] = ExactScores(sorted(set(subtasks)), weights, scores[task], row_tokens, tokens)
     return exact
 
