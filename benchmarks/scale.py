@@ -23,6 +23,7 @@ How to read it
     ray_speedup                gradients with one worker over those with two
     checks_over_extraction     certificates and real steps of the demo's tasks over the extraction of its pool
     checks_after_adding        the same after 8 rows were added to the pool, over the extraction of the whole pool
+    padding                    share of padding in the batches of an extraction of ../shared/data/pool, by device
     idle_plan_seconds          `less-assets plan` and `run` with nothing to do, the slower of the two: a fresh process
 """
 
@@ -46,7 +47,7 @@ from typing import Any
 import dagster as dg
 import yaml
 from tiny_project import write_model, write_project, write_rows
-from waiting import seconds_of_checks, seconds_with_nothing_to_do
+from waiting import padding_of_pool, seconds_of_checks, seconds_with_nothing_to_do
 
 from less_assets.compute.speeds import machine
 from less_assets.demo import write_demo
@@ -692,6 +693,16 @@ def idle(notes: Notes, small: bool, rounds: int) -> None:
     notes.report("idle_plan_seconds", max(median(notes.raw(f"idle_{name}_s")) for name in ("plan", "run")))
 
 
+def padding(notes: Notes, small: bool, rounds: int) -> None:
+    """Batches of the real pool; nothing is computed on them."""
+    pool = Path(os.environ.get("LESS_BENCHMARK_DATA", HERE.parents[1] / "shared/data")) / "pool"
+    if not pool.is_dir():
+        print(f"padding: {pool} is not there")
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        notes.report("padding", padding_of_pool(str(pool), cache))
+
+
 # Section → how the names of its raw measurements begin.
 RAW: dict[str, tuple[str, ...]] = {
     "linearity": ("pool_",),
@@ -702,6 +713,7 @@ RAW: dict[str, tuple[str, ...]] = {
     "ray": ("ray_",),
     "checks": ("checks_",),
     "idle": ("idle_",),
+    "padding": (),
 }
 SECTIONS: dict[str, Callable[[Notes, bool, int], None]] = {
     "linearity": linearity,
@@ -712,6 +724,7 @@ SECTIONS: dict[str, Callable[[Notes, bool, int], None]] = {
     "ray": ray_workers,
     "checks": checks,
     "idle": idle,
+    "padding": padding,
 }
 
 

