@@ -149,7 +149,7 @@ def score_rows_exactly(
                     own_rows = np.searchsorted(wanted, places[task])
                     columns = [column for column, (name, _) in enumerate(found) if name == task]
                     for form in forms:
-                        scores[task][form, rule][checkpoint] = influence[form][np.ix_(own_rows, columns)]
+                        scores[task][form, rule][checkpoint] = influence[form][own_rows][:, columns]
     weights = checkpoint_weights(lineage)
     exact = {}
     for task, (encoded, subtasks) in targets.items():
