@@ -21,6 +21,10 @@ How to read it
                                instance itself: nothing of that size was computed.
     partitions_for_new_shard   what one more shard makes after 60, by asset; `warmup_sample` is only checked again
     ray_speedup                gradients with one worker over those with two
+    checks_over_extraction     certificates and real steps of the demo's tasks over the extraction of its pool
+    checks_after_adding        the same after 8 rows were added to the pool, over the extraction of the whole pool
+    padding                    share of padding in the batches of an extraction of ../shared/data/pool, by device
+    idle_plan_seconds          `less-assets plan` and `run` with nothing to do, the slower of the two: a fresh process
 """
 
 import argparse
@@ -43,6 +47,7 @@ from typing import Any
 import dagster as dg
 import yaml
 from tiny_project import write_model, write_project, write_rows
+from waiting import padding_of_pool, seconds_of_checks, seconds_with_nothing_to_do
 
 from less_assets.compute.speeds import machine
 from less_assets.demo import write_demo
@@ -660,6 +665,44 @@ def ray_workers(notes: Notes, small: bool, rounds: int) -> None:
     notes.report("ray_speedup", median(notes.raw("ray_1_s")) / median(notes.raw("ray_2_s")))
 
 
+# Waiting ------------------------------------------------------------------------------------------------------------
+
+
+def checks(notes: Notes, small: bool, rounds: int) -> None:
+    """Certificates and real steps against extraction, on the demo."""
+    while len(notes.raw("checks_s")) < rounds:
+        with tempfile.TemporaryDirectory() as folder:
+            path = demo_project(folder, small)
+            settings = yaml.safe_load(Path(path).read_text())
+            for rows in ("certificate_rows", "real_step_rows"):
+                del settings["gradients"][rows]  # as many as by default
+            Path(path).write_text(yaml.safe_dump(settings, sort_keys=False))
+            _fill_cache(load_project(path), Path(folder) / "artifacts/cache")
+            notes.add("checks_s", in_a_process(seconds_of_checks, path))
+    for figure, part in (("checks_over_extraction", "checks"), ("checks_after_adding", "checks_after_adding")):
+        notes.report(figure, median(each[part] / each["extraction"] for each in notes.raw("checks_s")))
+
+
+def idle(notes: Notes, small: bool, rounds: int) -> None:
+    """Commands with nothing to do, on a small project: what they cost grows with the artifacts, not with the pool."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_project(Path(folder), rows=100, shard_size=50, epochs=2, tasks=2, warmup_rows=20)
+        for name, seconds in seconds_with_nothing_to_do(str(path), rounds).items():
+            for one in seconds:
+                notes.add(f"idle_{name}_s", one)
+    notes.report("idle_plan_seconds", max(median(notes.raw(f"idle_{name}_s")) for name in ("plan", "run")))
+
+
+def padding(notes: Notes, small: bool, rounds: int) -> None:
+    """Batches of the real pool; nothing is computed on them."""
+    pool = Path(os.environ.get("LESS_BENCHMARK_DATA", HERE.parents[1] / "shared/data")) / "pool"
+    if not pool.is_dir():
+        print(f"padding: {pool} is not there")
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        notes.report("padding", padding_of_pool(str(pool), cache))
+
+
 # Section → how the names of its raw measurements begin.
 RAW: dict[str, tuple[str, ...]] = {
     "linearity": ("pool_",),
@@ -668,6 +711,9 @@ RAW: dict[str, tuple[str, ...]] = {
     "load": ("load_",),
     "append": (),
     "ray": ("ray_",),
+    "checks": ("checks_",),
+    "idle": ("idle_",),
+    "padding": (),
 }
 SECTIONS: dict[str, Callable[[Notes, bool, int], None]] = {
     "linearity": linearity,
@@ -676,6 +722,9 @@ SECTIONS: dict[str, Callable[[Notes, bool, int], None]] = {
     "load": loading,
     "append": appending,
     "ray": ray_workers,
+    "checks": checks,
+    "idle": idle,
+    "padding": padding,
 }
 
 

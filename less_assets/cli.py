@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import dagster as dg
 
     from less_assets.lineage.lineage import Lineage
+    from less_assets.planning.estimate import Estimate
     from less_assets.project.project import Project
-    from less_assets.running.runner import GraphRunner, Outcome, Request
+    from less_assets.running.request import Request
+    from less_assets.running.runner import GraphRunner, Outcome, Warned
     from less_assets.store.artifacts import ArtifactStore
 
 KEPT = "what is finished is kept, the same command goes on from there"
@@ -170,10 +172,15 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
+    with _told():
+        if found := _nothing_to_do(project, task, recipe, until):
+            from less_assets.planning.estimate import nothing_due
+
+            lineage, _, needed = found
+            _print_planned(nothing_due(needed), lineage, as_json)
+            return
     with _told(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.compute.models import ModelLoader, cache_folder
-        from less_assets.inspection.plan_words import plan_as_data, print_plan
-        from less_assets.inspection.pool_counts import counts_in_words, pool_counts
         from less_assets.planning.estimate import estimate
         from less_assets.running.runner import register_shards
         from less_assets.steps.registry import open_lineage
@@ -183,12 +190,21 @@ def plan(
         request = _request(task, recipe, until, loaded)
         lineage = open_lineage(loaded, store)
         planned = estimate(runner, lineage, models, request, calibrate=calibrate, log=_say)
-        if as_json:
-            _print_json(plan_as_data(planned) | {"pool": pool_counts(lineage)})
-            return
-        print_plan(planned)
-        if counts := pool_counts(lineage):
-            print(f"\n{counts_in_words(counts)}")
+        _print_planned(planned, lineage, as_json)
+    if not planned.due:
+        _remember_recorded(loaded, store, request)
+
+
+def _print_planned(planned: "Estimate", lineage: "Lineage", as_json: bool) -> None:
+    from less_assets.inspection.plan_words import plan_as_data, print_plan
+    from less_assets.inspection.pool_counts import counts_in_words, pool_counts
+
+    if as_json:
+        _print_json(plan_as_data(planned) | {"pool": pool_counts(lineage)})
+        return
+    print_plan(planned)
+    if counts := pool_counts(lineage):
+        print(f"\n{counts_in_words(counts)}")
 
 
 @app.command()
@@ -213,9 +229,13 @@ def run(
     ] = False,
 ) -> None:
     """Make what is missing or stale, in order, through Dagster; what is done stays done if it is interrupted."""
-    from less_assets.inspection import summary
-
     started = time.monotonic()
+    with _told(as_json), _termination_as_ctrl_c():
+        if not (verify or resample_warmup) and (found := _nothing_to_do(project, task, recipe, until, extras)):
+            lineage, request, needed = found
+            fresh = sum(map(len, needed.values()))
+            _say_finished(lineage.project, lineage.store, request, 0, fresh, (), started, as_json)
+            return
     without = set() if extras else {"certificate_rows", "real_step_rows"}
     with (
         _told(as_json),
@@ -238,15 +258,55 @@ def run(
         except (LessAssetsError, OSError):
             print(f"\nstopped after {duration(time.monotonic() - started)}; {KEPT}", file=sys.stderr)
             raise
-        made = sum(len(partitions) for partitions in outcome.materialized.values())
-        if as_json:
-            return
-        seconds = duration(time.monotonic() - started)
-        print(f"\n{made} artifacts made, {outcome.fresh} were fresh; {seconds}")
-        if not made:
-            print("nothing was computed: everything is as the project file says")
-        print(summary.results(loaded, store, request.tasks))
-        print(summary.warnings(outcome.warned), end="")
+        made = sum(map(len, outcome.materialized.values()))
+        _say_finished(loaded, store, request, made, outcome.fresh, outcome.warned, started, as_json)
+    _remember_recorded(loaded, store, request)
+
+
+def _say_finished(
+    project: "Project",
+    store: "ArtifactStore",
+    request: "Request",
+    made: int,
+    fresh: int,
+    warned: Sequence["Warned"],
+    started: float,
+    as_json: bool,
+) -> None:
+    """Say what a run has made, and show the results."""
+    from less_assets.inspection import summary
+    from less_assets.running.watch import JsonEvents
+
+    if as_json:
+        finished = {"made": made, "fresh": fresh, "warned": [asdict(check) for check in warned]}
+        JsonEvents(sys.stdout).tell("finished", finished)
+        return
+    print(f"\n{made} artifacts made, {fresh} were fresh; {duration(time.monotonic() - started)}")
+    if not made:
+        print("nothing was computed: everything is as the project file says")
+    print(summary.results(project, store, request.tasks))
+    print(summary.warnings(warned), end="")
+
+
+def _nothing_to_do(
+    path: Path, task: list[str], recipe: list[str], until: str, extras: bool = True
+) -> tuple["Lineage", "Request", dict[str, list[str | None]]] | None:
+    """The plans, the request, and what it needs, if nothing of it is to be made; None: the run has to look."""
+    from less_assets.project.project import load_project
+    from less_assets.running.home_folder import nothing_to_do
+    from less_assets.steps.registry import open_store
+
+    project = load_project(path)
+    request = replace(_request(task, recipe, until, project), extras=extras)
+    found = nothing_to_do(project, open_store(project), request)
+    return None if found is None else (found[0], request, found[1])
+
+
+def _remember_recorded(project: "Project", store: "ArtifactStore", request: "Request") -> None:
+    """Let the next command know without Dagster that there is nothing to do."""
+    from less_assets.running.home_folder import remember_recorded
+
+    remember_recorded(project, store, request)
 
 
 def _watched(
@@ -268,11 +328,7 @@ def _watched(
     if as_json:
         events = JsonEvents(sys.stdout)
         with events.watching():
-            outcome = runner.run(request, events.log, events.tell)
-        warned = [asdict(check) for check in outcome.warned]
-        made = sum(map(len, outcome.materialized.values()))
-        events.tell("finished", {"made": made, "fresh": outcome.fresh, "warned": warned})
-        return outcome
+            return runner.run(request, events.log, events.tell)
     if quiet:
         with heard_by(lambda entry: None):
             return runner.run(request, lambda line: None)
@@ -444,7 +500,7 @@ def gc(
 
 
 def _request(task: list[str], recipe: list[str], until: str, project: "Project") -> "Request":
-    from less_assets.running.runner import Request
+    from less_assets.running.request import Request
     from less_assets.steps.registry import ASSETS
 
     for name in task:

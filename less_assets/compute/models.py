@@ -48,6 +48,13 @@ class LoadedCheckpoint:
         return self.tokenizer.pad_token_id or 0
 
     @cached_property
+    def parameters(self) -> int:
+        """P, the number of parameters of the adapter."""
+        from less_assets.method.gradients.per_example import lora_slices
+
+        return sum(part.size for part in lora_slices(self.model))
+
+    @cached_property
     def _sketches(self) -> dict[tuple, "Sketch"]:
         return {}
 

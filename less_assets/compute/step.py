@@ -270,10 +270,22 @@ def make_together(
     Yields:
         Each partition with its manifest.
     """
+    plans = [lineage.plan(asset, partition) for partition in partitions]
+    yield from zip(partitions, materialize_together(lineage, plans, compute, models, log), strict=True)
+
+
+def materialize_together(
+    lineage: Lineage, plans: Sequence[ArtifactPlan], compute: ComputeTogether, models: ModelLoader, log: Log
+) -> Iterator[Manifest]:
+    """Make the artifacts of several plans of one asset, as `materialize` does, those that are missing together.
+
+    Yields:
+        The manifest now in force for each plan.
+    """
     store = lineage.store
-    plans = {partition: lineage.plan(asset, partition) for partition in partitions}
-    missing = [plan for plan in plans.values() if not _is_whole(store.artifact(plan.folder, plan.fingerprint))]
+    missing = [plan for plan in plans if not _is_whole(store.artifact(plan.folder, plan.fingerprint))]
     if missing:
+        asset = missing[0].asset
         with measured(lineage, asset, None, models) as done, ExitStack() as writing:
             steps = [
                 StepInputs(
@@ -292,8 +304,5 @@ def make_together(
                 add_seconds(store, asset, plan.fingerprint, (time.monotonic() - started) / len(missing))
             for plan, step, result in zip(missing, steps, done, strict=True):
                 seal(step.folder, plan, result)
-    for partition, plan in plans.items():
-        yield (
-            partition,
-            store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs),
-        )
+    for plan in plans:
+        yield store.publish(store.artifact(plan.folder, plan.fingerprint), at=plan.pointer, inputs=plan.inputs)

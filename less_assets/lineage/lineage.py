@@ -43,6 +43,10 @@ class Input:
     of_recipe: Callable[[Project, str], str] | None = None
     with_folds: bool = False
 
+    def is_read(self, project: Project, reader: "Declaration") -> bool:
+        """Whether any recipe of the asset that has this input reads it."""
+        return self.read_by is None or any(self.read_by(project, recipe) for recipe in reader.recipes(project))
+
 
 def _nothing(lineage: "Lineage", keys: Keys) -> Mapping[str, Never]:
     return {}

@@ -60,14 +60,8 @@ class Axes:
         return [
             dg.AssetDep(read.asset, partition_mapping=self._mapping(asset, read))
             for read in asset.inputs
-            if self._is_read(asset, read)
+            if ASSETS[read.asset].exists(self.project) and read.is_read(self.project, asset)
         ]
-
-    def _is_read(self, asset: Declaration, read: Input) -> bool:
-        if not ASSETS[read.asset].exists(self.project):
-            return False
-        reads = read.read_by
-        return reads is None or any(reads(self.project, recipe) for recipe in asset.recipes(self.project))
 
     def _mapping(self, asset: Declaration, read: Input) -> dg.PartitionMapping | None:
         """How partitions of an asset read those of an input; None where Dagster infers it."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from less_assets.compute import speeds as stored_rates
 from less_assets.compute.models import ModelLoader
@@ -19,8 +19,11 @@ from less_assets.lineage.lineage import Lineage, Status
 from less_assets.planning.rehearsal import Rehearsal, rehearse
 from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
-from less_assets.running.runner import GraphRunner, Partition, Request
+from less_assets.running.request import Partition, Request
 from less_assets.steps.registry import ASSETS, GUESSES
+
+if TYPE_CHECKING:
+    from less_assets.running.runner import GraphRunner
 
 GRADIENT_SECONDS, TRAINING_SECONDS, ASKING_SECONDS = 10.0, 12.0, 20.0
 """Limits of the trials: with loading a small model, under a minute."""
@@ -94,8 +97,21 @@ class Estimate:
         return sum(asset.amount.bytes or 0 for asset in self.assets if asset.amount)
 
 
+def nothing_due(partitions: Mapping[str, Sequence[Partition]]) -> Estimate:
+    """The plan of a request whose artifacts are all fresh.
+
+    Args:
+        partitions: Asset -> partitions that the request needs, in the order of the run.
+    """
+    lines = [
+        AssetEstimate(asset, dict.fromkeys(keys, Status("fresh")), frozenset(), None, None)
+        for asset, keys in partitions.items()
+    ]
+    return Estimate(lines, [], [], [], [])
+
+
 def estimate(
-    runner: GraphRunner,
+    runner: "GraphRunner",
     lineage: Lineage,
     models: ModelLoader,
     request: Request,
@@ -133,7 +149,7 @@ def estimate(
     return Estimate(lines, **_sources(rates, [line.amount for line in lines if line.amount]))
 
 
-def _amount(work: Workload, asset: str, rehearsal: Rehearsal, runner: GraphRunner) -> Amount | None:
+def _amount(work: Workload, asset: str, rehearsal: Rehearsal, runner: "GraphRunner") -> Amount | None:
     """Work of what is due of an asset; None if nothing is."""
     if not (due := rehearsal.due(asset)):
         return None

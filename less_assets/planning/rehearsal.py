@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import StepInputs, seal
@@ -20,11 +21,14 @@ from less_assets.errors import CorruptArtifactError, MissingArtifactError, Stale
 from less_assets.lineage.lineage import Lineage, Status
 from less_assets.lineage.plan import ArtifactPlan, digest
 from less_assets.reading.certificates import certificate_plan, certified_recipes, lacks_certificate
-from less_assets.running.runner import GraphRunner, Partition, Request
+from less_assets.running.request import Partition, Request
 from less_assets.steps.asset import Asset
 from less_assets.steps.registry import ASSETS, open_lineage
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore, Pointer
 from less_assets.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from less_assets.running.runner import GraphRunner
 
 SECONDS = 3.0
 """About how long all artifacts may take that are made for a rehearsal."""
@@ -131,7 +135,7 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearse(runner: GraphRunner, lineage: Lineage, models: ModelLoader, request: Request) -> Iterator[Rehearsal]:
+def rehearse(runner: "GraphRunner", lineage: Lineage, models: ModelLoader, request: Request) -> Iterator[Rehearsal]:
     """Go through the stages of a run; its artifacts of small cost can be read inside the block.
 
     Args:
@@ -172,7 +176,7 @@ class _Walk:
     """
 
     def __init__(
-        self, runner: GraphRunner, lineage: Lineage, models: ModelLoader, scratch: str, *, contents_change: bool
+        self, runner: "GraphRunner", lineage: Lineage, models: ModelLoader, scratch: str, *, contents_change: bool
     ) -> None:
         self._runner, self._real, self._models = runner, lineage.store, models
         self._contents_change, self._seconds_left = contents_change, SECONDS

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from less_assets.method.selection.fidelity import Judgement, ScoredSample
 
 CERTIFICATE, REAL_STEPS = "fidelity_certificate", "real_steps"
-SAMPLE, POOL, STEPS = "sample.parquet", "pool.parquet", "steps.parquet"
+SAMPLE, POOL, STEPS, MEASURED = "sample.parquet", "pool.parquet", "steps.parquet", "measured.parquet"
 
 
 def certified_recipes(project: Project) -> list[ResolvedRecipe]:

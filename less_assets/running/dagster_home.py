@@ -1,9 +1,8 @@
 """Dagster's home: the folder of its records (runs, events), by default inside the project's storage.
 
-Belongs here: which folder it is, whose it is, and opening it although others use it. What is in it is Dagster's.
+Belongs here: whose folder it is, and opening it although others use it. What is in it is Dagster's.
 """
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -18,9 +17,10 @@ from sqlalchemy import event
 from upath import UPath
 
 from less_assets.errors import LessAssetsError, StorageError
+from less_assets.running.home_folder import dagster_home
 from less_assets.running.killed_runs import living_processes
 from less_assets.running.runner import open_instance
-from less_assets.store.artifacts import RECORDS_FOLDER, ArtifactStore, exclusive_lock
+from less_assets.store.artifacts import ArtifactStore, exclusive_lock
 from less_assets.store.files import local_path, storage_trouble
 
 DEFAULT_SETTINGS = files("less_assets.running").joinpath("dagster.yaml")
@@ -29,25 +29,6 @@ WORKSPACE = files("less_assets.running").joinpath("workspace.yaml")
 OWNER_FILE = "less-assets-project.json"
 PATIENCE_SECONDS = 60
 """How long a locked database is waited for."""
-
-
-def dagster_home(store: ArtifactStore) -> Path:
-    """The folder of a project's records; it need not exist.
-
-    Args:
-        store: The project's artifacts.
-
-    Returns:
-        DAGSTER_HOME of the environment, if it is set; `.dagster` in the storage root; for a storage URL, a folder in
-        the user's state directory (`XDG_STATE_HOME`, else `~/.local/state`) named by a hash of the URL, since
-        Dagster's databases need a local disk.
-    """
-    if named := os.environ.get("DAGSTER_HOME"):
-        return Path(named).expanduser().absolute()
-    if root := local_path(store.root):
-        return root.absolute() / RECORDS_FOLDER
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
-    return state / "less-assets" / hashlib.sha256(str(store.root).encode()).hexdigest()[:16]
 
 
 def prepare_home(store: ArtifactStore, home: str | os.PathLike[str] | None = None) -> Path:

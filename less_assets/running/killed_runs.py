@@ -20,9 +20,9 @@ import dagster as dg
 
 from less_assets.errors import StorageError
 from less_assets.orchestration.dagster_internals import NOT_FINISHED_STATUSES
+from less_assets.running.home_folder import PROCESSES_FOLDER
 
 PROCESS_TAG = "less-assets/process"
-FOLDER = "less-assets-processes"
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def living_processes(home: Path) -> list[str]:
         home: DAGSTER_HOME.
     """
     lines = []
-    for path in sorted((home / FOLDER).glob("*")):
+    for path in sorted((home / PROCESSES_FOLDER).glob("*")):
         try:
             who = json.loads(path.read_text())
         except (OSError, ValueError):  # it has just ended, or began before this version
@@ -93,7 +93,7 @@ def living_processes(home: Path) -> list[str]:
 
 
 def _folder(instance: dg.DagsterInstance) -> Path:
-    return Path(instance.root_directory) / FOLDER
+    return Path(instance.root_directory) / PROCESSES_FOLDER
 
 
 def _is_dead(path: Path) -> bool:

@@ -33,32 +33,13 @@ from less_assets.reading.certificates import lacks_certificate
 from less_assets.reading.files import SUBSET_JSONL
 from less_assets.running.event_log import KeptEventLog
 from less_assets.running.killed_runs import PROCESS_TAG, process_name, report_killed_runs
+from less_assets.running.request import Partition, Request, needed
 from less_assets.steps.registry import ASSETS, open_lineage
 from less_assets.store.artifacts import ArtifactStore
 
 PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
-Partition = str | None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a person asked for.
-
-    Attributes:
-        tasks: Only these tasks; empty for all.
-        recipes: Only these recipe keys; empty for all.
-        until: Stop with this asset; None runs everything.
-        verify: Compare every stored file with its digest; what is damaged is made again.
-        extras: Also make what only explains (token attribution, reports), and certificates of scores.
-    """
-
-    tasks: tuple[str, ...] = ()
-    recipes: tuple[str, ...] = ()
-    until: str | None = None
-    verify: bool = False
-    extras: bool = True
 
 
 @dataclass(frozen=True)
@@ -207,56 +188,8 @@ class GraphRunner:
         return [follower] if self.recorded_version(follower, partitions[0]) is None else []
 
     def needed(self, request: Request) -> dict[str, list[Partition]]:
-        """Which partitions of which assets a request needs, in topological order of the assets.
-
-        Follows the graph upwards from what was asked for, partition by partition: `--recipe random` needs no
-        gradients, `--task bbh` no other task's.
-        """
-        order = sorted(self._graph.toposorted_asset_keys, key=lambda key: ASSETS[key.to_user_string()].explains)
-        needed: dict[dg.AssetKey, set[Partition]] = {key: set() for key in order}
-        with partition_loading_context(dynamic_partitions_store=self._instance):
-            for key in order:
-                asset = key.to_user_string()
-                if request.until in (None, asset) and (request.extras or not ASSETS[asset].explains):
-                    needed[key] = {part for part in self._partitions(key) if self._asked_for(key, part, request)}
-            for key in reversed(order):
-                for parent in self._graph.get(key).parent_keys:
-                    for partition in needed[key]:
-                        needed[parent] |= self._upstream(key, partition, parent)
-            return {
-                key.to_user_string(): [part for part in self._partitions(key) if part in needed[key]]
-                for key in order
-                if needed[key]
-            }
-
-    def _partitions(self, key: dg.AssetKey) -> Sequence[Partition]:
-        definition = self._graph.get(key).partitions_def
-        if definition is None:
-            return [None]
-        shards = set(PoolFiles.load(self._store).shard_keys())
-        keys = definition.get_partition_keys(dynamic_partitions_store=self._instance)
-        # Shards of a source that was removed stay registered with Dagster; they need nothing any more.
-        asset = key.to_user_string()
-        return [each for each in keys if "shard" not in ASSETS[asset].axes or _part(each, asset, "shard") in shards]
-
-    def _upstream(self, key: dg.AssetKey, partition: Partition, parent: dg.AssetKey) -> set[Partition]:
-        definition = self._graph.get(parent).partitions_def
-        if definition is None:
-            return {None}
-        if partition is None:
-            return set(self._partitions(parent))
-        found = self._graph.get_parent_partition_keys_for_child(partition, parent, key)
-        upstream: set[Partition] = set(found.partitions_subset.get_partition_keys())
-        return upstream & set(self._partitions(parent))
-
-    def _asked_for(self, key: dg.AssetKey, partition: Partition, request: Request) -> bool:
-        """Whether a partition is among those named: on every axis that the request names, it has one of the names."""
-        asset = key.to_user_string()
-        axes = ASSETS[asset].axes
-        filters = {axis: names for axis, names in (("task", request.tasks), ("recipe", request.recipes)) if names}
-        if request.until is None and not filters.keys() <= set(axes):
-            return False  # it covers more than was asked for; what is needed of it follows from the graph
-        return all(_part(partition, asset, axis) in names for axis, names in filters.items() if axis in axes)
+        """Which partitions of which assets a request needs, in the order of the run."""
+        return needed(open_lineage(self._project, self._store), request)
 
     def _is_current(self, lineage: Lineage, asset: str, partition: Partition) -> bool:
         """Whether the stored artifact matches its plan and Dagster has recorded just this version of it."""

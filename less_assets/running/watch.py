@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from less_assets.compute.progress import duration
-from less_assets.orchestration.console_log import heard_by
 
 SHOWN_READY = 4
 """Finished assets that the block names, the last one first."""
@@ -45,6 +44,8 @@ class JsonEvents:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hear what steps say, for as long as the block lasts."""
+        from less_assets.orchestration.console_log import heard_by  # it loads Dagster
+
         with heard_by(self._hear):
             yield
 
@@ -75,6 +76,8 @@ class LiveBlock:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Show the block and hear what steps say, for as long as the block lasts; then it vanishes."""
+        from less_assets.orchestration.console_log import heard_by
+
         live = Live(console=self._console, get_renderable=self.shown, refresh_per_second=4, transient=True)
         with live, heard_by(self._hear):
             yield

@@ -5,7 +5,7 @@ Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import polars as pl
 
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import Guess
-from less_assets.compute.step import Compute, Log, StepInputs, StepResult, materialize, measured
+from less_assets.compute.step import ComputeTogether, Log, StepInputs, StepResult, materialize_together
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
@@ -22,6 +22,7 @@ from less_assets.method.selection.ranking import Queue, score_matrix, select_fro
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import (
     CERTIFICATE,
+    MEASURED,
     POOL,
     REAL_STEPS,
     SAMPLE,
@@ -33,11 +34,12 @@ from less_assets.reading.certificates import (
     steps_plan,
 )
 from less_assets.reading.files import INDEX, score_file
-from less_assets.reading.rows import mean_learning_rates, score_column
+from less_assets.reading.rows import checkpoint_weights, mean_learning_rates, score_column
 from less_assets.reading.scores import recipe_queues
 from less_assets.steps.gradients import encode_targets, total_tokens
+from less_assets.steps.measured_rows import Measurement, Samples, in_force, measured_with
 from less_assets.steps.ranking import budget_of
-from less_assets.steps.rescoring import encode_rows, score_rows_exactly
+from less_assets.steps.rescoring import encode_rows, score_rows_exactly, weighted_total
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet, write_parquet
 
@@ -85,52 +87,118 @@ class RecipeFidelity:
 
 
 def certify(lineage: Lineage, models: ModelLoader, task: str, log: Log) -> ArtifactFolder:
-    """Make the certificate of a task's scores, unless it is there."""
-    return _make(lineage, models, certificate_plan(lineage, task), score_sample, log)
+    """Make the certificate of a task's scores, unless it is there; with it those of other tasks that lack one."""
+    return _make(lineage, models, certificate_plan, task, score_samples, log)
 
 
 def take_real_steps(lineage: Lineage, models: ModelLoader, task: str, log: Log) -> ArtifactFolder:
-    """Compare predicted with real influence on a task, unless that was done."""
-    return _make(lineage, models, steps_plan(lineage, task), measure_steps, log)
+    """Compare predicted with real influence on a task, unless that was done; likewise on others that lack it."""
+    return _make(lineage, models, steps_plan, task, measure_steps, log)
 
 
-def _make(lineage: Lineage, models: ModelLoader, plan: ArtifactPlan, compute: Compute, log: Log) -> ArtifactFolder:
-    task = str(plan.partition)
-
-    def timed_compute(folder: ArtifactFolder) -> StepResult:
-        with measured(lineage, plan.asset, task, models) as done:
-            done.append(compute(StepInputs(lineage, task, folder, models, log, f"{plan.asset} {task}")))
-        return done[0]
-
-    manifest = materialize(lineage.store, plan, timed_compute)
+def _make(
+    lineage: Lineage,
+    models: ModelLoader,
+    plan_of: Callable[[Lineage, str], ArtifactPlan],
+    task: str,
+    compute: ComputeTogether,
+    log: Log,
+) -> ArtifactFolder:
+    """Make what a check of a task stores; tasks share most sampled rows, so those that lack it are made together."""
+    plan = plan_of(lineage, task)
+    plans = [plan]
+    if not lineage.store.artifact(plan.folder, plan.fingerprint).exists():
+        plans += [other for other in _lacking(lineage, plan_of) if other.partition != task]
+    manifest, *_ = materialize_together(lineage, plans, compute, models, log)
     return lineage.store.artifact(manifest.key, manifest.fingerprint)
 
 
-def score_sample(work: StepInputs) -> StepResult:
-    """Score a sample of the pool exactly, and keep an even sample of the pool's own scores."""
-    lineage, task, settings = work.lineage, work.partition, work.project.gradients
-    rules = certified_rules(work.project)
-    columns = {score_column(form, rule): (form, rule) for form in settings.forms for rule in rules}
-    even, pool_rows = even_sample(lineage, task, ["source", "loss_tokens", *columns])
-    inclusion = inclusion_near(cuts_of(lineage, task, even, pool_rows), even)
-    write_parquet(work.folder, POOL, even.with_columns(inclusion=inclusion(even)))
-    sample = draw_sample(lineage, task, settings.certificate_rows, inclusion)
-    exact = score_rows_exactly(work, task, sample, forms=settings.forms, rules=rules)
-    certified = _both_scores(sample, {column: exact.total(*which) for column, which in columns.items()})
+def _lacking(lineage: Lineage, plan_of: Callable[[Lineage, str], ArtifactPlan]) -> list[ArtifactPlan]:
+    """Plans of the tasks whose scores are in force, and have nothing that was made from them."""
+    tasks = [task for task in lineage.project.task_keys if task not in lineage.project.folds]
+    scored = [task for task in tasks if lineage.status("influence_scores", task).state == "fresh"]
+    plans = [plan_of(lineage, task) for task in scored]
+    return [plan for plan in plans if (made := in_force(lineage, plan)) is None or made.inputs != dict(plan.inputs)]
+
+
+def score_samples(works: Sequence[StepInputs]) -> list[StepResult]:
+    """Score a sample of the pool exactly for each task, and keep an even sample of the pool's own scores."""
+    lineage, project = works[0].lineage, works[0].project
+    pairs = [(form, rule) for form in project.gradients.forms for rule in certified_rules(project)]
+    drawn = {work.partition: _draw_near_cuts(work) for work in works}
+    exactly = Measurement(
+        certificate_plan,
+        MEASURED,
+        [exact_column(*pair, checkpoint) for pair in pairs for checkpoint in project.checkpoints],
+        {task: measured_with(lineage, task, project.checkpoints) for task in drawn},
+        _score_exactly,
+    )
+    found = exactly.of(works, {task: sample for task, (sample, _) in drawn.items()})
+    results = []
+    for work in works:
+        (sample, pool_rows), (values, units) = drawn[work.partition], found[work.partition]
+        write_parquet(work.folder, MEASURED, values)
+        exact = {
+            score_column(*pair): {name: score_matrix(values[exact_column(*pair, name)]) for name in project.checkpoints}
+            for pair in pairs
+        }
+        key = exactly.measured_with[work.partition]
+        summary = _store_certificate(work, sample, exact) | {"pool_rows": pool_rows, "measured_with": key}
+        results.append(StepResult(summary, units=units))
+    return results
+
+
+def exact_column(form: str, rule: str, checkpoint: str) -> str:
+    """Name of the exact scores at a checkpoint in `MEASURED`."""
+    return f"{score_column(form, rule)}.{checkpoint}"
+
+
+def _score_exactly(work: StepInputs, samples: Samples) -> tuple[dict[str, pl.DataFrame], dict[str, float]]:
+    """Exact scores of rows at every checkpoint, and the tokens that went through the model for each task."""
+    forms, rules = work.project.gradients.forms, certified_rules(work.project)
+    exact = score_rows_exactly(work, samples, forms=forms, rules=rules, known_norms=True)
+    tables = {
+        task: samples[task].select(
+            "example_id",
+            *(
+                pl.Series(exact_column(*pair, checkpoint), scores, pl.Array(pl.Float32, len(found.labels)))
+                for pair, at_checkpoint in found.scores.items()
+                for checkpoint, scores in at_checkpoint.items()
+            ),
+        )
+        for task, found in exact.items()
+    }
+    return tables, {task: found.tokens for task, found in exact.items()}
+
+
+def _store_certificate(
+    work: StepInputs, sample: pl.DataFrame, exact: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Store both scores of a sample, and sum up; `exact` is score column -> checkpoint -> float32 (n, J)."""
+    weights = checkpoint_weights(work.lineage)
+    certified = _both_scores(sample, {column: weighted_total(scores, weights) for column, scores in exact.items()})
     if certified.is_empty():
         raise LessAssetsError(
             "None of the sampled rows has a gradient any more, although all had one when features were extracted.",
-            where=f"influence_scores {task}",
+            where=f"influence_scores {work.partition}",
             fix="run `less-assets run --verify`",
         )
     write_parquet(work.folder, SAMPLE, certified)
-    summary = {
+    return {
         "rows": certified.height,
-        "pool_rows": pool_rows,
-        "cosine_error": {name: _cosine_error(sample, name, exact.scores[which]) for name, which in columns.items()},
-        "theory": settings.dimension**-0.5,
+        "cosine_error": {column: _cosine_error(sample, column, scores) for column, scores in exact.items()},
+        "theory": work.project.gradients.dimension**-0.5,
     }
-    return StepResult(summary, units=exact.tokens)
+
+
+def _draw_near_cuts(work: StepInputs) -> tuple[pl.DataFrame, int]:
+    """A task's sample, more of it near the cuts than elsewhere; and how many rows the pool has."""
+    lineage, task, settings = work.lineage, work.partition, work.project.gradients
+    columns = [score_column(form, rule) for form in settings.forms for rule in certified_rules(work.project)]
+    even, pool_rows = even_sample(lineage, task, ["source", "loss_tokens", *columns])
+    inclusion = inclusion_near(cuts_of(lineage, task, even, pool_rows), even)
+    write_parquet(work.folder, POOL, even.with_columns(inclusion=inclusion(even)))
+    return draw_sample(lineage, task, settings.certificate_rows, inclusion), pool_rows
 
 
 @dataclass(frozen=True)
@@ -191,7 +259,7 @@ def _both_scores(sample: pl.DataFrame, exact: dict[str, np.ndarray]) -> pl.DataF
     return both.filter(pl.Series(np.isfinite(np.stack(list(exact.values()))).all(axis=(0, 2))))
 
 
-def _cosine_error(sample: pl.DataFrame, column: str, exact: dict[str, np.ndarray]) -> float:
+def _cosine_error(sample: pl.DataFrame, column: str, exact: Mapping[str, np.ndarray]) -> float:
     """Root mean square error of a column's sketched cosines, over rows, subtasks and checkpoints."""
     squares = [
         np.nanmean(np.square(score_matrix(sample[f"{column}.{checkpoint}"]) - scores, dtype=np.float64))
@@ -287,50 +355,85 @@ def budget_share(lineage: Lineage, recipe: ResolvedRecipe, loss_tokens: pl.Serie
     return min(1.0, max(1.0, rows) / pool_rows)
 
 
-def measure_steps(work: StepInputs) -> StepResult:
+def measure_steps(works: Sequence[StepInputs]) -> list[StepResult]:
     """Take a true optimizer step on each of a few random rows, at the checkpoint that weighs most."""
-    from less_assets.method.selection.fidelity import pearson, spearman, step_effects
+    from less_assets.method.selection.fidelity import pearson, spearman
 
-    lineage, task, settings = work.lineage, work.partition, work.project.gradients
+    lineage, settings = works[0].lineage, works[0].project.gradients
+    checkpoint, rate = _heaviest(lineage)
+    predictors = ["predicted", *(f"cosine.{form}" for form in settings.forms)]
+    samples = {work.partition: draw_sample(lineage, work.partition, settings.real_step_rows) for work in works}
+    keys = {task: measured_with(lineage, task, [checkpoint], rate, STEP_TARGETS) for task in samples}
+    found = Measurement(steps_plan, STEPS, ["real", *predictors], keys, _take_steps).of(works, samples)
+    results = []
+    for work in works:
+        values, units = found[work.partition]
+        rows = samples[work.partition].select("example_id", "source")
+        write_parquet(work.folder, STEPS, rows.join(values, on="example_id", maintain_order="left"))
+        real = values["real"].to_numpy()
+        agreement = {
+            name: {
+                "pearson": _number(pearson(values[name].to_numpy(), real)),
+                "spearman": _number(spearman(values[name].to_numpy(), real)),
+            }
+            for name in predictors
+        }
+        summary = {
+            "checkpoint": checkpoint,
+            "learning_rate": rate,
+            "rows": values.height,
+            "target_examples": len(_looked_at(work, work.partition)),
+            "agreement": agreement,
+            "measured_with": keys[work.partition],
+        }
+        results.append(StepResult(summary, units=units))
+    return results
+
+
+def _heaviest(lineage: Lineage) -> tuple[str, float]:
+    """The checkpoint that weighs most, and its mean learning rate."""
     rates = mean_learning_rates(lineage)
-    checkpoint = max(rates, key=lambda name: rates[name])
-    sample = draw_sample(lineage, task, settings.real_step_rows)
-    loaded = work.models.checkpoint(lineage, checkpoint)
-    examples = encode_rows(work, sample)
+    return max(rates.items(), key=lambda item: item[1])
+
+
+def _looked_at(work: StepInputs, task: str) -> list[Any]:
+    """The target examples whose loss is looked at: at most `STEP_TARGETS`, from all over."""
     targets, _ = encode_targets(work, task)
-    targets = targets[:: -(-len(targets) // STEP_TARGETS)]
-    longest = max(len(example.input_ids) for example in [*examples, *targets])
+    return targets[:: -(-len(targets) // STEP_TARGETS)]
+
+
+def _take_steps(work: StepInputs, samples: Samples) -> tuple[dict[str, pl.DataFrame], dict[str, float]]:
+    """What a step on each row does to the loss of each task, and the tokens of rows and targets."""
+    from less_assets.method.selection.fidelity import step_effects
+
+    settings = work.project.gradients
+    checkpoint, rate = _heaviest(work.lineage)
+    loaded = work.models.checkpoint(work.lineage, checkpoint)
+    rows = pl.concat([sample.select("example_id", "shard", "row") for sample in samples.values()]).unique()
+    rows = rows.sort("shard", "row")
+    examples = encode_rows(work, rows)
+    targets = {task: _looked_at(work, task) for task in samples}
+    longest = max(len(example.input_ids) for part in (examples, *targets.values()) for example in part)
     effects = step_effects(
         loaded.model,
         examples,
         targets,
         forms=settings.forms,
         moments=loaded.moments,
-        learning_rate=rates[checkpoint],
+        learning_rate=rate,
         batching=loaded.batching(settings, longest),
         on_progress=work.progress(len(examples), "steps"),
     )
-    cosines = {f"cosine.{form}": values for form, values in effects.cosines.items()}
-    table = sample.select("example_id", "source").with_columns(
-        real=pl.Series(effects.real),
-        predicted=pl.Series(effects.predicted),
-        **{n: pl.Series(v) for n, v in cosines.items()},
-    )
-    write_parquet(work.folder, STEPS, table)
-    agreement = {
-        name: {"pearson": _number(pearson(values, effects.real)), "spearman": _number(spearman(values, effects.real))}
-        for name, values in {"predicted": effects.predicted, **cosines}.items()
+    tables = {
+        task: rows.select("example_id").with_columns(
+            real=pl.Series(found.real),
+            predicted=pl.Series(found.predicted),
+            **{f"cosine.{form}": pl.Series(values) for form, values in found.cosines.items()},
+        )
+        for task, found in effects.items()
     }
-    return StepResult(
-        {
-            "checkpoint": checkpoint,
-            "learning_rate": rates[checkpoint],
-            "rows": table.height,
-            "target_examples": len(targets),
-            "agreement": agreement,
-        },
-        units=len(examples) * total_tokens(targets) + total_tokens(examples),
-    )
+    steps = len(examples)
+    return tables, {task: steps * total_tokens(targets[task]) + total_tokens(examples) for task in samples}
 
 
 def _number(value: float) -> float | None:

@@ -52,17 +52,20 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
         settings.storage,
         min(settings.block_rows, max(1, len(examples))),
     )
-    extracted = _extract_blocks(work, loaded, writer, examples)
+    extracted, padding = _extract_blocks(work, loaded, writer, examples)
     reasons = Counter(example.problem for example in examples if example and example.problem)
     refused: dict[str, Any] = {"refused_rows": dict(reasons.most_common(REASONS))} if reasons else {}
-    sketch = {"sketch_digest": loaded.sketch(settings).fingerprint}
-    summary = _feature_summary(work, RowStatus, total_tokens(examples)) | sketch | refused
+    made = {"padding": padding, "sketch_digest": loaded.sketch(settings).fingerprint}
+    summary = _feature_summary(work, RowStatus, total_tokens(examples)) | made | refused
     return StepResult(summary, units=extracted)
 
 
-def _extract_blocks(work: StepInputs, loaded: LoadedCheckpoint, writer: FeatureWriter, examples: Sequence[Any]) -> int:
-    """Extract the blocks that are not there yet; returns their tokens."""
-    from less_assets.method.gradients.features import extract_features
+def _extract_blocks(
+    work: StepInputs, loaded: LoadedCheckpoint, writer: FeatureWriter, examples: Sequence[Any]
+) -> tuple[int, float]:
+    """Extract the blocks that are not there yet; returns their tokens, and the share of padding in all batches."""
+    from less_assets.method.data.batching import padding_share
+    from less_assets.method.gradients.features import batched_tokens, extract_features
 
     settings, finished = work.project.gradients, writer.finished_blocks()
     lengths = [len(example.input_ids) for example in examples if example]
@@ -88,7 +91,8 @@ def _extract_blocks(work: StepInputs, loaded: LoadedCheckpoint, writer: FeatureW
         )
         writer.write_block(block, features)
         extracted += total_tokens(examples[start:stop])
-    return extracted
+    blocks = (examples[slice(*writer.bounds(block))] for block in range(writer.blocks))
+    return extracted, padding_share(map(batched_tokens, blocks), budget)
 
 
 def total_tokens(examples: Iterable[Any]) -> int:

@@ -3,7 +3,7 @@
 Belongs here: wiring only, also what certificates need of exact scores. The mathematics is `method/gradients/exact.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -14,15 +14,15 @@ import polars as pl
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
-from less_assets.lineage.lineage import Input, split
-from less_assets.reading.files import EXACT, EXACT_COLUMN
+from less_assets.lineage.lineage import Input, Lineage, split
+from less_assets.reading.files import EXACT, EXACT_COLUMN, TARGET_FEATURES
 from less_assets.reading.rows import checkpoint_weights, conversations_of
 from less_assets.reading.scores import candidates_of
 from less_assets.steps.asset import Asset
 from less_assets.steps.gradients import encode_targets, total_tokens
 from less_assets.steps.ranking import budget_of
 from less_assets.steps.shown import one_table
-from less_assets.store.tables import write_parquet
+from less_assets.store.tables import read_parquet, write_parquet
 
 
 def rescore(work: StepInputs) -> StepResult:
@@ -36,7 +36,7 @@ def rescore(work: StepInputs) -> StepResult:
     form, rule, aggregate = str(recipe.form), str(recipe.subtask), str(recipe.aggregate)
     sketched, budget = candidates_of(lineage, recipe, task), budget_of(lineage, recipe)
     ranked = select_by_score(sketched, budget.times(recipe.candidates), aggregate).table.sort("shard", "row")
-    exact = score_rows_exactly(work, task, ranked, forms=(form,), rules=(rule,))
+    exact = score_rows_exactly(work, {task: ranked}, forms=(form,), rules=(rule,))[task]
     kept = ["example_id", "source", "shard", "row", "loss_tokens"]
     table = ranked.select(*kept, pl.col("score").alias("sketched_score")).with_columns(
         pl.lit("ok").alias("status"),
@@ -65,7 +65,7 @@ class ExactScores:
         weights: Checkpoint -> its normalised mean learning rate.
         scores: Form and subtask rule -> checkpoint -> float32 (n, J); NaN for rows without a usable gradient.
         row_tokens: Tokens of the rows.
-        tokens: Tokens that were read at all checkpoints together, those of the targets included.
+        tokens: Tokens at all checkpoints together, those of the targets included, as if for this task alone.
     """
 
     labels: list[str]
@@ -76,53 +76,109 @@ class ExactScores:
 
     def total(self, form: str, rule: str) -> np.ndarray:
         """Influence over all checkpoints, float32 (n, J)."""
-        scores = self.scores[form, rule]
-        return reduce(np.add, [np.float32(weight) * scores[name] for name, weight in self.weights.items()])
+        return weighted_total(self.scores[form, rule], self.weights)
+
+
+def weighted_total(scores: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
+    """Influence over all checkpoints from that at each, float32 (n, J)."""
+    return reduce(np.add, [np.float32(weight) * scores[name] for name, weight in weights.items()])
 
 
 def score_rows_exactly(
-    work: StepInputs, task: str, rows: pl.DataFrame, *, forms: Sequence[str], rules: Sequence[str]
-) -> ExactScores:
+    work: StepInputs,
+    rows: Mapping[str, pl.DataFrame],
+    *,
+    forms: Sequence[str],
+    rules: Sequence[str],
+    known_norms: bool = False,
+) -> dict[str, ExactScores]:
     """Take the gradients of rows and targets at every checkpoint and score the rows without projection.
+
+    A row of several tasks is run through the model once for all of them, as far as their target directions fit into
+    `gradients.directions_limit` together.
 
     Args:
         work: Reads rows, targets and checkpoints.
-        task: The task.
-        rows: Columns shard and row; those of a shard next to each other.
+        rows: Task -> the rows that are scored for it: columns shard and row.
         forms: Direction forms of the rows.
         rules: Subtask rules.
+        known_norms: Take the norms of the targets' gradients from `target_gradients`, which is fresh.
+
+    Returns:
+        Task -> scores of its rows.
     """
     from less_assets.method.gradients.exact import exact_influence
 
     lineage, settings = work.lineage, work.project.gradients
-    examples = encode_rows(work, rows)
-    row_tokens, tokens = total_tokens(examples), 0
-    labels: list[str] = []
-    scores: dict[tuple[str, str], dict[str, np.ndarray]] = {(form, rule): {} for form in forms for rule in rules}
-    # Target gradients are taken twice: once for their norms, once for the mean of unit directions.
-    passes = len(examples) + 2 * lineage.summary("target_examples", task)["examples"]
-    progress = work.progress(len(work.project.checkpoints) * len(rules) * passes, "rows")
+    both = pl.concat([table.select("shard", "row") for table in rows.values()]).unique().sort("shard", "row")
+    examples = encode_rows(work, both)
+    places = {
+        task: table.join(both.with_row_index("place"), on=["shard", "row"], maintain_order="left")["place"].to_list()
+        for task, table in rows.items()
+    }
+    targets = {task: encode_targets(work, task) for task in rows}
+    # Besides their mean, `mean_cosine` needs the norms of the targets' gradients.
+    target_passes = sum(1 if known_norms or rule != "mean_cosine" else 2 for rule in rules)
+    passed = len(rules) * len(examples) + target_passes * sum(len(encoded) for encoded, _ in targets.values())
+    progress = work.progress(len(work.project.checkpoints) * passed, "rows")
+    scores: dict[str, dict[tuple[str, str], dict[str, np.ndarray]]] = {
+        task: {(form, rule): {} for form in forms for rule in rules} for task in rows
+    }
     for checkpoint in work.project.checkpoints:
         loaded = work.models.checkpoint(lineage, checkpoint)
-        targets, subtasks = encode_targets(work, task)
-        batching = loaded.batching(settings, max(len(example.input_ids) for example in [*examples, *targets]))
-        tokens += len(rules) * (row_tokens + 2 * total_tokens(targets))
-        for rule in rules:
-            labels, at_checkpoint = exact_influence(
-                loaded.model,
-                examples,
-                targets,
-                subtasks,
-                rule=rule,
-                forms=forms,
-                moments=loaded.moments,
-                batching=batching,
-                directions_limit=settings.directions_limit,
-                on_progress=progress,
-            )
-            for form in forms:
-                scores[form, rule][checkpoint] = at_checkpoint[form]
-    return ExactScores(labels, checkpoint_weights(lineage), scores, row_tokens, tokens)
+        every = [example for encoded, _ in targets.values() for example in encoded]
+        batching = loaded.batching(settings, max(len(example.input_ids) for example in [*examples, *every]))
+        for tasks in _fitting_together(targets, settings.directions_limit // (4 * loaded.parameters)):
+            wanted = sorted({place for task in tasks for place in places[task]})
+            labels = [(task, subtask) for task in tasks for subtask in targets[task][1]]
+            for rule in rules:
+                found, influence = exact_influence(
+                    loaded.model,
+                    [examples[place] for place in wanted],
+                    [example for task in tasks for example in targets[task][0]],
+                    labels,
+                    rule=rule,
+                    forms=forms,
+                    moments=loaded.moments,
+                    target_norms=_known_norms(lineage, checkpoint, tasks) if known_norms else None,
+                    batching=batching,
+                    directions_limit=settings.directions_limit,
+                    on_progress=progress,
+                )
+                for task in tasks:
+                    own_rows = np.searchsorted(wanted, places[task])
+                    columns = [column for column, (name, _) in enumerate(found) if name == task]
+                    for form in forms:
+                        scores[task][form, rule][checkpoint] = influence[form][own_rows][:, columns]
+    weights = checkpoint_weights(lineage)
+    exact = {}
+    for task, (encoded, subtasks) in targets.items():
+        row_tokens = total_tokens(examples[place] for place in places[task])
+        passed = len(rules) * row_tokens + target_passes * total_tokens(encoded)
+        tokens = len(work.project.checkpoints) * passed
+        exact[task] = ExactScores(sorted(set(subtasks)), weights, scores[task], row_tokens, tokens)
+    return exact
+
+
+def _fitting_together(targets: Mapping[str, tuple[Sequence[Any], Sequence[str]]], directions: int) -> list[list[str]]:
+    """Tasks in groups that have at most so many subtasks together, or one task alone."""
+    groups: list[list[str]] = []
+    room = 0
+    for task, (_, subtasks) in targets.items():
+        count = len(set(subtasks))
+        if groups and count <= room:
+            groups[-1].append(task)
+        else:
+            groups.append([task])
+            room = directions
+        room -= count
+    return groups
+
+
+def _known_norms(lineage: Lineage, checkpoint: str, tasks: Sequence[str]) -> np.ndarray:
+    """Exact norms of the target examples' gradients, task by task."""
+    folders = [lineage.folder("target_gradients", f"{checkpoint}|{task}") for task in tasks]
+    return np.concatenate([read_parquet(folder, TARGET_FEATURES, ["norm"])["norm"].to_numpy() for folder in folders])
 
 
 def encode_rows(work: StepInputs, rows: pl.DataFrame) -> list[Any]:

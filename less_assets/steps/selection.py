@@ -318,7 +318,7 @@ def check_work(workload: Workload, tasks: Sequence[str]) -> tuple[dict[str, floa
         examples, tokens, _ = workload.target_sizes[str(task)]
         if settings.certificate_rows and rules:
             sample = min(settings.certificate_rows, workload.pool_rows) * workload.row_tokens
-            found[CERTIFICATE] += checkpoints * rules * (sample + 2 * tokens)
+            found[CERTIFICATE] += checkpoints * rules * (sample + tokens)
         if settings.real_step_rows:
             steps = min(settings.real_step_rows, workload.pool_rows)
             looked_at = tokens / max(1, -(-examples // STEP_TARGETS))

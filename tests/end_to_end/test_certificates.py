@@ -1,5 +1,6 @@
 """The two checks of influence scores, run as a user's run does, and what becomes of a certificate."""
 
+import shutil
 from dataclasses import replace
 
 import dagster as dg
@@ -7,9 +8,12 @@ import numpy as np
 import polars as pl
 import pytest
 from support.graph import replaced
+from support.tiny import question, write_rows
 
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
+from less_assets.method.gradients import exact
+from less_assets.method.selection import fidelity as method_fidelity
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.project.project import load_project
 from less_assets.reading.certificates import (
@@ -128,6 +132,7 @@ def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project
 
     monkeypatch.setattr("less_assets.method.gradients.exact.exact_influence", broken)
     monkeypatch.setattr("less_assets.method.selection.fidelity.step_effects", broken)
+    tiny_project.settings["warmup"]["learning_rate"] = 2e-3  # exact scores at other checkpoints are not known
     tiny_project.settings["gradients"] |= {"dimension": 16, "real_step_rows": 4}
     lineage = run(tiny_project, instance)
     assert lineage.status("selected_subset", "less|sums").state == "fresh"
@@ -255,3 +260,89 @@ def test_a_group_of_tasks_with_turns_is_certified_by_subtask(tiny_project, insta
         judged = judge_selection(lineage, f"{recipe}|both", subset)
         assert judged.table["example_id"].to_list() == subset["example_id"].to_list()
         assert judged.overlap > 0.8
+
+
+class CountedSteps:
+    """Counts the rows that certificates and real steps run through the model, targets left aside."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.scored, self.stepped = 0, 0
+        exactly, really = exact.exact_influence, method_fidelity.step_effects
+
+        def exact_influence(model, examples, *given, **named):
+            self.scored += len(examples)
+            return exactly(model, examples, *given, **named)
+
+        def step_effects(model, examples, *given, **named):
+            self.stepped += len(examples)
+            return really(model, examples, *given, **named)
+
+        monkeypatch.setattr(exact, "exact_influence", exact_influence)
+        monkeypatch.setattr(method_fidelity, "step_effects", step_effects)
+
+    def taken(self) -> tuple[int, int]:
+        """Rows scored exactly and rows stepped on since the last call."""
+        counts, self.scored, self.stepped = (self.scored, self.stepped), 0, 0
+        return counts
+
+
+def certified(lineage, task) -> tuple[pl.DataFrame, pl.DataFrame, dict]:
+    """A task's sample and steps, by example, and the errors of its sketch."""
+    steps = lineage.store.current(steps_plan(lineage, task).pointer)
+    certificate = read_certificate(lineage, task)
+    tables = (
+        read_parquet(certificate, SAMPLE),
+        read_parquet(lineage.store.artifact(steps.key, steps.fingerprint), STEPS),
+    )
+    return *(table.sort("example_id") for table in tables), certificate.manifest().summary["cosine_error"]
+
+
+def assert_close(table, other):
+    assert table.columns == other.columns
+    for name in table.columns:
+        if table[name].dtype == pl.String:
+            assert table[name].to_list() == other[name].to_list()
+        else:
+            np.testing.assert_allclose(
+                table[name].to_numpy(), other[name].to_numpy(), rtol=1e-3, atol=2e-6, err_msg=name
+            )
+
+
+def test_after_rows_were_added_only_new_rows_are_measured_and_figures_are_those_from_scratch(
+    tiny_project, instance, monkeypatch
+):
+    tiny_project.settings["warmup"] |= {"epochs": 2}
+    tiny_project.settings["gradients"] |= {"certificate_rows": 30, "real_step_rows": 6}
+    scores = Request(until="influence_scores")
+    counted = CountedSteps(monkeypatch)
+    lineage = run(tiny_project, instance, scores)
+    before = {task: certified(lineage, task) for task in ("sums", "sky")}
+    scored, stepped = counted.taken()
+    every = [set(before[task][0]["example_id"]) for task in before]
+    assert scored == 2 * len(every[0] | every[1]), "at each checkpoint, once for both tasks"
+    assert stepped == 6, "the same rows for both tasks"
+
+    rows = [question(place, "plus") for place in range(24)] + [question(400 + place, "plus") for place in range(6)]
+    write_rows(tiny_project.folder / "data/plus.jsonl", rows)
+    lineage = run(tiny_project, instance, scores)
+    after = {task: certified(lineage, task) for task in before}
+    new = [set(after[task][0]["example_id"]) - set(before[task][0]["example_id"]) for task in before]
+    scored, stepped = counted.taken()
+    assert 0 < scored == 2 * len(new[0] | new[1]) < 2 * 15
+    assert stepped == len(set(after["sums"][1]["example_id"]) - set(before["sums"][1]["example_id"])) < 6
+
+    for task in before:
+        for plan in (certificate_plan(lineage, task), steps_plan(lineage, task)):
+            shutil.rmtree(tiny_project.folder / "artifacts" / plan.pointer)
+    lineage = run(tiny_project, instance, scores)
+    assert counted.taken()[1] == 6
+    for task in before:
+        sample, steps, errors = certified(lineage, task)
+        assert_close(sample, after[task][0])
+        assert_close(steps, after[task][1])
+        assert errors == pytest.approx(after[task][2], rel=1e-3)
+
+    tiny_project.settings["tasks"][0]["examples"]["path"] = "targets/sky.jsonl"
+    run(tiny_project, instance, scores)
+    scored, stepped = counted.taken()
+    assert (scored, stepped) == (2 * 30, 6), "of other targets nothing is known; the other task's figures stay"

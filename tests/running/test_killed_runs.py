@@ -10,7 +10,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from less_assets.running.killed_runs import FOLDER, PROCESS_TAG, process_name, report_killed_runs
+from less_assets.running.home_folder import PROCESSES_FOLDER
+from less_assets.running.killed_runs import PROCESS_TAG, process_name, report_killed_runs
 
 ROOT = Path(__file__).parents[2]
 # Not pipes: Dagster's capture of a step's output lives on for a while and holds them open.
@@ -19,6 +20,7 @@ QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 KILLED = """
 import os, signal, sys
 import dagster as dg
+from less_assets.running.home_folder import PROCESSES_FOLDER
 from less_assets.running.killed_runs import PROCESS_TAG, process_name
 
 @dg.asset(pool="gpu")
@@ -53,7 +55,7 @@ def test_a_killed_run_gives_its_pool_back_and_is_no_longer_called_started(instan
     assert slots(instance) == []
     assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.FAILURE
     assert said == [f"run {run.run_id[:8]} was killed; what it had finished is kept"]
-    assert list((tmp_path / FOLDER).iterdir()) == []
+    assert list((tmp_path / PROCESSES_FOLDER).iterdir()) == []
     report_killed_runs(instance, said.append)
     assert len(said) == 1
 
@@ -68,7 +70,7 @@ def test_a_living_run_and_runs_of_others_are_left_alone(instance, tmp_path):
         report_killed_runs(instance, lambda _: pytest.fail("nobody was killed"))
         assert instance.get_run_by_id(living.run_id).status == dg.DagsterRunStatus.STARTED
         assert slots(instance) == [living.run_id]
-    assert not os.listdir(tmp_path / FOLDER), "a process that ends well leaves nothing"
+    assert not os.listdir(tmp_path / PROCESSES_FOLDER), "a process that ends well leaves nothing"
 
 
 def job() -> dg.JobDefinition:

@@ -6,7 +6,7 @@ Belongs here: pure functions from lengths to batches and from encoded examples t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,13 +14,19 @@ import torch
 
 from less_assets.method.data.chat import IGNORED, EncodedExample
 
+FULL_TOKENS = 4096
+"""Padded tokens from which a larger batch hardly makes an accelerator faster: then padding counts for more."""
+SHORTEST = 0.9
+"""Length of a row, as a part of the longest one, below which it does not enter a batch that is full in this sense."""
+
 
 def plan_batches(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
     """Group rows of similar length so that every padded batch stays within a number of tokens.
 
     Rows are taken longest first (ties in row order), so the largest batch comes first and a budget that does not fit
-    fails at once, not after hours. A pure function of its arguments: the batches, and with them the bytes of the
-    features, do not depend on the machine.
+    fails at once, not after hours. Behind `FULL_TOKENS`, a row that is much shorter than the longest one begins another
+    batch. A pure function of its arguments: the batches, and with them the bytes of the features, do not depend on the
+    machine.
 
     Args:
         lengths: Tokens of each row, (n,).
@@ -35,14 +41,31 @@ def plan_batches(lengths: Sequence[int], token_budget: int) -> list[np.ndarray]:
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, not {token_budget}")
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    descending = np.asarray(lengths, dtype=np.int64)[order]
     batches = []
     start = 0
     while start < len(order):
-        longest = max(1, int(lengths[order[start]]))
-        stop = start + max(1, token_budget // longest)
+        longest = max(1, int(descending[start]))
+        alike = int(np.searchsorted(-descending, -SHORTEST * longest, side="right"))
+        stop = start + max(1, min(token_budget // longest, max(FULL_TOKENS // longest, alike - start)))
         batches.append(order[start:stop])
         start = stop
     return batches
+
+
+def padding_share(groups: Iterable[Sequence[int]], token_budget: int) -> float:
+    """Share of padding among the tokens of all batches; 0 if there are none.
+
+    Args:
+        groups: Tokens of each row, group by group; a batch holds rows of one group.
+        token_budget: As for `plan_batches`.
+    """
+    tokens = padded = 0
+    for lengths in groups:
+        for batch in plan_batches(lengths, token_budget):
+            tokens += sum(lengths[row] for row in batch)
+            padded += len(batch) * max(lengths[row] for row in batch)
+    return 1 - tokens / padded if padded else 0.0
 
 
 def collate(

@@ -252,6 +252,8 @@ def logits_at(
         Index of the sequence and its float32 logits (positions, vocabulary) on the model's device.
     """
     keeps = keeps_logits(model)
+    # What follows the last wanted position changes nothing.
+    sequences = [ids[: int(wanted[-1]) + 1] for ids, wanted in zip(sequences, positions, strict=True)]
     first_wanted = [int(wanted[0]) for wanted in positions]
     with inference(model):
         for batch, prefix, cache in _batches(model, sequences, first_wanted, 0, token_budget):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from less_assets.method.gradients.per_example import LoraSlice, PerExampleBackwa
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+Label = TypeVar("Label", str, tuple[str, str])
 
 
 def per_example_gradients(
@@ -97,22 +99,60 @@ def mean_target_directions(
         TargetFormatError: If a target's gradient is zero or not finite.
         UnsupportedModelError: As `extract_features`.
     """
-    labels, membership, norms = _check_targets(model, examples, subtasks, batching, on_progress)
-    sink = _MeanSink(np.stack([membership, membership / norms[:, None]]))
-    backpropagate(model, examples, batching, sink, on_progress)
-    return MeanDirections(labels, sink.sums[0], sink.sums[1])
+    labels, membership = _membership(subtasks)
+    norms = _gradient_norms(model, examples, subtasks, batching, on_progress)
+    weights = np.stack([membership, membership / norms[:, None]])
+    sums = _weighted_sums(model, examples, subtasks, weights, batching, on_progress)
+    return MeanDirections(labels, sums[0], sums[1])
 
 
-def _check_targets(
+def mean_gradients(
+    model: PeftModel, examples: Sequence[EncodedExample], subtasks: Sequence[str], *, batching: Batching = Batching()
+) -> tuple[list[str], np.ndarray]:
+    """`subtasks` and `mean` of `mean_target_directions` alone, from one pass over the examples."""
+    labels, membership = _membership(subtasks)
+    mean: np.ndarray = _weighted_sums(model, examples, subtasks, membership[None], batching)[0]
+    return labels, mean
+
+
+def _membership(subtasks: Sequence[Label]) -> tuple[list[Label], np.ndarray]:
+    """Sorted labels, and the weights float32 (n, J) whose product with gradients is their mean per label."""
+    labels = sorted(set(subtasks))
+    members = np.array([labels.index(subtask) for subtask in subtasks])
+    membership = np.eye(len(labels), dtype=np.float32)[members] / np.bincount(members)[members, None].astype(np.float32)
+    return labels, membership
+
+
+def _gradient_norms(
     model: PeftModel,
     examples: Sequence[EncodedExample],
-    subtasks: Sequence[str],
+    subtasks: Sequence[Label],
     batching: Batching,
     on_progress: Callable[[int], None] | None,
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Sorted labels, the weights (n, J) whose product with gradients is their mean per label, and gradient norms."""
-    norm_sink = _NormSink(len(examples))
-    *_, status = backpropagate(model, examples, batching, norm_sink, on_progress)
+) -> np.ndarray:
+    sink = _NormSink(len(examples))
+    *_, status = backpropagate(model, examples, batching, sink, on_progress)
+    _require_gradients(status, examples, subtasks)
+    return sink.norms
+
+
+def _weighted_sums(
+    model: PeftModel,
+    examples: Sequence[EncodedExample],
+    subtasks: Sequence[Label],
+    weights: np.ndarray,
+    batching: Batching,
+    on_progress: Callable[[int], None] | None = None,
+    columns: tuple[int, int | None] = (0, None),
+) -> np.ndarray:
+    """Weights (R, n, J) times gradients, float32 (R, J, columns)."""
+    sink = _MeanSink(weights, *columns)
+    *_, status = backpropagate(model, examples, batching, sink, on_progress)
+    _require_gradients(status, examples, subtasks)
+    return sink.sums
+
+
+def _require_gradients(status: np.ndarray, examples: Sequence[EncodedExample], subtasks: Sequence[Label]) -> None:
     if (status != RowStatus.OK).any():
         row = int(np.argmax(status != RowStatus.OK))
         raise TargetFormatError(
@@ -120,10 +160,6 @@ def _check_targets(
             where=f"target example {examples[row].example_id} (subtask {subtasks[row]})",
             fix="Correct or remove the example.",
         )
-    labels = sorted(set(subtasks))
-    members = np.array([labels.index(subtask) for subtask in subtasks])
-    membership = np.eye(len(labels), dtype=np.float32)[members] / np.bincount(members)[members, None].astype(np.float32)
-    return labels, membership, norm_sink.norms
 
 
 @dataclass(frozen=True)
@@ -189,15 +225,16 @@ def exact_influence(
     model: PeftModel,
     examples: Sequence[EncodedExample | None],
     targets: Sequence[EncodedExample],
-    subtasks: Sequence[str],
+    subtasks: Sequence[Label],
     *,
     rule: str,
     forms: Sequence[str],
     moments: AdamMoments | None,
+    target_norms: np.ndarray | None = None,
     batching: Batching = Batching(),
     directions_limit: int = 2 << 30,
     on_progress: Callable[[int], None] | None = None,
-) -> tuple[list[str], dict[str, np.ndarray]]:
+) -> tuple[list[Label], dict[str, np.ndarray]]:
     """Unprojected influence at one checkpoint, with directions that need not fit into memory.
 
     As many layers as fit the limit are taken at a time: their mean target directions, then the rows' inner products
@@ -207,10 +244,12 @@ def exact_influence(
         model: As for `extract_features`.
         examples: n rows; None is a quarantined one.
         targets: Target examples.
-        subtasks: Label of each target.
+        subtasks: Label of each target: its subtask, or several words, such as task and subtask.
         rule: `mean_cosine` or `cosine_of_mean`.
         forms: Direction forms of the rows.
         moments: Adam's state; None if the only form is `sgd`.
+        target_norms: Norms of the targets' gradients, float32 (m,), where they are known: `mean_cosine` needs them, and
+            spares a pass over the targets.
         batching: How rows are batched.
         directions_limit: Bytes of target directions in memory at a time.
         on_progress: Called with the rows of each finished batch, of every pass.
@@ -222,19 +261,20 @@ def exact_influence(
         TargetFormatError: If a target's gradient is zero or not finite.
         UnsupportedModelError: As `extract_features`.
     """
-    labels, weights, target_norms = _check_targets(model, targets, subtasks, batching, on_progress)
+    labels, weights = _membership(subtasks)
     if rule == "mean_cosine":
+        if target_norms is None:
+            target_norms = _gradient_norms(model, targets, subtasks, batching, on_progress)
         weights = weights / target_norms[:, None]
     dots = np.zeros((len(forms), len(examples), len(labels)))
     squares, target_squares = np.zeros((len(forms), len(examples))), np.zeros(len(labels))
     for start, stop in _layer_groups(lora_slices(model), directions_limit // (4 * len(labels))):
-        mean = _MeanSink(weights[None], start, stop)
-        backpropagate(model, targets, batching, mean, on_progress)
-        sink = _InnerProductSink(forms, moments, mean.sums[0], len(examples), start)
+        (mean,) = _weighted_sums(model, targets, subtasks, weights[None], batching, on_progress, (start, stop))
+        sink = _InnerProductSink(forms, moments, mean, len(examples), start)
         *_, status = backpropagate(model, examples, batching, sink, on_progress)
         dots += sink.dots
         squares += np.square(sink.norms, dtype=np.float64)
-        target_squares += np.square(mean.sums[0], dtype=np.float64).sum(1)
+        target_squares += np.square(mean, dtype=np.float64).sum(1)
     squares[:, status != RowStatus.OK] = np.nan
     scores = dots / np.sqrt(squares)[:, :, None]
     if rule == "cosine_of_mean":

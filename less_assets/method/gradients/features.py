@@ -247,6 +247,16 @@ def up_to_last_loss(example: EncodedExample) -> EncodedExample:
     return replace(example, input_ids=example.input_ids[:length], labels=labels[:length])
 
 
+def batched_tokens(examples: Sequence[EncodedExample | None]) -> list[int]:
+    """Tokens that each row brings into a batch, for the rows that gradients are taken of."""
+    usable = (example for example in examples if example is not None and example.status == "ok")
+    return [_batched_tokens(up_to_last_loss(example)) for example in usable if example.loss_tokens]
+
+
+def _batched_tokens(trimmed: EncodedExample) -> int:
+    return len(trimmed.input_ids) - 1  # the last one is only predicted
+
+
 class Sink(Protocol):
     """What becomes of the gradients."""
 
@@ -306,7 +316,7 @@ def backpropagate(
     if trimmed:
         check_gradients(model, batching.pad_token_id, batching.padding_side)
     with PerExampleBackward(model, gradient_checkpointing=batching.gradient_checkpointing) as backward:
-        plan = plan_batches([len(example.input_ids) - 1 for example in trimmed], batching.token_budget)
+        plan = plan_batches(list(map(_batched_tokens, trimmed)), batching.token_budget)
         for members in plan:
             rows = np.array([usable[member] for member in members])
             batch = collate([trimmed[member] for member in members], batching.pad_token_id, batching.padding_side)

@@ -12,7 +12,7 @@ directly then corrects these chances as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from less_assets.method.data.batching import collate
 from less_assets.method.data.chat import EncodedExample
 from less_assets.method.evaluation.evaluation import held_out_loss
 from less_assets.method.gradients.directions import AdamMoments
-from less_assets.method.gradients.exact import mean_target_directions, score_exactly
+from less_assets.method.gradients.exact import mean_gradients, score_exactly
 from less_assets.method.gradients.features import Batching
 from less_assets.method.gradients.per_example import lora_slices
 from less_assets.method.selection.exact_given_sketched import exact_given_sketched
@@ -327,7 +327,7 @@ def top_overlap(a: np.ndarray, b: np.ndarray, share: float) -> float:
 
 @dataclass(frozen=True)
 class StepEffects:
-    """Predicted and real influence of n rows on the mean loss of the target examples.
+    """Predicted and real influence of n rows on the mean loss of a task's target examples.
 
     Attributes:
         real: Fall of the loss after one step of torch's AdamW on the row alone, float64 (n,); positive is better.
@@ -343,34 +343,39 @@ class StepEffects:
 def step_effects(
     model: PeftModel,
     examples: Sequence[EncodedExample],
-    targets: Sequence[EncodedExample],
+    targets: Mapping[str, Sequence[EncodedExample]],
     *,
     forms: Sequence[str],
     moments: AdamMoments,
     learning_rate: float,
     batching: Batching,
     on_progress: Callable[[int], None] | None = None,
-) -> StepEffects:
-    """Take one true optimizer step on each row by itself, from the same checkpoint, and see what becomes of the loss.
+) -> dict[str, StepEffects]:
+    """Take one true optimizer step on each row by itself, from the same checkpoint, and see what becomes of the losses.
 
-    Costs a training step per row and, per row and once before, a forward pass over the targets. The model is left
-    exactly as it was, bit by bit, also after an error.
+    Costs a training step per row and, per row and once before, a forward pass over the targets of all tasks. The model
+    is left exactly as it was, bit by bit, also after an error.
 
     Args:
         model: PEFT model with one active LoRA adapter.
         examples: n rows, each with a loss token.
-        targets: Target examples, whose mean loss is looked at.
+        targets: Task -> target examples, whose mean loss is looked at.
         forms: Forms whose cosines are wanted.
         moments: Adam's state at the checkpoint.
         learning_rate: η of the step.
         batching: How rows are batched for predicted influence and for the targets' losses.
         on_progress: Called with 1 after each row's step.
 
+    Returns:
+        Task -> effects on its loss.
+
     Raises:
         LessAssetsError: A row has no usable gradient.
         UnsupportedModelError: As `extract_features`.
     """
-    mean = mean_target_directions(model, targets, ["target"] * len(targets), batching=batching).mean
+    every = [example for examples_of in targets.values() for example in examples_of]
+    task_of = [task for task, examples_of in targets.items() for _ in examples_of]
+    tasks, mean = mean_gradients(model, every, task_of, batching=batching)
     asked = tuple(dict.fromkeys(("adamw", *forms)))
     exact = score_exactly(model, examples, mean, forms=asked, moments=moments, batching=batching)
     if exact.status.any():
@@ -380,25 +385,30 @@ def step_effects(
             where=f"example {examples[row].example_id}",
             fix="Leave it out.",
         )
-    norm = np.float32(np.linalg.norm(mean))
-    real = np.empty(len(examples))
+    rows_of = [np.flatnonzero(np.array(task_of) == task) for task in tasks]
+
+    def losses() -> np.ndarray:
+        found, _ = held_out_loss(model, every, token_budget=batching.token_budget)
+        return np.array([found[rows].mean() for rows in rows_of])
+
+    real = np.empty((len(examples), len(tasks)))
     with _trainable_adapter(model, moments) as step:
-        before = _mean_loss(model, targets, batching)
+        before = losses()
         for number, example in enumerate(examples):
             with step(example, batching.pad_token_id, learning_rate):
-                real[number] = before - _mean_loss(model, targets, batching)
+                real[number] = before - losses()
             if on_progress:
                 on_progress(1)
-    return StepEffects(
-        real,
-        learning_rate * exact.dots["adamw"][:, 0].astype(np.float64),
-        {form: exact.cosines(form)[:, 0] / norm for form in forms},
-    )
-
-
-def _mean_loss(model: PeftModel, targets: Sequence[EncodedExample], batching: Batching) -> float:
-    losses, _ = held_out_loss(model, targets, token_budget=batching.token_budget)
-    return float(losses.mean())
+    predicted = learning_rate * exact.dots["adamw"].astype(np.float64)
+    norms = np.linalg.norm(mean, axis=1)
+    return {
+        task: StepEffects(
+            real[:, place],
+            predicted[:, place],
+            {form: exact.cosines(form)[:, place] / norms[place] for form in forms},
+        )
+        for place, task in enumerate(tasks)
+    }
 
 
 @contextmanager

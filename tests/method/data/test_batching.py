@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from less_assets.method.data.batching import collate, plan_batches
+from less_assets.method.data.batching import FULL_TOKENS, SHORTEST, collate, padding_share, plan_batches
 from less_assets.method.data.chat import EncodedExample
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
@@ -30,6 +30,21 @@ def test_the_longest_rows_come_first(lengths, budget):
 
 def test_rows_of_equal_length_keep_their_order():
     assert [batch.tolist() for batch in plan_batches([5, 5, 5, 5, 5], 10)] == [[0, 1], [2, 3], [4]]
+
+
+@given(st.lists(st.integers(1, 1000), max_size=200), st.integers(FULL_TOKENS, 20 * FULL_TOKENS))
+def test_a_large_budget_fills_batches_with_rows_of_like_length(lengths, budget):
+    for batch in plan_batches(lengths, budget):
+        longest = lengths[batch[0]]
+        for place, row in enumerate(batch):
+            assert lengths[row] >= SHORTEST * longest or (place + 1) * longest <= FULL_TOKENS
+    assert padding_share([lengths], 1) == pytest.approx(0), "each row alone"
+
+
+def test_padding_is_counted_over_all_batches():
+    assert padding_share([[4, 2], [3, 1, 1]], 100) == pytest.approx(1 - 11 / (8 + 9))
+    assert padding_share([[4, 2], [3, 1, 1]], 4) == pytest.approx(1 - 11 / (4 + 2 + 3 + 2))
+    assert padding_share([[], []], 10) == 0
 
 
 def test_a_budget_below_one_is_refused():

@@ -13,15 +13,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from less_assets.errors import LessAssetsError, TargetFormatError
 from less_assets.method.data.chat import EncodedExample
+from less_assets.method.gradients import exact as exact_module
 from less_assets.method.gradients.attention import keeps_weights
 from less_assets.method.gradients.directions import FORMS, AdamMoments
 from less_assets.method.gradients.exact import (
     exact_influence,
+    mean_gradients,
     mean_target_directions,
     per_example_gradients,
     score_exactly,
 )
-from less_assets.method.gradients.features import Batching, RowStatus, extract_features, resolve_token_budget
+from less_assets.method.gradients.features import (
+    Batching,
+    RowStatus,
+    backpropagate,
+    extract_features,
+    resolve_token_budget,
+)
 from less_assets.method.gradients.per_example import lora_parameters
 from less_assets.method.gradients.sketch import Sketch
 from less_assets.method.selection.influence import score_block, target_directions
@@ -167,7 +175,8 @@ def test_exact_influence_equals_that_of_unprojected_features(model, moments, rul
     scored = score_exactly(
         model, [*examples, None], means.rule(rule), forms=["adamw", "sgd"], moments=moments, batching=BATCHING
     )
-    for limit in (1 << 30, 1):  # all layers at once; layer by layer
+    norms = np.linalg.norm(gradients, axis=1)
+    for limit, known in ((1 << 30, None), (1, None), (1 << 30, norms)):  # all layers at once; layer by layer
         found_labels, influence = exact_influence(
             model,
             [*examples, None],
@@ -176,6 +185,7 @@ def test_exact_influence_equals_that_of_unprojected_features(model, moments, rul
             rule=rule,
             forms=["adamw", "sgd"],
             moments=moments,
+            target_norms=known,
             batching=BATCHING,
             directions_limit=limit,
         )
@@ -187,6 +197,32 @@ def test_exact_influence_equals_that_of_unprojected_features(model, moments, rul
             np.testing.assert_allclose(scored.cosines(form)[:-1], expected, atol=1e-5)
             assert np.isnan(influence[form][-1]).all()
             assert np.isnan(scored.cosines(form)[-1]).all()
+
+
+def test_influence_on_two_tasks_together_is_that_on_each_alone(model, moments):
+    examples, targets = rows(6), rows(5, seed=9)
+    arguments = {"rule": "mean_cosine", "forms": ["adamw"], "moments": moments, "batching": BATCHING}
+    tasks = {"first": (targets[:2], ["b", "a"]), "second": (targets[2:], ["a", "b", "a"])}
+    labels = [(task, subtask) for task, (_, subtasks) in tasks.items() for subtask in subtasks]
+    found, together = exact_influence(model, examples, targets, labels, **arguments)
+    assert found == [("first", "a"), ("first", "b"), ("second", "a"), ("second", "b")]
+    for place, (own, subtasks) in enumerate(tasks.values()):
+        _, alone = exact_influence(model, examples, own, subtasks, **arguments)
+        np.testing.assert_allclose(together["adamw"][:, 2 * place : 2 * place + 2], alone["adamw"], atol=1e-5)
+
+
+def test_means_need_one_pass_and_name_a_target_without_gradient(model, monkeypatch):
+    targets, subtasks = rows(5, seed=9), ["b", "a", "b", "b", "a"]
+    passes = []
+    monkeypatch.setattr(exact_module, "backpropagate", lambda *given: passes.append(1) or backpropagate(*given))
+    labels, mean = mean_gradients(model, targets, subtasks, batching=BATCHING)
+    assert len(passes) == 1
+    both = mean_target_directions(model, targets, subtasks, batching=BATCHING)
+    assert labels == both.subtasks
+    np.testing.assert_allclose(mean, both.mean, atol=1e-6)
+    bad = EncodedExample("empty target", np.arange(1, 5, dtype=np.int32), np.full(4, -100, np.int32))
+    with pytest.raises(TargetFormatError, match="empty target"):
+        mean_gradients(model, [*rows(1), bad], ["a", "b"])
 
 
 def test_a_target_without_gradient_is_an_error_that_names_it(model):

@@ -266,14 +266,21 @@ def examples(count, seed):
 def test_a_small_real_step_does_what_was_predicted(model, moments):
     targets, rows = examples(3, 9), examples(8, 0)
     arguments = {"moments": moments, "batching": Batching(200)}
-    effects = step_effects(model, rows, targets, forms=["adamw", "marginal"], learning_rate=2e-2, **arguments)
+    both = {"other": examples(2, 5), "task": targets}
+    found = step_effects(model, rows, both, forms=["adamw", "marginal"], learning_rate=2e-2, **arguments)
+    effects = found["task"]
     np.testing.assert_allclose(effects.real, effects.predicted, rtol=0, atol=0.1 * np.abs(effects.predicted).max())
     assert pearson(effects.real, effects.predicted) > 0.99
     directions = per_example_gradients(model, rows, form="marginal", moments=moments)
     mean = per_example_gradients(model, targets).mean(axis=0)
     cosines = directions @ mean / np.linalg.norm(directions, axis=1) / np.linalg.norm(mean)
     np.testing.assert_allclose(effects.cosines["marginal"], cosines, atol=1e-5)
-    large = step_effects(model, rows, targets, forms=["adamw"], learning_rate=1.0, **arguments)
+    alone = step_effects(
+        model, rows, {"other": both["other"]}, forms=["adamw", "marginal"], learning_rate=2e-2, **arguments
+    )["other"]
+    np.testing.assert_allclose(alone.real, found["other"].real, atol=1e-6, err_msg="tasks share a step, not its effect")
+    np.testing.assert_allclose(alone.cosines["adamw"], found["other"].cosines["adamw"], atol=1e-5)
+    large = step_effects(model, rows, {"task": targets}, forms=["adamw"], learning_rate=1.0, **arguments)["task"]
     np.testing.assert_allclose(large.predicted, 50 * effects.predicted, rtol=1e-4)
     errors = [np.abs(each.real - each.predicted).max() for each in (effects, large)]
     assert errors[1] > 5 * 50 * errors[0], "real steps have curvature; these were computed from the gradient"
@@ -287,14 +294,14 @@ def test_the_model_is_left_bit_for_bit_as_it_was(model, moments, trainable, monk
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kept = {name: tensor.clone() for name, tensor in moments.exp_avg.items()}
     arguments = {"forms": ["adamw"], "moments": moments, "learning_rate": 1.0, "batching": Batching(200)}
-    step_effects(model, examples(2, 0), examples(2, 9), **arguments)
+    step_effects(model, examples(2, 0), {"task": examples(2, 9)}, **arguments)
 
     def broken(*_, **__):
         raise RuntimeError("in the middle of a step")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     with pytest.raises(RuntimeError, match="in the middle"):
-        step_effects(model, examples(2, 0), examples(2, 9), **arguments)
+        step_effects(model, examples(2, 0), {"task": examples(2, 9)}, **arguments)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(torch.equal(kept[name], tensor) for name, tensor in moments.exp_avg.items())
     assert model.training
@@ -308,7 +315,7 @@ def test_a_row_without_gradient_is_an_error_that_names_it(model, moments):
         step_effects(
             model,
             [*examples(1, 0), bad],
-            examples(1, 9),
+            {"task": examples(1, 9)},
             forms=["adamw"],
             moments=moments,
             learning_rate=1e-3,
