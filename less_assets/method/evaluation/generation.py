@@ -319,7 +319,7 @@ def group_by_prefix(sequences: Sequence[Tokens], longest_prefixes: Sequence[int]
         groups.setdefault(start.tobytes() if len(start) == PREFIX_WINDOW else b"", []).append(i)
     alone = [i for start, members in groups.items() if not start or len(members) == 1 for i in members]
     alike = [members for start, members in groups.items() if start and len(members) > 1]
-    groups = []
+    grouped = []
     for members in [*alike, sorted(alone)]:
         if members:
             common = min(longest_prefixes[i] for i in members)
@@ -328,8 +328,8 @@ def group_by_prefix(sequences: Sequence[Tokens], longest_prefixes: Sequence[int]
                 differs = np.flatnonzero(first != np.asarray(sequences[i])[: len(first)])
                 first = first[: differs[0]] if len(differs) else first
             worthwhile = len(members) > 1 and len(first) >= MIN_PREFIX
-            groups.append((np.array(members), len(first) if worthwhile else 0))
-    return groups
+            grouped.append((np.array(members), len(first) if worthwhile else 0))
+    return grouped
 
 
 def _pad(rows: Sequence[Tokens], side: str, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
