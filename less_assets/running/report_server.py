@@ -211,11 +211,13 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**HEADERS, "Content-Length": str(size)}.items():
             self.send_header(name, value)
         self.end_headers()
-        if with_body and isinstance(page, Path):
-            with page.open("rb") as stream:
-                shutil.copyfileobj(stream, self.wfile)
-        elif with_body:
+        if not with_body:
+            return
+        if isinstance(page, bytes):
             self.wfile.write(page)
+            return
+        with page.open("rb") as stream:
+            shutil.copyfileobj(stream, self.wfile)
 
     def log_message(self, format: str, *args: object) -> None:
         """Print nothing: the terminal is Dagster's."""
