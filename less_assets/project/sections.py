@@ -175,6 +175,21 @@ class Training(Section):
         return self.model_dump(include=set(Training.model_fields) - {"gradient_checkpointing"})
 
 
+class TargetTuning(Training):
+    """How `strategy: target_tuned` trains the base model on a task's target examples, and on nothing else."""
+
+    epochs: int = setting(4, "Passes over the target examples", ge=1, le=1000)
+    learning_rate: float = setting(1e-4, "Highest learning rate", gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = setting("constant", "Learning rate after its warm-up")
+    warmup_ratio: float = setting(
+        0.0,
+        "Share of the steps in which the learning rate rises from 0: of few steps the first shall count",
+        ge=0,
+        lt=1,
+    )
+    batch_size: int = setting(8, "Examples per optimizer step", unit="examples", ge=1)
+
+
 class Warmup(Training):
     """Step 1: a short training on a random part of the pool, or checkpoints from elsewhere."""
 

@@ -39,6 +39,7 @@ REPORT = "report.html"
 CURVE = "training_curve.parquet"
 # baselines
 EMBEDDINGS = "embeddings.parquet"
+LOSSES = "losses.parquet"
 PLACES = "places.json"
 """Member task and subtask of each number of a score."""
 

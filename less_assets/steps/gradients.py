@@ -39,11 +39,7 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
     checkpoint, shard = split(work.partition)
     settings = work.project.gradients
     loaded = work.models.checkpoint(work.lineage, checkpoint)
-    encoder = work.models.encoder()
-    examples = [
-        encoder.row(name, messages, tools) if name else None
-        for name, messages, tools in conversations_of(work.lineage, shard).iter_rows()
-    ]
+    examples = encode_shard(work, shard)
     writer = FeatureWriter(
         work.folder.path(FEATURES),
         settings.forms,
@@ -245,6 +241,15 @@ def _without_the_fold(work: StepInputs, checkpoint: str, task: str, table: pl.Da
         return None
     known = work.lineage.summary("target_gradients", whole)
     return _stored_targets(work, kept, known["tokens"], known["sketch_digest"], units=0)
+
+
+def encode_shard(work: StepInputs, shard: str) -> list[Any]:
+    """A shard's rows as tokens; None for a quarantined one."""
+    encoder = work.models.encoder()
+    return [
+        encoder.row(name, messages, tools) if name else None
+        for name, messages, tools in conversations_of(work.lineage, shard).iter_rows()
+    ]
 
 
 def encode_targets(work: StepInputs, task: str) -> tuple[list[Any], list[str]]:

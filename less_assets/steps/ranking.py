@@ -29,6 +29,7 @@ SCORE_ASSETS = {
     "embeddings": "embedding_scores",
     "preconditioned": "preconditioned_scores",
     "external": "external_scores",
+    "tuning": "target_tuned_scores",
 }
 """What a recipe ranks by -> the asset that holds its scores, one column of them; influence lies in another form."""
 
@@ -157,7 +158,9 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
     """The pool scored by a baseline: once for a task, once for each member of a group."""
     from less_assets.method.selection.selection import Candidates
 
-    folder = work.lineage.folder(SCORE_ASSETS[str(recipe.scores)], f"{recipe.key}|{task}")
+    asset = SCORE_ASSETS[str(recipe.scores)]
+    partition = work.lineage.declarations[asset].partition({"recipe": recipe.key, "task": task})
+    folder = work.lineage.folder(asset, partition)
     places: Any = read_json(folder, PLACES)
     ranked_scores = _ranked_scores(work, recipe, folder)
     counted = recipe.budget is not None and recipe.budget.unit == "tokens"

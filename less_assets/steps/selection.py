@@ -348,6 +348,10 @@ def _reads_influence(project: Project, recipe: str) -> bool:
     return project.reads_scores(recipe)
 
 
+def _reads_falls(project: Project, recipe: str) -> bool:
+    return project.recipe(project.ranked_by(recipe)).scores == "tuning"
+
+
 def _matches_targets(project: Project, recipe: str) -> bool:
     return project.matches_targets(recipe)
 
@@ -416,6 +420,7 @@ ASSETS = (
             Input("embedding_scores", of_recipe=_ranked_by),
             Input("preconditioned_scores", of_recipe=_ranked_by),
             Input("external_scores", of_recipe=_ranked_by),
+            Input("target_tuned_scores", read_by=_reads_falls),
             Input("target_examples", read_by=_matches_targets),
         ),
         folder="selection/{task}/recipes/{recipe}",
