@@ -221,6 +221,7 @@ def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     less = {"name": "less", "strategy": "less", "fraction": 0.2, "rescore": "exact"}
     settings["recipes"] = [less, {"name": "base", "strategy": "none"}, {"name": "rds", "strategy": "rds", "rows": 4}]
     settings["recipes"].append({"name": "bm25", "strategy": "bm25", "rows": 4, "quotas": {"plus": 0.5}})
+    settings["recipes"].append({"name": "tuned", "strategy": "target_tuned", "rows": 4})
     settings["exclude"] = ["left-out.jsonl"]
     (tiny_project.folder / "left-out.jsonl").write_text("")
     project = load_project(tiny_project.path)

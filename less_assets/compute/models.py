@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
+from less_assets.errors import ModelLoadError
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
 from less_assets.project.sections import Gradients
@@ -203,6 +204,17 @@ class ModelLoader:
             cache_dir=self._cache,
             trust_remote_code=model.trust_remote_code,
         )
+
+    def parameters(self, base: str) -> int | None:
+        """M, the number of parameters of a base model, from its configuration alone; None if that is not at hand."""
+        from less_assets.method.training.models import count_parameters
+
+        model = self._project.model
+        trusted = model.trust_remote_code and base == model.base
+        try:
+            return count_parameters(base, cache_dir=self._cache, trust_remote_code=trusted)
+        except ModelLoadError:
+            return None
 
     def checkpoint(self, lineage: Lineage, checkpoint: str) -> LoadedCheckpoint:
         """A warm-up checkpoint with Adam's moments; the last one stays loaded."""

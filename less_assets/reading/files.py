@@ -45,5 +45,5 @@ PLACES = "places.json"
 
 
 def score_file(shard: str) -> str:
-    """Name of a shard's score table inside `influence_scores`, `embedding_scores` and `text_scores`."""
+    """Name of a shard's score table inside every asset of scores."""
     return f"scores/{shard}.parquet"

@@ -235,6 +235,7 @@ ASSETS = (
         in_ranges=True,
         loads_model=True,
         amount=pool_embedding_work,
+        passes=1,
         counts_tokens=True,
         speed=Guess(("target_embeddings", "train_gradients")),  # a forward pass: at most what gradients take
     ),
@@ -254,6 +255,7 @@ ASSETS = (
         describe=one_table(EMBEDDINGS),
         loads_model=True,
         amount=target_embedding_work,
+        passes=1,
         counts_tokens=True,
         speed=Guess(("pool_embeddings", "train_gradients")),
     ),

@@ -251,16 +251,14 @@ def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Restraints:
 
     if recipe.near_duplicates is None:
         return quotas_of(recipe)
-    lineage, checkpoints = work.lineage, work.project.checkpoints
-    weights = checkpoint_weights(lineage)
+    lineage, weights = work.lineage, checkpoint_weights(work.lineage)
 
     def vectors(rows: pl.DataFrame) -> np.ndarray:
         """Vectors of rows that come sorted by shard and row."""
         parts = []
         for (shard,), here in rows.group_by("shard", maintain_order=True):
             sources = {
-                name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES)
-                for name in checkpoints
+                name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in weights
             }
             parts.append(similarity_vectors(sources, weights, str(recipe.form), here["row"].to_numpy()))
         return np.concatenate(parts)

@@ -92,6 +92,7 @@ STALE: dict[str, set[str]] = {
     "tasks[].evaluation.grading": {"eval_results"},
     "recipes[].model": {"finetuned_model"},
     "finetuning.gradient_checkpointing": NOTHING,
+    "target_tuning.gradient_checkpointing": NOTHING,
     "compute.backend": NOTHING,
     "compute.address": NOTHING,
     "compute.gpus_per_worker": NOTHING,
@@ -122,6 +123,8 @@ EXTRA: dict[str, dict[str, object]] = {
     "compute.workers": {"compute": {"backend": "ray"}},
     "compute.cpus_per_worker": {"compute": {"backend": "ray"}},
 }
+TUNED = [{"name": "tuned", "strategy": "target_tuned", "rows": 3}, *BASE["recipes"]]
+EXTRA |= {path: {"recipes": TUNED} for path in CHANGES if path.startswith("target_tuning.")}
 # Keys that rename an axis: what had the old name is out of the graph, what has the new one was never made.
 STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     # key: (another value, stale, missing)
@@ -297,6 +300,7 @@ def expected_of(path: str) -> set[str]:
         return STALE[path]
     section = path.partition(".")[0].removesuffix("[]")
     by_section = {"warmup": {"warmup_checkpoints"}, "finetuning": {"finetuned_model"}, "tasks": {"target_examples"}}
+    by_section["target_tuning"] = {"target_tuned_adapter"}
     return by_section.get(section, {"recipe_settings"})
 
 
