@@ -13,6 +13,7 @@ from support.tiny import TinyProject, question, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from less_assets.errors import LessAssetsError
+from less_assets.inspection.explain import explain_row, in_words
 from less_assets.method.training import training
 from less_assets.reading.files import CURVE, EMBEDDINGS, LOSSES, score_file
 from less_assets.running.runner import Request
@@ -110,6 +111,21 @@ def test_training_lowers_the_loss_of_the_targets_and_sees_nothing_else(made):
 
 def test_rows_as_long_as_those_of_the_recipe_are_drawn(made):
     assert made.subset("as-tuned-seed0|sums").height == 4
+
+
+def test_a_rows_explanation_states_both_losses(made):
+    made.run(Request(tasks=("sums",), until="influence_scores"))
+    row = made.subset("tuned-few|sums")["example_id"][0]
+    found = explain_row(made.lineage, "sums", row)
+    losses = scores(made).filter(example_id=row)
+    standings = {standing["recipe"]: standing for standing in found["recipes"]}
+    for recipe in ("tuned", "tuned-few"):
+        stated = [standings[recipe][name] for name in ("base_loss", "tuned_loss")]
+        assert stated == [losses["base_loss"][0], losses["tuned_loss"][0]]
+    assert "base_loss" not in standings["as-tuned-seed0"]
+    before, after = stated
+    said = f"loss {before:.4g} before and {after:.4g} after training on the targets ({after / before - 1:+.1%})"
+    assert said in in_words(found)
 
 
 def test_a_group_is_tuned_on_the_targets_of_all_members(made):
