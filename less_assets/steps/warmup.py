@@ -5,6 +5,7 @@ Belongs here: wiring only. Training is `method/training/warmup.py`, foreign chec
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -253,16 +254,20 @@ def checkpoint_work(workload: Workload, due: Sequence[str]) -> Amount:
 
 
 def _schedule_figures(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
-    """The mean learning rate follows from the schedule and the size of the sample; an imported one is not known."""
+    """The mean learning rate follows from the schedule and the size of the sample, or the most it can be.
+
+    With fewer rows no epoch has more steps: one that has no weight then has none at all.
+    """
     from less_assets.method.training.training import TrainingSettings
     from less_assets.method.training.warmup import mean_learning_rates
 
-    rows = lineage.summary("warmup_sample").get("rows")
-    if not rows:
+    warmup = lineage.project.warmup
+    if warmup.imported:
         return {}
-    settings = TrainingSettings(**lineage.project.warmup.training_values())
+    rows = lineage.summary("warmup_sample").get("rows") or math.ceil(warmup.fraction * lineage.pool_files.rows)
     epoch = lineage.project.checkpoints.index(keys["checkpoint"])
-    return {"mean_learning_rate": mean_learning_rates(settings, rows)[epoch]}
+    rates = mean_learning_rates(TrainingSettings(**warmup.training_values()), rows)
+    return {"mean_learning_rate": rates[epoch]}
 
 
 def _sample_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
