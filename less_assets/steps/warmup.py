@@ -254,9 +254,10 @@ def checkpoint_work(workload: Workload, due: Sequence[str]) -> Amount:
 
 
 def _schedule_figures(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
-    """The mean learning rate follows from the schedule and the size of the sample, or the most it can be.
+    """The mean learning rate follows from the schedule and the size of the sample.
 
-    With fewer rows no epoch has more steps: one that has no weight then has none at all.
+    Where that is not known yet, every row of the pool counts as usable: an epoch of one step with that many rows has
+    one with fewer, so what has no weight here has none in the run.
     """
     from less_assets.method.training.training import TrainingSettings
     from less_assets.method.training.warmup import mean_learning_rates
