@@ -8,6 +8,10 @@ order, a step on row z lowers the targets' loss by as much as a step on the targ
 product of the two gradients. So one training on the targets and a forward pass before and after it take the place of a
 gradient for each row. The fall is divided by the loss before, so that rows that are hard for everybody do not win by
 their size alone.
+
+That holds for short trainings only, so the project file's defaults are few steps: four passes in batches of 32 are 4 for
+GSM8K's 8 targets, 12 for BBH's 81, 36 for MMLU's 285; at a constant 1e-4, a usual rate for LoRA, a loss falls by far more
+than rounding. They are ours, chosen without a study; the paper's own settings were not at hand.
 """
 
 import numpy as np
