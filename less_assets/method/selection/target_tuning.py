@@ -9,9 +9,9 @@ product of the two gradients. So one training on the targets and a forward pass 
 gradient for each row. The fall is divided by the loss before, so that rows that are hard for everybody do not win by
 their size alone.
 
-That holds for short trainings only, so the project file's defaults are few steps: four passes in batches of 32 are 4 for
-GSM8K's 8 targets, 12 for BBH's 81, 36 for MMLU's 285; at a constant 1e-4, a usual rate for LoRA, a loss falls by far more
-than rounding. They are ours, chosen without a study; the paper's own settings were not at hand.
+That holds for short trainings only, so the project file's defaults are few steps: four passes in batches of 32 are 4
+for GSM8K's 8 targets, 12 for BBH's 81, 36 for MMLU's 285. At a constant 1e-4, a usual rate for LoRA, losses change by
+far more than rounding. The defaults are ours, chosen without a study; the paper's own settings were not at hand.
 """
 
 import numpy as np
