@@ -14,7 +14,8 @@ from less_assets.orchestration.definitions import build_definitions
 from less_assets.planning.estimate import Estimate, estimate
 from less_assets.project.project import load_project
 from less_assets.reading.files import score_file
-from less_assets.running.runner import GraphRunner, Request, register_shards
+from less_assets.running.request import Request
+from less_assets.running.runner import GraphRunner, register_shards
 from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 

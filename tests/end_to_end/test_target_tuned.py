@@ -16,7 +16,7 @@ from less_assets.errors import LessAssetsError
 from less_assets.inspection.explain import explain_row, in_words
 from less_assets.method.training import training
 from less_assets.reading.files import CURVE, EMBEDDINGS, LOSSES, score_file
-from less_assets.running.runner import Request
+from less_assets.running.request import Request
 from less_assets.steps.registry import ASSETS
 from less_assets.store.tables import read_parquet
 
