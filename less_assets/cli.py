@@ -129,7 +129,13 @@ def demo(
 def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
     from less_assets.inspection.pool_counts import counts_in_words, encode_sample
-    from less_assets.project.data_check import check_data, skipped_files, unknown_excluded, unknown_keys_in_words
+    from less_assets.project.data_check import (
+        check_data,
+        few_warmup_steps,
+        skipped_files,
+        unknown_excluded,
+        unknown_keys_in_words,
+    )
     from less_assets.project.project import load_project
 
     with _told():
@@ -139,6 +145,7 @@ def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False)
         if not problems:
             problems, sample = encode_sample(loaded)
         notes = (*skipped_files(loaded), *unknown_keys_in_words(unknown), *unknown_excluded(loaded))
+        notes += tuple(few_warmup_steps(loaded))
         if as_json:
             named = [{"where": problem.where, "what": problem.what, "fix": problem.fix} for problem in problems]
             verdict = {"project": loaded.name, "usable": not problems, "problems": named}

@@ -191,10 +191,9 @@ def test_the_graph_in_the_readme_is_the_graph():
     }
     legible = {(parent, asset) for parent in ASSETS for asset in ("token_attribution", "selection_report")}
     legible |= {(parent, "exact_scores") for parent in ASSETS}
-    legible |= {
-        ("pool_index", f"{kind}_scores") for kind in ("influence", "embedding", "text", "preconditioned", "external")
-    }
-    legible |= {("base_model", f"{kind}_embeddings") for kind in ("pool", "target")}
+    scores = ("influence", "embedding", "text", "target_tuned", "preconditioned", "external")
+    legible |= {("pool_index", f"{kind}_scores") for kind in scores}
+    legible |= {("base_model", asset) for asset in ("pool_embeddings", "target_embeddings", "target_tuned_adapter")}
     assert drawn <= edges, "an arrow that the graph does not have"
     assert edges - drawn <= legible, "a dependency that the picture does not show"
 
@@ -221,6 +220,7 @@ def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     less = {"name": "less", "strategy": "less", "fraction": 0.2, "rescore": "exact"}
     settings["recipes"] = [less, {"name": "base", "strategy": "none"}, {"name": "rds", "strategy": "rds", "rows": 4}]
     settings["recipes"].append({"name": "bm25", "strategy": "bm25", "rows": 4, "quotas": {"plus": 0.5}})
+    settings["recipes"].append({"name": "tuned", "strategy": "target_tuned", "rows": 4})
     settings["exclude"] = ["left-out.jsonl"]
     (tiny_project.folder / "left-out.jsonl").write_text("")
     project = load_project(tiny_project.path)

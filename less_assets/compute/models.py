@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from upath import UPath
 
+from less_assets.errors import ModelLoadError
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
 from less_assets.project.sections import Gradients
@@ -113,6 +114,7 @@ class ModelLoader:
         self._tokenizer: Any = None
         self._encoder: ChatEncoder | None = None
         self._frozen: tuple[Any, Any] | None = None
+        self._tuned: tuple[str, Any] | None = None
         self.loads, self.loading_seconds = 0, 0.0
 
     def describe_base(self, base: str) -> dict[str, Any]:
@@ -146,13 +148,13 @@ class ModelLoader:
     def frozen_base(self) -> tuple[Any, Any]:
         """The project's base model for forward passes only, and its tokenizer; stays loaded for the next partition."""
         if self._frozen is None:
-            self._checkpoint = None  # two models may not fit
+            self._checkpoint = self._tuned = None  # two models may not fit
             self._frozen = self.base()
         return self._frozen
 
     def forget(self) -> None:
         """Let go of the models that stayed loaded."""
-        self._checkpoint = self._frozen = None
+        self._checkpoint = self._frozen = self._tuned = None
 
     def scratch(self, name: str) -> Path:
         """A local folder for a training's unfinished work; a killed run goes on from what is there."""
@@ -203,6 +205,17 @@ class ModelLoader:
             trust_remote_code=model.trust_remote_code,
         )
 
+    def parameters(self, base: str) -> int | None:
+        """M, the number of parameters of a base model, from its configuration alone; None if that is not at hand."""
+        from less_assets.method.training.models import count_parameters
+
+        model = self._project.model
+        trusted = model.trust_remote_code and base == model.base
+        try:
+            return count_parameters(base, cache_dir=self._cache, trust_remote_code=trusted)
+        except ModelLoadError:
+            return None
+
     def checkpoint(self, lineage: Lineage, checkpoint: str) -> LoadedCheckpoint:
         """A warm-up checkpoint with Adam's moments; the last one stays loaded."""
         from less_assets.method.training.models import load_adapter
@@ -210,13 +223,25 @@ class ModelLoader:
 
         fingerprint = lineage.fresh("warmup_checkpoints", checkpoint).fingerprint
         if self._checkpoint is None or self._checkpoint[0] != fingerprint:
-            self._checkpoint = self._frozen = None  # before the next one is loaded: two may not fit
+            self._checkpoint = self._frozen = self._tuned = None  # before the next one is loaded: two may not fit
             model, tokenizer = self.base()
             with lineage.folder("warmup_checkpoints", checkpoint).local(write=False) as folder:
                 adapted = load_adapter(model, folder)
                 moments = load_moments(folder)
             self._checkpoint = (fingerprint, LoadedCheckpoint(adapted, tokenizer, moments))
         return self._checkpoint[1]
+
+    def tuned_on_targets(self, lineage: Lineage, task: str) -> Any:
+        """The base model with the adapter that was trained on a task's targets; the last one stays loaded."""
+        from less_assets.method.training.models import load_adapter
+
+        fingerprint = lineage.fresh("target_tuned_adapter", task).fingerprint
+        if self._tuned is None or self._tuned[0] != fingerprint:
+            self._checkpoint = self._frozen = None
+            model = self._tuned[1] if self._tuned else self.base()[0]
+            with lineage.folder("target_tuned_adapter", task).local(write=False) as folder:
+                self._tuned = (fingerprint, load_adapter(model, folder))
+        return self._tuned[1]
 
 
 def cache_folder(store: ArtifactStore) -> Path:

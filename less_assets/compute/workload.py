@@ -151,6 +151,11 @@ class Workload:
         """Usable rows of the pool."""
         return self.known("pool_index", None, "usable") or self.rows(self.lineage.pool_files.shards)
 
+    @property
+    def sampled_rows(self) -> float:
+        """Rows of the warm-up sample."""
+        return self.known("warmup_sample", None, "rows") or self.project.warmup.fraction * self.pool_rows
+
     @cached_property
     def row_tokens(self) -> float:
         """Mean tokens of a usable row of the pool."""

@@ -26,7 +26,7 @@ from less_assets.method.data.conversations import (
 from less_assets.method.data.conversations import example_id as conversation_id
 from less_assets.method.selection.ranking import score_matrix
 from less_assets.reading.excluded import excluded_reasons
-from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS
+from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS, score_file
 from less_assets.reading.rows import (
     checkpoint_weights,
     find_row,
@@ -266,6 +266,10 @@ def _stored_standing(lineage: Lineage, task: str, key: str, row: pl.DataFrame) -
     if lineage.project.selects_by_influence(key):
         cuts = Cuts.of(lineage, lineage.project.recipe(key), task)
         standing |= _standing(cuts, float(cuts.margins_of(row)[0]))
+    if lineage.project.recipe(key).scores == "tuning":
+        file, columns = score_file(row["shard"][0]), ["base_loss", "tuned_loss"]
+        losses = read_parquet(lineage.folder("target_tuned_scores", task), file, columns)
+        standing |= {name: _number(losses[name][int(row["row"][0])]) for name in columns}
     return standing
 
 
@@ -421,6 +425,9 @@ def _recipe_words(standing: Mapping[str, Any]) -> str:
     if (margin := standing.get("above_cut")) is not None:
         side = "above" if margin >= 0 else "below"
         words += f"; {abs(margin):.4g} {side} the cut, {standing['rows_ahead']:,} of {standing['of_rows']:,} ahead"
+    before, after = standing.get("base_loss"), standing.get("tuned_loss")
+    if before and after is not None:
+        words += f"; loss {before:.4g} before and {after:.4g} after training on the targets ({after / before - 1:+.1%})"
     return f"{words} ({standing['note']})" if standing.get("note") else words
 
 

@@ -3,10 +3,13 @@
 Belongs here: words. What is due, and what it costs, is `planning/`.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from less_assets.compute.progress import duration
 from less_assets.inspection.text_table import text_table
+from less_assets.planning.cost_ratio import ENOUGH, CostRatio
 from less_assets.planning.estimate import AssetEstimate, Estimate
 
 
@@ -16,6 +19,8 @@ def print_plan(forecast: Estimate) -> None:
     print(text_table([_plan_row(planned) for planned in forecast.assets], headings, right_aligned=range(1, 6)))
     if not forecast.due:
         print("\nnothing to do")
+        _print_ratios(forecast.ratios)
+        _print_warning(forecast)
         return
     if forecast.perhaps:
         print(
@@ -39,6 +44,42 @@ def print_plan(forecast: Estimate) -> None:
     ):
         if names:
             print(f"{words}: {', '.join(names)}")
+    _print_ratios(forecast.ratios)
+    _print_warning(forecast)
+
+
+def _print_warning(forecast: Estimate) -> None:
+    if forecast.few_warmup_steps:
+        print(f"\nWarning: {forecast.few_warmup_steps}.")
+
+
+def _print_ratios(ratios: Sequence[CostRatio]) -> None:
+    """What fine-tuning costs against selecting, and what is cheaper where that is little."""
+    if ratios:
+        said = [f"{ratio.recipe} {'?' if ratio.ratio is None else _times(ratio.ratio)}" for ratio in ratios]
+        print(f"\ncompute of fine-tuning ÷ compute of selecting: {', '.join(said)}")
+    if unknown := [ratio.recipe for ratio in ratios if ratio.ratio is None]:
+        print(f"?: the size of the model that {', '.join(unknown)} trains is not known before it is here")
+    for ratio in ratios:
+        if ratio.is_low:
+            print(f"{ratio.recipe} is below {ENOUGH:.0f}. Cheaper: {'; '.join(_cheaper(ratio))}")
+
+
+def _cheaper(ratio: CostRatio) -> list[str]:
+    """Ways to select for less, each with its own ratio."""
+    assert ratio.ratio
+    smaller = (
+        f"a selecting model {_times(ENOUGH / ratio.ratio)} times smaller, and the large one as the recipe's `model`"
+    )
+    others = [
+        f"`strategy: {strategy}` ({'no model' if math.isinf(value) else _times(value)})"
+        for strategy, value in ratio.cheaper.items()
+    ]
+    return [f"{smaller} (LESS-T: {ENOUGH:.0f})", *others]
+
+
+def _times(number: float) -> str:
+    return f"{number:.2g}" if number < ENOUGH else f"{number:,.0f}"
 
 
 def plan_as_data(forecast: Estimate) -> dict[str, Any]:
@@ -57,7 +98,22 @@ def plan_as_data(forecast: Estimate) -> dict[str, Any]:
         for planned in forecast.assets
     ]
     totals = {"seconds": forecast.seconds, "tokens": forecast.tokens, "bytes": forecast.bytes}
-    return {"assets": assets, **totals, "speeds_not_known": forecast.unknown}
+    compute = [
+        {
+            "recipe": ratio.recipe,
+            "training_over_selection": ratio.ratio,
+            "cheaper": {name: None if math.isinf(value) else value for name, value in ratio.cheaper.items()},
+        }
+        for ratio in forecast.ratios
+    ]
+    warnings = [forecast.few_warmup_steps] if forecast.few_warmup_steps else []
+    return {
+        "assets": assets,
+        **totals,
+        "speeds_not_known": forecast.unknown,
+        "compute": compute,
+        "warnings": warnings,
+    }
 
 
 def _plan_row(planned: AssetEstimate) -> tuple[str, ...]:

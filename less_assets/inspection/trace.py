@@ -42,6 +42,8 @@ def trace_row(lineage: Lineage, example_id: str) -> dict[str, Any]:
         places.append(segment | {"shard": copy["shard"], "row": copy["row"]})
     arrays = []
     for checkpoint in project.checkpoints:
+        if lineage.is_left_out("train_gradients", f"{checkpoint}|{shard}"):
+            continue
         array = {"checkpoint": checkpoint, **_artifact(lineage, "train_gradients", f"{checkpoint}|{shard}")}
         if array["state"] == "fresh":
             array |= {"array": f"{array['path']}/{FEATURES}", "array_row": row, "forms": list(project.gradients.forms)}

@@ -68,6 +68,7 @@ class Declaration:
         determined_by: From a partition's inputs to the part of them that its content depends on; None: all.
         needed_by: The recipes that need the asset, by key; None: it always exists.
         of_folds: Whether a task without one of its folds has it, too.
+        of_weightless: Whether a checkpoint whose weight is 0, which changes no score, has it, too.
         entry: HTML file of its artifacts that `index.html` in `folder` leads to, whichever is in force; None: none.
     """
 
@@ -82,6 +83,7 @@ class Declaration:
     determined_by: Callable[["Lineage", Keys, Versions], Versions] | None = None
     needed_by: Callable[[Project, str], bool] | None = None
     of_folds: bool = True
+    of_weightless: bool = True
     entry: str | None = None
 
     def keys(self, partition: str | None) -> Keys:
@@ -211,7 +213,8 @@ class Lineage:
         inputs: dict[str, str] = {}
         for read in declared.inputs:
             for upstream in self.declarations[read.asset].read(self.project, declared, read, keys, self.keys_of):
-                inputs |= self.version(read.asset, upstream)
+                if not self.is_left_out(read.asset, upstream):
+                    inputs |= self.version(read.asset, upstream)
         inputs |= declared.outside(self, keys)
         pointer = declared.folder.format(**keys)
         return ArtifactPlan(
@@ -223,6 +226,17 @@ class Lineage:
             inputs,
             determined_by=None if declared.determined_by is None else declared.determined_by(self, keys, inputs),
         )
+
+    def is_left_out(self, asset: str, partition: str | None) -> bool:
+        """Whether a partition is never made: it belongs to a checkpoint that is known to have no weight."""
+        declared = self.declarations[asset]
+        if declared.of_weightless:
+            return False
+        try:
+            checkpoint = self.summary("warmup_checkpoints", declared.keys(partition)["checkpoint"])
+        except (MissingArtifactError, StaleArtifactError):
+            return False  # not known yet
+        return checkpoint.get("mean_learning_rate") == 0
 
     def fresh(self, asset: str, partition: str | None = None) -> Manifest:
         """The manifest of an artifact that may be read: present, and made from what is in force.

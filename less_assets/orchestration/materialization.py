@@ -141,7 +141,11 @@ def materialize(
         yield _materialize_one(asset, context, workspace, lineage, partition)
         return
     run = RangeRun(context)
-    partitions = _in_order(asset, _still_there(context, lineage))
+    partitions = [
+        partition
+        for partition in _in_order(asset, _still_there(context, lineage))
+        if not lineage.is_left_out(asset.name, partition)
+    ]
     # A backfill of a partition without neighbours is a range run, of one: its checks know no partition key.
     single = context.has_partition_key
     if asset.checks and single and asset.compute:

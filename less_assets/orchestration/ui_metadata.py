@@ -39,6 +39,7 @@ COLUMN_MEANINGS = {
     "aggregate": "how subtasks make one ranking",
     "answer": "the text that was generated",
     "assistant_prefix": "start of the last turn, without loss",
+    "base_loss": "mean loss of the base model over the loss tokens, nats",
     "canonical": "whether this is the copy that counts",
     "completion": "the rest of the last turn, with loss",
     "copies": "rows of the pool with this id",
@@ -87,6 +88,7 @@ COLUMN_MEANINGS = {
     "text": "each loss token's text",
     "tokens": "training tokens seen, mean over seeds",
     "tools": "the tools that the assistant may call, as JSON",
+    "tuned_loss": "mean loss after a training on the task's targets, nats",
     "turn": "each loss token's turn, from 0",
     "value": "value of the metric",
     "vs_base": "paired difference from the base model",
@@ -193,7 +195,8 @@ def _column_names(stored: Stored, asset: Asset) -> Mapping[str, Sequence[str]]:
     if "recipe" in asset.axes:
         recipe = project.recipe(asset.keys(stored.partition)["recipe"])
         forms, rules = [recipe.form] if recipe.form else [], [recipe.subtask] if recipe.subtask else []
-    return {"form": forms, "rule": rules, "checkpoint": project.checkpoints}
+    checkpoints: Any = stored.manifest.summary.get("weights", project.checkpoints)  # those that have scores
+    return {"form": forms, "rule": rules, "checkpoint": list(checkpoints)}
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import MODEL_LOAD, TRAINING, Rate, Rates, rate_name
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Lineage, Status
+from less_assets.planning.cost_ratio import CostRatio, cost_ratios
 from less_assets.planning.rehearsal import Rehearsal, rehearse
 from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
+from less_assets.project.warmup_steps import few_steps, steps_of
 from less_assets.running.request import Partition, Request
 from less_assets.steps.registry import ASSETS, GUESSES
 
@@ -63,6 +65,8 @@ class Estimate:
         similar: Names of those that runs with other settings of adapter and gradients have measured.
         calibrated: Names of those that a short trial has.
         unknown: Names of those that nobody knows, whose work is left out of the time.
+        ratios: What each recipe's fine-tuning costs against its selection, if models are trained.
+        few_warmup_steps: What to say of a warm-up with too few steps; None if they suffice, or none is needed.
     """
 
     assets: list[AssetEstimate]
@@ -70,6 +74,8 @@ class Estimate:
     similar: list[str]
     calibrated: list[str]
     unknown: list[str]
+    ratios: list[CostRatio]
+    few_warmup_steps: str | None
 
     @property
     def due(self) -> int:
@@ -146,7 +152,19 @@ def estimate(
             amount = _amount(work, asset, rehearsal, runner)
             seconds = amount.seconds(rates) if amount else None
             lines.append(AssetEstimate(asset, statuses, rehearsal.perhaps[asset], amount, seconds))
-    return Estimate(lines, **_sources(rates, [line.amount for line in lines if line.amount]))
+        sources = _sources(rates, [line.amount for line in lines if line.amount])
+        ratios = cost_ratios(work, rehearsal.lineage, models, rehearsal.statuses.get("finetuned_model", ()))
+        few_steps = _few_warmup_steps(work) if "warmup_checkpoints" in rehearsal.statuses else None
+    return Estimate(lines, **sources, ratios=ratios, few_warmup_steps=few_steps)
+
+
+def _few_warmup_steps(work: Workload) -> str | None:
+    warmup, last = work.project.warmup, work.project.checkpoints[-1]
+    if warmup.imported:
+        known = work.known("warmup_checkpoints", last, "step")
+        return few_steps(warmup, known, None) if known else None
+    rows = round(work.sampled_rows)
+    return few_steps(warmup, steps_of(warmup, rows), rows)
 
 
 def _amount(work: Workload, asset: str, rehearsal: Rehearsal, runner: "GraphRunner") -> Amount | None:

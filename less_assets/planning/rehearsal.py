@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import StepInputs, seal
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
@@ -81,8 +83,8 @@ class RehearsalStore(ArtifactStore):
         made = self._made.artifact(key, fingerprint)
         return made if made.exists() else super().artifact(key, fingerprint)
 
-    def expect(self, plan: ArtifactPlan, data_version: str) -> None:
-        """Go on as if the artifact of a plan was made and had this data version."""
+    def expect(self, plan: ArtifactPlan, data_version: str, summary: Mapping[str, JsonValue] | None = None) -> None:
+        """Go on as if the artifact of a plan was made and had this data version, and these figures."""
         self._expected[plan.folder, plan.fingerprint] = Manifest(
             kind=plan.asset,
             key=plan.folder,
@@ -90,6 +92,7 @@ class RehearsalStore(ArtifactStore):
             settings=dict(plan.settings),
             inputs=dict(plan.inputs),
             data_version=data_version,
+            summary=dict(summary or {}),
         )
 
     @contextmanager
@@ -191,6 +194,7 @@ class _Walk:
     def go(self, needed: Mapping[str, Sequence[Partition]], request: Request) -> None:
         """Go through all stages."""
         for asset, partitions in needed.items():
+            partitions = [partition for partition in partitions if not self.lineage.is_left_out(asset, partition)]
             self.statuses[asset] = {partition: self._status(asset, partition) for partition in partitions}
             due = [partition for partition, status in self.statuses[asset].items() if status.state != "fresh"]
             plans = [self.lineage.plan(asset, partition) for partition in due]
@@ -237,7 +241,8 @@ class _Walk:
                 self._compute(declared, plan)
             else:
                 self._without_files.add(plan.asset if plan.partition is None else f"{plan.asset}/{plan.partition}")
-                self._store.expect(plan, self._expected_version(declared, plan))
+                figures = declared.known_figures(self.lineage, declared.keys(plan.partition))
+                self._store.expect(plan, self._expected_version(declared, plan), figures)
 
     def _seconds(self, declared: Asset, plan: ArtifactPlan) -> float | None:
         """About how long making an artifact takes; None if it cannot, or shall not, be made for a rehearsal."""

@@ -14,6 +14,7 @@ from less_assets.errors import LessAssetsError
 from less_assets.project.project import Project
 from less_assets.project.sections import Recipe, Source
 from less_assets.project.task_sections import Evaluation, TargetExamples, Task
+from less_assets.project.warmup_steps import enough_rows, few_steps, steps_of
 from less_assets.project.yaml_file import Problem
 
 PEEK_ROWS = 256
@@ -93,6 +94,34 @@ def skipped_files(project: Project) -> list[str]:
             more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
             lines.append(f"source {source.name}: not read: {', '.join(names[:SHOWN_FILES])}{more}")
     return lines
+
+
+def few_warmup_steps(project: Project) -> list[str]:
+    """A line if the warm-up will have too few optimizer steps; the pool is read only until there are rows enough.
+
+    Imported checkpoints are not looked into: what they were trained on is their own matter.
+    """
+    from less_assets.method.data.examples import read_rows
+    from less_assets.method.data.row_files import list_files
+
+    warmup = project.warmup
+    if warmup.imported:
+        return []
+    enough, ids = enough_rows(warmup), set[str]()
+    try:
+        for source in project.pool.sources:
+            left = source.limit
+            for file in list_files(source.path):
+                for table in read_rows(file, source.name, source.format, max_rows=left, dialect=source.dialect):
+                    left = None if left is None else left - table.height
+                    ids |= set(table.filter(table["status"] == "ok")["example_id"])
+                    if len(ids) >= enough:
+                        return []
+    except _TROUBLE:  # `check_data` tells it
+        return []
+    sampled = max(1, int(warmup.fraction * len(ids) + 1e-9))
+    said = few_steps(warmup, steps_of(warmup, sampled), sampled)
+    return [f"warmup: {said}"] if said else []
 
 
 def not_built(project: Project) -> list[Problem]:

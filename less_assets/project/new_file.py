@@ -13,10 +13,11 @@ from pathlib import Path
 
 from less_assets.errors import LessAssetsError, ProjectFileError
 from less_assets.project.values import is_url
+from less_assets.project.warmup_steps import FEWEST_STEPS
 
 COUNTED_ROWS = 100_000
 """Rows that are counted at most: a larger pool gets the same settings."""
-WARMUP_STEPS, WARMUP_EPOCHS = 20, 4
+WARMUP_EPOCHS = 4
 WARMUP_ROWS, SELECTED_ROWS = 100, 20
 """What warm-up and selection have at least, if the pool has so many."""
 LARGEST_BATCH = 128
@@ -62,7 +63,7 @@ def project_text(answers: Answers, path: Path) -> str:
         )
     counted = f"more than {COUNTED_ROWS:,}" if rows >= COUNTED_ROWS else f"{rows:,}"
     warmup_fraction, selected_fraction = _fraction(WARMUP_ROWS, rows), _fraction(SELECTED_ROWS, rows)
-    batch = _batch_size(round(rows * warmup_fraction) * WARMUP_EPOCHS // WARMUP_STEPS)
+    batch = _batch_size(round(rows * warmup_fraction) * WARMUP_EPOCHS // FEWEST_STEPS)
     finetuning_batch = _batch_size(round(rows * selected_fraction) // 4)
     names = _source_names(answers.pool)
     sources = "\n".join(
@@ -91,7 +92,7 @@ pool:                                  # what to select from
   sources:
 {sources}
 
-# A short training on a random part of the pool. It needs {WARMUP_STEPS} optimizer steps or more, so that Adam's moments
+# A short training on a random part of the pool. It needs {FEWEST_STEPS} optimizer steps or more, so that Adam's moments
 # mean something: fraction × rows × epochs / batch_size.
 warmup: {{fraction: {warmup_fraction}, epochs: {WARMUP_EPOCHS}, learning_rate: 2e-5, batch_size: {batch}}}
 
@@ -105,6 +106,11 @@ recipes:                               # ways to choose rows; each is trained an
   - {{name: random, strategy: random, fraction: {selected_fraction}, seeds: [0, 1, 2]}}
   - {{name: full, strategy: full}}
   - {{name: base, strategy: none}}       # the model as it is
+  # To train a large model, let a small one of its family select (LESS-T): `base` above names the small one, `model` of
+  # a recipe the large one. Taking gradients of the pool costs as much more as the selecting model is larger;
+  # `less-assets plan` says how many times what the selection costs the fine-tuning does.
+  # - {{name: less-large, strategy: less, fraction: {selected_fraction}, model: owner/large-model}}
+  # - {{name: base-large, strategy: none, model: owner/large-model}}
 
 finetuning: {{epochs: 4, learning_rate: 2e-5, batch_size: {finetuning_batch}}}
 """

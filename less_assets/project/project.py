@@ -29,6 +29,7 @@ from less_assets.project.sections import (
     Report,
     Source,
     Storage,
+    TargetTuning,
     Training,
     Warmup,
 )
@@ -82,6 +83,9 @@ class Project(Section):
     gradients: Gradients = setting({}, "Steps 2 and 3: the features of pool and target examples", validate_default=True)
     tasks: list[Task] = setting(..., "What the selected data shall teach", min_length=1)
     recipes: list[Recipe] = setting(..., "Ways to choose a subset", min_length=1)
+    target_tuning: TargetTuning = setting(
+        {}, "How `strategy: target_tuned` trains on the target examples", validate_default=True
+    )
     finetuning: Training = setting({}, "Step 5: training on a subset", validate_default=True)
     report: Report = setting({}, "How much the selection report explains", validate_default=True)
     compute: Compute = setting({}, "Where the heavy assets run", validate_default=True)
@@ -216,6 +220,10 @@ class Project(Section):
             paths: list[JsonValue] = [self.as_written(path) for path in self.warmup.imported]
             return {"import": paths} | self.warmup.model_dump(include={"mean_learning_rates"})
         return {"lora": self.lora.model_dump(), "warmup": self.warmup.training_settings()}
+
+    def target_tuning_settings(self) -> dict[str, JsonValue]:
+        """Settings of the training on a task's target examples and its adapter."""
+        return {"lora": self.lora.model_dump(), "target_tuning": self.target_tuning.training_settings()}
 
     def gradient_settings(self) -> dict[str, JsonValue]:
         """Settings of features, except the token budget, which is resolved and recorded with them, and of checks."""

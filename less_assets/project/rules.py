@@ -32,8 +32,11 @@ def rules_between_sections(data: Mapping[str, object], context: dict[str, Path])
     distinct = {recipe.name: index for index, recipe in reversed(recipes.items())}.values()
     keys = [(index, resolved.key) for index in sorted(distinct) for resolved in resolve(recipes[index], ["adamw"])]
     yield from _taken(("recipes",), keys, "recipe key")
-    all_names = _stated_names(data.get("tasks"))
+    all_names = _stated("name", data.get("tasks"))
     yield from _names_of_folds(tasks)
+    if "target_tuning" in data and "target_tuned" not in _stated("strategy", data.get("recipes")):
+        what = "has no meaning: no recipe has strategy target_tuned"
+        yield BrokenRule(("target_tuning",), what, "leave it out, or add such a recipe")
     groups = {task.name for task in tasks.values() if task.members}
     for index, task in tasks.items():
         for position, member in enumerate(task.members or []):
@@ -49,8 +52,8 @@ def rules_between_sections(data: Mapping[str, object], context: dict[str, Path])
                 f"gradients.forms does not list {recipe.form!r}",
                 f"add it there, or choose one of {', '.join(gradients[0].forms)}",
             )
-    stated = _stated_names(pool.get("sources") if isinstance(pool, dict) else None)
-    yield from _names_in_recipes(recipes, stated, _stated_names(data.get("recipes")))
+    stated = _stated("name", pool.get("sources") if isinstance(pool, dict) else None)
+    yield from _names_in_recipes(recipes, stated, _stated("name", data.get("recipes")))
 
 
 def _names_of_folds(tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
@@ -62,10 +65,10 @@ def _names_of_folds(tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
             yield BrokenRule(("tasks", index, "name"), f"is what a fold of {parent!r} is called", "choose another name")
 
 
-def _stated_names(parts: object) -> set[str]:
-    """Names of the parts of a list, valid or not."""
+def _stated(key: str, parts: object) -> set[str]:
+    """What the parts of a list, valid or not, say under a key."""
     listed = parts if isinstance(parts, list) else []
-    return {part["name"] for part in listed if isinstance(part, dict) and isinstance(part.get("name"), str)}
+    return {part[key] for part in listed if isinstance(part, dict) and isinstance(part.get(key), str)}
 
 
 def _names_in_recipes(recipes: Mapping[int, Recipe], sources: set[str], names: set[str]) -> Iterator[BrokenRule]:

@@ -35,6 +35,7 @@ else:
 Unit = Literal["fraction", "rows", "tokens"]
 BUDGETS: tuple[Unit, ...] = get_args(Unit)
 PAPER = "LESS"
+OURS = "ours: few steps, see docs/method.md"
 MAX_SEED = 2**32 - 1
 
 
@@ -173,6 +174,24 @@ class Training(Section):
     def training_settings(self) -> dict[str, JsonValue]:
         """Those of them that can change numbers, for fingerprints."""
         return self.model_dump(include=set(Training.model_fields) - {"gradient_checkpointing"})
+
+
+class TargetTuning(Training):
+    """How `strategy: target_tuned` trains the base model on a task's target examples, and on nothing else."""
+
+    epochs: int = setting(4, "Passes over the target examples", source=OURS, ge=1, le=1000)
+    learning_rate: float = setting(1e-4, "Highest learning rate", source=OURS, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = setting(
+        "constant", "Learning rate after its warm-up", source=OURS
+    )
+    warmup_ratio: float = setting(
+        0.0,
+        "Share of the steps in which the learning rate rises from 0: of few steps the first shall count",
+        source=OURS,
+        ge=0,
+        lt=1,
+    )
+    batch_size: int = setting(32, "Examples per optimizer step", unit="examples", source=OURS, ge=1)
 
 
 class Warmup(Training):

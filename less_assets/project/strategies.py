@@ -30,7 +30,7 @@ class Strategy:
     name: str
     chooses: str
     function: str | None
-    scores: Literal["influence", "text", "embeddings", "external"] | None = None
+    scores: Literal["influence", "text", "embeddings", "tuning", "external"] | None = None
     keys: tuple[str, ...] = ()
     has_budget: bool = True
     same_for_every_task: bool = False
@@ -95,6 +95,8 @@ _ENTRIES = (
              ("aggregate",)),
     Strategy("perplexity", "the middle or the top of the base model's perplexity", "baselines:perplexity",
              "embeddings", ("keep",), same_for_every_task=True, ranks_by="baselines:perplexity_scores"),
+    Strategy("target_tuned", "rows whose loss falls most when the base model is trained on the targets",
+             "target_tuning:relative_falls", "tuning"),
     Strategy("length_matched", "at random, as long as another recipe's rows or the targets",
              "baselines:length_matched_log_weights", None, ("match", "seeds")),
     Strategy("external", "the rows that a file scores highest", "external:scores_of_rows", "external", ("scores",)),

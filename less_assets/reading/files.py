@@ -39,10 +39,11 @@ REPORT = "report.html"
 CURVE = "training_curve.parquet"
 # baselines
 EMBEDDINGS = "embeddings.parquet"
+LOSSES = "losses.parquet"
 PLACES = "places.json"
 """Member task and subtask of each number of a score."""
 
 
 def score_file(shard: str) -> str:
-    """Name of a shard's score table inside `influence_scores`, `embedding_scores` and `text_scores`."""
+    """Name of a shard's score table inside every asset of scores."""
     return f"scores/{shard}.parquet"

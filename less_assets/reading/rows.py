@@ -13,6 +13,7 @@ import polars as pl
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.data.conversations import Conversation, stated, with_all_fields
+from less_assets.project.warmup_steps import few_steps
 from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, REFUSED, TARGET_FEATURES, score_file
 from less_assets.store.features import FeatureReader, open_features
 from less_assets.store.tables import read_parquet
@@ -183,10 +184,11 @@ def subtask_label(lineage: Lineage, task: str) -> pl.Expr:
 
 
 def checkpoint_weights(lineage: Lineage) -> dict[str, float]:
-    """Normalised mean learning rate of each checkpoint."""
+    """Normalised mean learning rate of each checkpoint that has any: there are no gradients at the others."""
     from less_assets.method.selection.influence import normalised_weights
 
-    return normalised_weights(mean_learning_rates(lineage))
+    weights = normalised_weights(mean_learning_rates(lineage))
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def mean_learning_rates(lineage: Lineage) -> dict[str, float]:
@@ -194,6 +196,13 @@ def mean_learning_rates(lineage: Lineage) -> dict[str, float]:
     return {
         name: lineage.summary("warmup_checkpoints", name)["mean_learning_rate"] for name in lineage.project.checkpoints
     }
+
+
+def few_warmup_steps(lineage: Lineage) -> str | None:
+    """What to say of a warm-up whose checkpoints were made after too few optimizer steps; None if they suffice."""
+    warmup, last = lineage.project.warmup, lineage.project.checkpoints[-1]
+    made = lineage.summary("warmup_checkpoints", last)
+    return few_steps(warmup, made["step"], None if warmup.imported else made["examples"])
 
 
 def target_features(lineage: Lineage, checkpoint: str, task: str) -> np.ndarray:

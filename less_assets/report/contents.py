@@ -25,7 +25,7 @@ from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import judge_selection
 from less_assets.reading.excluded import excluded_reasons
 from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
-from less_assets.reading.rows import checkpoint_weights, subtask_label
+from less_assets.reading.rows import checkpoint_weights, few_warmup_steps, subtask_label
 from less_assets.reading.selection_cut import Cuts
 from less_assets.reading.subsets import other_subsets
 from less_assets.report.comparison import compared
@@ -128,7 +128,7 @@ def report_contents(
         "cuts": {label: rounded(value) for label, value in cuts.by_label().items()} if cuts else {},
         "composition": composition,
         "overlap": _overlap(lineage, subset, others),
-        "notes": _notes(selected, composition, rows, judgement, scored),
+        "notes": [*_warmup_notes(lineage, recipe), *_notes(selected, composition, rows, judgement, scored)],
         "near_duplicate": NEAR_DUPLICATE,
         "targets": _targets(lineage, task) if scored else [],
         "turns": [queue.subtask or queue.task for queue in queues] if len(queues) > 1 else [],
@@ -467,6 +467,11 @@ def _notes(
         text = f"{_row_count(worst)} of the pool with the most negative influence: look there for wrong labels."
         note(text, group="most_negative")
     return notes
+
+
+def _warmup_notes(lineage: Lineage, recipe: ResolvedRecipe) -> Iterator[JsonObject]:
+    if recipe.traits.scores == "influence" and (said := few_warmup_steps(lineage)):
+        yield _note(f"{said[0].upper()}{said[1:]}.")
 
 
 def _composition_notes(part: Mapping[str, Any]) -> Iterator[JsonObject]:

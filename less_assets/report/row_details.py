@@ -17,7 +17,7 @@ from less_assets.method.data.conversations import Conversation, Message, carries
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.rows import conversations_by_id, score_column, scores_of
+from less_assets.reading.rows import checkpoint_weights, conversations_by_id, score_column, scores_of
 from less_assets.store.tables import read_parquet
 
 JsonObject = dict[str, Any]
@@ -63,8 +63,7 @@ class Explanations:
         """
         folder = lineage.folder("token_attribution", f"{recipe.key}|{task}")
         form, rule = str(recipe.form), str(recipe.subtask)
-        checkpoints = lineage.project.checkpoints
-        names = [score_column(form, rule, name) for name in checkpoints]
+        names = [score_column(form, rule, name) for name in checkpoint_weights(lineage)]
         table = scores_of(lineage, task, rows, names)
         labels = [str(label) for label in lineage.summary("influence_scores", task)["subtasks"]]
         subtasks = np.array([labels.index(label) for label in rows["label"]], dtype=np.int64)

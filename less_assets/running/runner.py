@@ -120,6 +120,7 @@ class GraphRunner:
         trouble: LessAssetsError | None = None
         for stage, (asset, partitions) in enumerate(needed.items(), 1):
             lineage = open_lineage(self._project, self._store, verify_files=request.verify)
+            partitions = [partition for partition in partitions if not lineage.is_left_out(asset, partition)]
             due = [partition for partition in partitions if not self._is_current(lineage, asset, partition)]
             if asset == "influence_scores" and request.extras:
                 self._certify(lineage, [partition for partition in partitions if partition not in due], process)

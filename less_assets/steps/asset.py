@@ -6,6 +6,8 @@ Belongs here: the fields. The assets stand in the other modules of this room, `r
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pydantic import JsonValue
+
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import Compute, ComputeTogether, Log
@@ -58,6 +60,8 @@ class Asset(Declaration):
         automatic: Whether Dagster may make it by itself as soon as it is missing or stale: settings and small files.
         same_run: Asset of the same partition that the same Dagster run goes on with, if it was never made.
         amount: Counts the work of partitions; None: too little to count.
+        passes: Times that a token of its work goes through the model forward or back, where it is part of a selection
+            or a training: 1, or 2 with gradients; 0: it is neither.
         counts_tokens: Whether its work is counted in tokens.
         speed: What serves where its speed was not measured.
         versioned_by_content: Whether its data version tells its content, so that equal content has one version whatever
@@ -65,6 +69,7 @@ class Asset(Declaration):
         rehearsal_seconds: About how long a partition takes, where that is so short that a plan makes it to know its
             content, in a folder that is thrown away; 0: it needs no file of its inputs. None, of the field or of a
             partition: a plan never makes it.
+        known_figures: Figures of the summary that are known before a partition is made.
         columns_from: Upstream asset -> column -> the upstream columns that it is made from; names in braces stand for
             the project's (with the axis `recipe`: the recipe's) direction forms, subtask rules and checkpoints.
     """
@@ -85,8 +90,10 @@ class Asset(Declaration):
     automatic: bool = False
     same_run: str | None = None
     amount: CountWork | None = None
+    passes: int = 0
     counts_tokens: bool = False
     speed: Guess = field(default_factory=Guess)
     versioned_by_content: bool = False
     rehearsal_seconds: Callable[[Lineage, Keys], float | None] | None = None
+    known_figures: Callable[[Lineage, Keys], Mapping[str, JsonValue]] = lambda lineage, keys: {}
     columns_from: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)

@@ -18,9 +18,9 @@ from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.reading.files import EMBEDDINGS, EXAMPLES, PLACES, TARGETS, score_file
-from less_assets.reading.rows import conversations_of, pool_rows
+from less_assets.reading.rows import pool_rows
 from less_assets.steps.asset import Asset
-from less_assets.steps.gradients import encode_targets
+from less_assets.steps.gradients import encode_shard, encode_targets
 from less_assets.steps.shown import one_table
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet, write_json, write_parquet
@@ -37,10 +37,7 @@ def embed_shard(work: StepInputs) -> StepResult:
     table = read_parquet(work.lineage.folder("instruction_pool", work.partition), EXAMPLES, columns)
     model, _ = work.models.frozen_base()
     encoder = work.models.encoder()
-    encoded = [
-        encoder.row(name, messages, tools) if name else None
-        for name, messages, tools in conversations_of(work.lineage, work.partition).iter_rows()
-    ]
+    encoded = encode_shard(work, work.partition)
     usable = [example for example in encoded if example and example.loss_tokens]
     found = embed(model, usable, on_progress=work.progress(len(usable), "rows"))
     places = np.array([place for place, example in enumerate(encoded) if example and example.loss_tokens], dtype=int)
@@ -198,8 +195,8 @@ def _strategy(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
     return {"strategy": lineage.project.recipe(keys["recipe"]).strategy}
 
 
-def _embedded_content(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
-    """Another way to evaluate the task leaves its embeddings as they are."""
+def embedded_content(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
+    """Another way to evaluate the task leaves what the base model makes of its targets as it is."""
     examples = lineage.summary("target_examples", keys["task"])["examples_digest"]
     return {"base_model": inputs["base_model"], "examples": examples}
 
@@ -232,12 +229,13 @@ ASSETS = (
         folder="embeddings/pool/{shard}",
         settings=_model_settings,
         shared_settings=lambda project: {"model": project.model_settings()},
-        needed_by=_ranks_by("embeddings"),
+        needed_by=lambda project, recipe: project.recipe(recipe).traits.scores in ("embeddings", "tuning"),
         compute=embed_shard,
         describe=one_table(EMBEDDINGS),
         in_ranges=True,
         loads_model=True,
         amount=pool_embedding_work,
+        passes=1,
         counts_tokens=True,
         speed=Guess(("target_embeddings", "train_gradients")),  # a forward pass: at most what gradients take
     ),
@@ -251,12 +249,13 @@ ASSETS = (
         folder="embeddings/target/{task}",
         settings=_model_settings,
         shared_settings=lambda project: {"model": project.model_settings()},
-        determined_by=_embedded_content,
+        determined_by=embedded_content,
         needed_by=_compares_embeddings,
         compute=embed_targets,
         describe=one_table(EMBEDDINGS),
         loads_model=True,
         amount=target_embedding_work,
+        passes=1,
         counts_tokens=True,
         speed=Guess(("pool_embeddings", "train_gradients")),
     ),

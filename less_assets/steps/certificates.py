@@ -125,12 +125,12 @@ def score_samples(works: Sequence[StepInputs]) -> list[StepResult]:
     """Score a sample of the pool exactly for each task, and keep an even sample of the pool's own scores."""
     lineage, project = works[0].lineage, works[0].project
     pairs = [(form, rule) for form in project.gradients.forms for rule in certified_rules(project)]
-    drawn = {work.partition: _draw_near_cuts(work) for work in works}
+    drawn, checkpoints = {work.partition: _draw_near_cuts(work) for work in works}, list(checkpoint_weights(lineage))
     exactly = Measurement(
         certificate_plan,
         MEASURED,
-        [exact_column(*pair, checkpoint) for pair in pairs for checkpoint in project.checkpoints],
-        {task: measured_with(lineage, task, project.checkpoints) for task in drawn},
+        [exact_column(*pair, checkpoint) for pair in pairs for checkpoint in checkpoints],
+        {task: measured_with(lineage, task, checkpoints) for task in drawn},
         _score_exactly,
     )
     found = exactly.of(works, {task: sample for task, (sample, _) in drawn.items()})
@@ -139,7 +139,7 @@ def score_samples(works: Sequence[StepInputs]) -> list[StepResult]:
         (sample, pool_rows), (values, units) = drawn[work.partition], found[work.partition]
         write_parquet(work.folder, MEASURED, values)
         exact = {
-            score_column(*pair): {name: score_matrix(values[exact_column(*pair, name)]) for name in project.checkpoints}
+            score_column(*pair): {name: score_matrix(values[exact_column(*pair, name)]) for name in checkpoints}
             for pair in pairs
         }
         key = exactly.measured_with[work.partition]

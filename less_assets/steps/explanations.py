@@ -97,13 +97,12 @@ def attribute(work: StepInputs, recipe: ResolvedRecipe, task: str, rows: pl.Data
         pl.Series("text", [[token.text for token in found] for found, _ in words], pl.List(pl.String)),
         pl.Series("cut", [cut for _, cut in words], pl.Boolean),
     )
-    checkpoints = work.project.checkpoints
     weights = checkpoint_weights(lineage)
-    progress = work.progress(len(checkpoints) * len(examples), "rows")
+    progress = work.progress(len(weights) * len(examples), "rows")
     shares = [np.zeros(len(found), np.float64) for found, _ in words]
     momentum, influence = np.zeros((2, len(examples)))
     columns = []
-    for checkpoint in checkpoints:
+    for checkpoint in weights:
         loaded = work.models.checkpoint(lineage, checkpoint)
         at_checkpoint: list[np.ndarray] = [np.zeros(0, np.float32)] * len(examples)
         for places, directions, which in _targets_in_parts(work, recipe, task, loaded, table["subtask"].to_list()):
@@ -121,7 +120,7 @@ def attribute(work: StepInputs, recipe: ResolvedRecipe, task: str, rows: pl.Data
         pl.Series("influence", influence, pl.Float32),
         *columns,
     )
-    return shown, read * len(checkpoints)
+    return shown, read * len(weights)
 
 
 def _shares(
@@ -194,7 +193,7 @@ def find_neighbours(lineage: Lineage, recipe: ResolvedRecipe, task: str, rows: p
     from less_assets.method.selection.neighbours import NearestRows, best_places
 
     weights = checkpoint_weights(lineage)
-    heaviest = max(lineage.project.checkpoints, key=lambda name: weights[name])
+    heaviest = max(weights, key=lambda name: weights[name])
     form, centered = comparison_form(lineage, recipe)
     offsets = _offsets(lineage)
     rows = rows.with_row_index("place")

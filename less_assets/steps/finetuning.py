@@ -141,6 +141,7 @@ ASSETS = (
         loads_model=True,
         same_run="eval_results",
         amount=training_work,
+        passes=2,
         counts_tokens=True,
         speed=Guess(("warmup_checkpoints", TRAINING)),
     ),

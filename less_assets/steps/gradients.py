@@ -39,11 +39,7 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
     checkpoint, shard = split(work.partition)
     settings = work.project.gradients
     loaded = work.models.checkpoint(work.lineage, checkpoint)
-    encoder = work.models.encoder()
-    examples = [
-        encoder.row(name, messages, tools) if name else None
-        for name, messages, tools in conversations_of(work.lineage, shard).iter_rows()
-    ]
+    examples = encode_shard(work, shard)
     writer = FeatureWriter(
         work.folder.path(FEATURES),
         settings.forms,
@@ -247,6 +243,15 @@ def _without_the_fold(work: StepInputs, checkpoint: str, task: str, table: pl.Da
     return _stored_targets(work, kept, known["tokens"], known["sketch_digest"], units=0)
 
 
+def encode_shard(work: StepInputs, shard: str) -> list[Any]:
+    """A shard's rows as tokens; None for a quarantined one."""
+    encoder = work.models.encoder()
+    return [
+        encoder.row(name, messages, tools) if name else None
+        for name, messages, tools in conversations_of(work.lineage, shard).iter_rows()
+    ]
+
+
 def encode_targets(work: StepInputs, task: str) -> tuple[list[Any], list[str]]:
     """A task's target examples as tokens, and the subtask of each; a group's members keep their own longest length."""
     from less_assets.method.data.targets import targets_from_table
@@ -330,6 +335,7 @@ ASSETS = (
         axes=("checkpoint", "shard"),
         inputs=(Input("warmup_checkpoints"), Input("instruction_pool")),
         folder="gradients/train/{checkpoint}/{shard}",
+        of_weightless=False,
         settings=_settings,
         shared_settings=_shared_settings,
         compute=extract_train_gradients,
@@ -338,6 +344,7 @@ ASSETS = (
         loads_model=True,
         spread=True,
         amount=train_gradient_work,
+        passes=2,
         counts_tokens=True,
     ),
     Asset(
@@ -350,6 +357,7 @@ ASSETS = (
         axes=("checkpoint",),
         inputs=(Input("pool_index"), Input("train_gradients")),
         folder="gradients/datastore/{checkpoint}",
+        of_weightless=False,
         compute=close_datastore,
         in_ranges=True,
     ),
@@ -361,6 +369,7 @@ ASSETS = (
         axes=("checkpoint", "task"),
         inputs=(Input("warmup_checkpoints"), Input("target_examples")),
         folder="gradients/target/{checkpoint}/{task}",
+        of_weightless=False,
         settings=_settings,
         shared_settings=_shared_settings,
         determined_by=_target_content,
@@ -369,6 +378,7 @@ ASSETS = (
         in_ranges=True,
         loads_model=True,
         amount=target_gradient_work,
+        passes=2,
         counts_tokens=True,
         speed=Guess(("train_gradients",)),
         columns_from={"target_examples": {"example_id": ["example_id"], "subtask": ["subtask"]}},

@@ -37,7 +37,8 @@ def score_preconditioned(work: StepInputs) -> StepResult:
     damping = recipe.damping
     assert damping is not None
     form, rule = str(recipe.form), str(recipe.subtask)
-    checkpoints, weights = work.project.checkpoints, checkpoint_weights(lineage)
+    weights = checkpoint_weights(lineage)
+    checkpoints = list(weights)
     labels, found = directions_of(lineage, task)
     sample = _sample(lineage)
     directions = {

@@ -29,6 +29,7 @@ SCORE_ASSETS = {
     "embeddings": "embedding_scores",
     "preconditioned": "preconditioned_scores",
     "external": "external_scores",
+    "tuning": "target_tuned_scores",
 }
 """What a recipe ranks by -> the asset that holds its scores, one column of them; influence lies in another form."""
 
@@ -157,7 +158,9 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
     """The pool scored by a baseline: once for a task, once for each member of a group."""
     from less_assets.method.selection.selection import Candidates
 
-    folder = work.lineage.folder(SCORE_ASSETS[str(recipe.scores)], f"{recipe.key}|{task}")
+    asset = SCORE_ASSETS[str(recipe.scores)]
+    partition = work.lineage.declarations[asset].partition({"recipe": recipe.key, "task": task})
+    folder = work.lineage.folder(asset, partition)
     places: Any = read_json(folder, PLACES)
     ranked_scores = _ranked_scores(work, recipe, folder)
     counted = recipe.budget is not None and recipe.budget.unit == "tokens"
@@ -248,16 +251,14 @@ def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Restraints:
 
     if recipe.near_duplicates is None:
         return quotas_of(recipe)
-    lineage, checkpoints = work.lineage, work.project.checkpoints
-    weights = checkpoint_weights(lineage)
+    lineage, weights = work.lineage, checkpoint_weights(work.lineage)
 
     def vectors(rows: pl.DataFrame) -> np.ndarray:
         """Vectors of rows that come sorted by shard and row."""
         parts = []
         for (shard,), here in rows.group_by("shard", maintain_order=True):
             sources = {
-                name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES)
-                for name in checkpoints
+                name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in weights
             }
             parts.append(similarity_vectors(sources, weights, str(recipe.form), here["row"].to_numpy()))
         return np.concatenate(parts)

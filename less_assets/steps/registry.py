@@ -20,13 +20,14 @@ from less_assets.steps import (
     preconditioning,
     rescoring,
     selection,
+    target_tuning,
     targets,
     warmup,
 )
 from less_assets.steps.asset import Asset
 from less_assets.store.artifacts import ArtifactStore
 
-_SELECTING = (baselines, preconditioning, external, selection, rescoring)
+_SELECTING = (baselines, target_tuning, preconditioning, external, selection, rescoring)
 _MODULES = (pool, warmup, targets, gradients, *_SELECTING, finetuning, evaluation, explanations)
 _DECLARED: dict[str, Asset] = {asset.name: asset for module in _MODULES for asset in module.ASSETS}
 _READS = {name: [read.asset for read in asset.inputs] for name, asset in _DECLARED.items()}

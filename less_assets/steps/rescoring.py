@@ -49,7 +49,7 @@ def rescore(work: StepInputs) -> StepResult:
     overlap = len(set(by_sketch["example_id"]) & set(by_exact["example_id"]))
     summary = {
         "candidates": table.height,
-        "tokens": len(work.project.checkpoints) * exact.row_tokens,
+        "tokens": len(exact.weights) * exact.row_tokens,
         "subtasks": exact.labels,
         "overlap_with_sketch": overlap / max(1, by_exact.height),
     }
@@ -58,7 +58,7 @@ def rescore(work: StepInputs) -> StepResult:
 
 @dataclass(frozen=True)
 class ExactScores:
-    """Influence of n rows on a task's J subtasks without projection, at every checkpoint.
+    """Influence of n rows on a task's J subtasks without projection, at every checkpoint that has a weight.
 
     Attributes:
         labels: The subtasks, sorted.
@@ -120,11 +120,12 @@ def score_rows_exactly(
     # Besides their mean, `mean_cosine` needs the norms of the targets' gradients.
     target_passes = sum(1 if known_norms or rule != "mean_cosine" else 2 for rule in rules)
     passed = len(rules) * len(examples) + target_passes * sum(len(encoded) for encoded, _ in targets.values())
-    progress = work.progress(len(work.project.checkpoints) * passed, "rows")
+    weights = checkpoint_weights(lineage)
+    progress = work.progress(len(weights) * passed, "rows")
     scores: dict[str, dict[tuple[str, str], dict[str, np.ndarray]]] = {
         task: {(form, rule): {} for form in forms for rule in rules} for task in rows
     }
-    for checkpoint in work.project.checkpoints:
+    for checkpoint in weights:
         loaded = work.models.checkpoint(lineage, checkpoint)
         every = [example for encoded, _ in targets.values() for example in encoded]
         batching = loaded.batching(settings, max(len(example.input_ids) for example in [*examples, *every]))
@@ -150,12 +151,11 @@ def score_rows_exactly(
                     columns = [column for column, (name, _) in enumerate(found) if name == task]
                     for form in forms:
                         scores[task][form, rule][checkpoint] = influence[form][own_rows][:, columns]
-    weights = checkpoint_weights(lineage)
     exact = {}
     for task, (encoded, subtasks) in targets.items():
         row_tokens = total_tokens(examples[place] for place in places[task])
         passed = len(rules) * row_tokens + target_passes * total_tokens(encoded)
-        tokens = len(work.project.checkpoints) * passed
+        tokens = len(weights) * passed
         exact[task] = ExactScores(sorted(set(subtasks)), weights, scores[task], row_tokens, tokens)
     return exact
 
@@ -227,6 +227,7 @@ ASSETS = (
         describe=one_table(EXACT),
         loads_model=True,
         amount=rescoring_work,
+        passes=2,
         counts_tokens=True,
         speed=Guess(("train_gradients",)),
         columns_from={

@@ -56,8 +56,8 @@ def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
     from less_assets.method.selection.influence import row_statuses, score_shard, score_table
 
     lineage, project = works[0].lineage, works[0].project
-    checkpoints, forms = project.checkpoints, project.gradients.forms
     weights = checkpoint_weights(lineage)
+    checkpoints, forms = list(weights), project.gradients.forms
     labels: dict[str, list[str]] = {}
     directions: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in checkpoints}
     for work in works:
@@ -101,7 +101,7 @@ def directions_of(lineage: Lineage, task: str) -> tuple[list[str], dict[str, dic
 
     labels: list[str] = []
     directions: dict[str, dict[tuple[str, str], np.ndarray]] = {}
-    for checkpoint in lineage.project.checkpoints:
+    for checkpoint in checkpoint_weights(lineage):
         key = f"{checkpoint}|{task}"
         sketches: dict[str, str] = {}
         for asset, partition in (("gradient_datastore", checkpoint), ("target_gradients", key)):
@@ -348,6 +348,10 @@ def _reads_influence(project: Project, recipe: str) -> bool:
     return project.reads_scores(recipe)
 
 
+def _reads_falls(project: Project, recipe: str) -> bool:
+    return project.recipe(project.ranked_by(recipe)).scores == "tuning"
+
+
 def _matches_targets(project: Project, recipe: str) -> bool:
     return project.matches_targets(recipe)
 
@@ -416,6 +420,7 @@ ASSETS = (
             Input("embedding_scores", of_recipe=_ranked_by),
             Input("preconditioned_scores", of_recipe=_ranked_by),
             Input("external_scores", of_recipe=_ranked_by),
+            Input("target_tuned_scores", read_by=_reads_falls),
             Input("target_examples", read_by=_matches_targets),
         ),
         folder="selection/{task}/recipes/{recipe}",

@@ -5,6 +5,7 @@ Belongs here: wiring only. Training is `method/training/warmup.py`, foreign chec
 """
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
@@ -245,11 +247,28 @@ def checkpoint_work(workload: Workload, due: Sequence[str]) -> Amount:
     if workload.project.warmup.imported:
         return Amount(loads=len(due), bytes=workload.training_bytes(len(due)))
     # A killed training goes on after its last whole epoch; an epoch that is due is trained once.
-    rows = workload.known("warmup_sample", None, "rows") or workload.project.warmup.fraction * workload.pool_rows
-    tokens = rows * workload.row_tokens * len(due)
+    tokens = workload.sampled_rows * workload.row_tokens * len(due)
     return Amount(
         units={"warmup_checkpoints": tokens}, tokens=tokens, loads=len(due), bytes=workload.training_bytes(len(due))
     )
+
+
+def _schedule_figures(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
+    """The mean learning rate follows from the schedule and the size of the sample.
+
+    Where that is not known yet, every row of the pool counts as usable: an epoch of one step with that many rows has
+    one with fewer, so what has no weight here has none in the run.
+    """
+    from less_assets.method.training.training import TrainingSettings
+    from less_assets.method.training.warmup import mean_learning_rates
+
+    warmup = lineage.project.warmup
+    if warmup.imported:
+        return {}
+    rows = lineage.summary("warmup_sample").get("rows") or math.ceil(warmup.fraction * lineage.pool_files.rows)
+    epoch = lineage.project.checkpoints.index(keys["checkpoint"])
+    rates = mean_learning_rates(TrainingSettings(**warmup.training_values()), rows)
+    return {"mean_learning_rate": rates[epoch]}
 
 
 def _sample_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
@@ -308,9 +327,11 @@ ASSETS = (
         outside=_imported_files,
         compute=make_checkpoint,
         describe=describe_checkpoint,
+        known_figures=_schedule_figures,
         in_ranges=True,
         loads_model=True,
         amount=checkpoint_work,
+        passes=2,
         counts_tokens=True,
         speed=Guess(("finetuned_model", TRAINING)),
     ),

@@ -250,6 +250,7 @@ def test_everything_that_loads_a_model_is_in_the_pool_of_which_one_step_runs_at_
     recipes = [
         {"name": "exact", "strategy": "less", "fraction": 0.1, "rescore": "exact"},
         {"name": "rds", "strategy": "rds", "fraction": 0.1},
+        {"name": "tuned", "strategy": "target_tuned", "fraction": 0.1},
     ]
     assets = build_definitions(project(recipes=recipes)).assets
     pools = {key.to_user_string(): each.op.pool for each in assets for key in each.keys}
@@ -263,6 +264,7 @@ def test_everything_that_loads_a_model_is_in_the_pool_of_which_one_step_runs_at_
             "exact_scores",
         ),
         *("pool_embeddings", "target_embeddings", "token_attribution", "finetuned_model", "eval_results"),
+        *("target_tuned_adapter", "target_tuned_losses"),
     }
     defaults = yaml.safe_load((REPOSITORY / "less_assets/running/dagster.yaml").read_text())
     assert defaults["concurrency"]["pools"] == {"granularity": "op", "default_limit": 1}

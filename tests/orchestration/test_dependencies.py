@@ -19,6 +19,8 @@ RECIPES = [
     {"name": "dsir", "strategy": "dsir", "fraction": 0.2},
     {"name": "rds", "strategy": "rds", "fraction": 0.2},
     {"name": "mid", "strategy": "perplexity", "fraction": 0.2},
+    {"name": "tuned", "strategy": "target_tuned", "fraction": 0.2},
+    {"name": "as-tuned", "strategy": "length_matched", "match": "tuned", "fraction": 0.2},
     {"name": "as-long", "strategy": "length_matched", "match": "rds", "fraction": 0.2},
     {"name": "as-less", "strategy": "length_matched", "match": "exact", "fraction": 0.2},
     {"name": "as-targets", "strategy": "length_matched", "fraction": 0.2},

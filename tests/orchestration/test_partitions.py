@@ -41,12 +41,14 @@ recipes:
   - {name: as-targets, strategy: length_matched, fraction: 0.1}
   - {name: against-pool, strategy: less, fraction: 0.1, precondition: pool}
   - {name: given, strategy: external, fraction: 0.1, scores: scores.csv}
+  - {name: tuned, strategy: target_tuned, fraction: 0.1}
+  - {name: as-tuned, strategy: length_matched, match: tuned, fraction: 0.1}
 """
 CHECKPOINTS = ["epoch-1", "epoch-2", "epoch-3"]
 SHARD_KEYS = ["plus-00000", "plus-00001"]
 TASKS = ["sums", "sky", "both"]
 RECIPES = ["less", "less-paper", "random-seed0", "random-seed1", "full", "base", "rds", "mid", "bm25", "dsir-seed0"]
-RECIPES += ["as-less-seed0", "as-rds-seed0", "as-targets-seed0", "against-pool", "given"]
+RECIPES += ["as-less-seed0", "as-rds-seed0", "as-targets-seed0", "against-pool", "given", "tuned", "as-tuned-seed0"]
 AXES = {name: asset.axes for name, asset in ASSETS.items()}
 KEYS = {"checkpoint": CHECKPOINTS, "shard": SHARD_KEYS, "task": TASKS, "recipe": RECIPES}
 
@@ -94,6 +96,16 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("preconditioned_scores", "against-pool|sky", "influence_scores", ["sky"]),
     ("preconditioned_scores", "against-pool|sky", "pool_index", [None]),
     ("external_scores", "given|sky", "pool_index", [None]),
+    ("target_tuned_adapter", "sky", "base_model", [None]),
+    ("target_tuned_adapter", "both", "target_examples", ["both"]),
+    ("target_tuned_losses", "plus-00001|sky", "target_tuned_adapter", ["sky"]),
+    ("target_tuned_losses", "plus-00001|sky", "instruction_pool", ["plus-00001"]),
+    ("target_tuned_scores", "sky", "pool_index", [None]),
+    ("target_tuned_scores", "sky", "pool_embeddings", SHARD_KEYS),
+    ("target_tuned_scores", "sky", "target_tuned_losses", [f"{shard}|sky" for shard in SHARD_KEYS]),
+    ("selected_subset", "tuned|sky", "target_tuned_scores", ["sky"]),
+    ("selected_subset", "as-tuned-seed0|sky", "target_tuned_scores", ["sky"]),
+    ("selected_subset", "less|sky", "target_tuned_scores", []),
     ("selected_subset", "against-pool|sky", "preconditioned_scores", ["against-pool|sky"]),
     ("selected_subset", "against-pool|sky", "influence_scores", []),
     ("selected_subset", "given|sky", "external_scores", ["given|sky"]),
@@ -209,6 +221,7 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("selected_subset", "target_examples"): ["as-targets-seed0"],
         ("selected_subset", "preconditioned_scores"): ["against-pool"],
         ("selected_subset", "external_scores"): ["given"],
+        ("selected_subset", "target_tuned_scores"): ["tuned", "as-tuned-seed0"],
         ("embedding_scores", "target_embeddings"): ["rds"],
         ("selection_report", "influence_scores"): ["less", "less-paper"],
         ("selection_report", "token_attribution"): ["less", "less-paper"],
@@ -253,7 +266,8 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
     text = text.replace(b"strategy: less, fraction: 0.1, precondition: pool", b"strategy: full")
     text = text.replace(b"strategy: external, fraction: 0.1, scores: scores.csv", b"strategy: full")
     text = text.replace(b"exclude: [left-out.jsonl]\n", b"")
-    text = text.replace(b"match: less, ", b"").replace(b"match: rds, ", b"")
+    text = text.replace(b"strategy: target_tuned, fraction: 0.1", b"strategy: full")
+    text = text.replace(b"match: less, ", b"").replace(b"match: rds, ", b"").replace(b"match: tuned, ", b"")
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
     assert dg.AssetKey("influence_scores") not in graph.get(dg.AssetKey("selected_subset")).parent_keys
     assert dg.AssetKey("influence_scores") in graph.get_all_asset_keys()
@@ -313,6 +327,7 @@ def test_dagster_accepts_every_mapping(graph):
 def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less_than_a_run(graph):
     single = [asset for asset in ASSETS if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
     sharing = ["instruction_pool", "refused_rows", "warmup_checkpoints", "train_gradients", "target_gradients"]
+    sharing += ["target_tuned_losses"]
     sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
     assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset"}
     for asset in single:

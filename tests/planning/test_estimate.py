@@ -1,6 +1,7 @@
 """What `less-assets plan` says a run costs: amounts against what a run really did, speeds, and where they are kept."""
 
 import json
+import math
 import re
 
 import dagster as dg
@@ -11,6 +12,7 @@ from less_assets.compute import speeds as rates
 from less_assets.compute.models import ModelLoader, cache_folder
 from less_assets.compute.speeds import Rate, Rates
 from less_assets.compute.workload import ARTIFACT_SECONDS, RUN_SECONDS, Amount
+from less_assets.inspection.plan_words import plan_as_data, print_plan
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
 from less_assets.planning.estimate import Estimate, estimate
@@ -143,6 +145,54 @@ def test_work_that_is_stored_already_costs_only_its_record(planned):
     found = by_asset(planned.estimate(until="train_gradients"))["train_gradients"]
     assert found.due == 8
     assert (found.amount.tokens, found.amount.bytes) == (0, 0)
+
+
+def test_training_is_compared_with_selecting_for_each_recipe_that_needs_a_model_for_it(planned, monkeypatch, capsys):
+    """Against the plan's own tokens: here nothing is shared, and every recipe selects as many rows of one length."""
+    planned.tiny.settings["recipes"] = [
+        {"name": "less", "strategy": "less", "fraction": 0.2},
+        {"name": "rds", "strategy": "rds", "fraction": 0.2},
+        {"name": "tuned", "strategy": "target_tuned", "fraction": 0.2},
+        {"name": "bm25", "strategy": "bm25", "fraction": 0.2},
+        {"name": "base", "strategy": "none"},
+    ]
+    planned.tiny.settings["finetuning"]["epochs"] = 20
+    found = planned.estimate()
+    tokens = {line.asset: line.amount.tokens for line in found.assets if line.amount}
+    training = 2 * tokens["finetuned_model"] / 4
+    selection = {
+        "less": 2 * (tokens["warmup_checkpoints"] + tokens["train_gradients"] + tokens["target_gradients"]),
+        "rds": tokens["pool_embeddings"] + tokens["target_embeddings"],
+        "tuned": tokens["pool_embeddings"] + tokens["target_tuned_losses"] + 2 * tokens["target_tuned_adapter"],
+    }
+    expected = {recipe: pytest.approx(training / cost) for recipe, cost in selection.items()}
+    ratios = {ratio.recipe: ratio for ratio in found.ratios}
+    assert {recipe: ratio.ratio for recipe, ratio in ratios.items()} == expected
+    assert ratios["less"].cheaper == {"target_tuned": expected["tuned"], "rds": expected["rds"], "bm25": math.inf}
+    assert set(ratios["rds"].cheaper) == {"bm25"}
+    assert ratios["less"].ratio < 10
+    print_plan(found)
+    said = capsys.readouterr().out
+    assert f"compute of fine-tuning ÷ compute of selecting: less {ratios['less'].ratio:.2g}, rds" in said
+    assert re.search(r"less is below 10\. Cheaper: a selecting model .* \(LESS-T: 10\); `strategy: target_tuned`", said)
+    assert "Warning: the warm-up has 12 optimizer steps" in said
+    data = json.loads(json.dumps(plan_as_data(found)))
+    assert data["compute"][0]["training_over_selection"] == ratios["less"].ratio
+    assert data["compute"][0]["cheaper"]["bm25"] is None
+
+    sizes = {planned.tiny.settings["model"]["base"]: 100, "owner/large": 700}
+    monkeypatch.setattr(ModelLoader, "parameters", lambda self, base: sizes.get(base))
+    planned.tiny.settings["recipes"][0]["model"] = "owner/large"
+    planned.tiny.settings["recipes"][1]["model"] = "owner/never-seen"
+    found = planned.estimate()
+    assert {ratio.recipe: ratio.ratio for ratio in found.ratios} == {
+        "less": pytest.approx(7 * training / selection["less"]),
+        "rds": None,
+        "tuned": expected["tuned"],
+    }
+    print_plan(found)
+    assert "the size of the model that rds trains is not known" in capsys.readouterr().out
+    assert planned.estimate(until="selected_subset").ratios == []
 
 
 def test_a_calibration_measures_what_no_run_has_and_is_kept(planned):

@@ -18,10 +18,12 @@ from less_assets.project.keys import all_keys
 from less_assets.project.project import Project, load_project, parse_project
 from less_assets.project.recipes import Budget
 from less_assets.project.reference_page import describe_project_file
-from less_assets.project.sections import Gradients, Lora, Training, Warmup
+from less_assets.project.sections import Gradients, Lora, TargetTuning, Training, Warmup
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = ROOT / "projects"
+SECTIONS = ("lora", "warmup", "gradients", "target_tuning", "finetuning")
+"""Sections of which the template states every key."""
 
 MINIMAL = """\
 name: tiny
@@ -111,6 +113,12 @@ WRONG = {
         "leave it out",
     ),
     "seeds for less": (MINIMAL + "    seeds: [1]\n", 14, "strategy less draws nothing", "leave it out"),
+    "tuning without a recipe for it": (
+        MINIMAL + "target_tuning: {epochs: 2}\n",
+        14,
+        "target_tuning: has no meaning: no recipe has strategy target_tuned",
+        "leave it out",
+    ),
     "seed twice": (with_line("y: less", "y: random\n    seeds: [1, 1]"), 13, "1 is listed 2 times", "list it once"),
     "candidates without rescoring": (MINIMAL + "    candidates: 2\n", 14, "without `rescore: exact`", "leave it out"),
     "bytes of a row and dimension": (
@@ -613,6 +621,7 @@ recipes:
   - {name: less, strategy: less, fraction: 0.1, rescore: exact}
   - {name: random, strategy: random, rows: 3}
   - {name: base, strategy: none}
+  - {name: tuned, strategy: target_tuned, rows: 3}
 finetuning: {epochs: 1}
 report: {token_rows: 1}
 compute: {backend: ray}
@@ -632,6 +641,7 @@ def views(data: dict) -> dict[str, dict]:
         "task": found.task_settings("t"),
         "grading": found.grading_settings("t"),
         "recipe": found.recipe_settings("less"),
+        "target_tuning": found.target_tuning_settings(),
         "finetuning": found.finetuning_settings("less"),
         "untrained": found.finetuning_settings("base"),
         "report": found.report_settings(),
@@ -724,12 +734,12 @@ def test_the_template_shows_every_key_with_its_default():
         assert re.search(rf"(^|[\s{{,#-]){path.rpartition('.')[2].removesuffix('[]')}:", text, re.MULTILINE), path
     template = load_project(PROJECTS / "template.yaml")
     assert (template.lora, template.warmup, template.gradients) == (Lora(), Warmup(), Gradients())
-    assert template.finetuning == Training()
+    assert (template.target_tuning, template.finetuning) == (TargetTuning(), Training())
     data = yaml.safe_load(text)
-    stated = {f"{section}.{key}" for section in ("lora", "warmup", "gradients", "finetuning") for key in data[section]}
+    stated = {f"{section}.{key}" for section in SECTIONS for key in data[section]}
     commented = {"warmup.import", "warmup.mean_learning_rates"}
     assert stated | commented == {
-        key for key in all_keys(Project) if key.startswith(("lora.", "warmup.", "gradients.", "finetuning."))
+        key for key in all_keys(Project) if key.startswith(tuple(f"{section}." for section in SECTIONS))
     }
 
 

@@ -13,6 +13,7 @@ RECIPES = [
     {"name": "mid", "strategy": "perplexity", "fraction": 0.2},
     {"name": "against-pool", "strategy": "less", "fraction": 0.2, "precondition": "pool"},
     {"name": "match", "strategy": "less", "fraction": 0.2, "aggregate": "match"},
+    {"name": "tuned", "strategy": "target_tuned", "fraction": 0.2},
     {"name": "given", "strategy": "external", "fraction": 0.2, "scores": "scores.csv"},
     {"name": "full", "strategy": "full"},
     {"name": "base", "strategy": "none"},
@@ -23,11 +24,14 @@ NEEDED_BY = {
     "text_scores": ["bm25"],
     "preconditioned_scores": ["against-pool"],
     "external_scores": ["given"],
-    "pool_embeddings": ["rds", "mid"],
+    "pool_embeddings": ["rds", "mid", "tuned"],
     "target_embeddings": ["rds"],
     "embedding_scores": ["rds", "mid"],
+    "target_tuned_adapter": ["tuned"],
+    "target_tuned_losses": ["tuned"],
+    "target_tuned_scores": ["tuned"],
     "token_attribution": ["less", "exact"],
-    "selection_report": ["less", "exact", "bm25", "rds", "mid", "against-pool", "match", "given"],
+    "selection_report": ["less", "exact", "bm25", "rds", "mid", "against-pool", "match", "tuned", "given"],
 }
 
 

@@ -18,10 +18,10 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "model.date": (datetime.date(2026, 2, 1), {"model", "finetuning", "untrained"}),
     "model.quantization": ("4bit", {"model", "finetuning", "untrained"}),
     "model.trust_remote_code": (True, {"model", "finetuning", "untrained"}),
-    "lora.rank": (9, {"warmup", "finetuning"}),
-    "lora.alpha": (9.0, {"warmup", "finetuning"}),
-    "lora.dropout": (0.2, {"warmup", "finetuning"}),
-    "lora.target_modules": (["q_proj"], {"warmup", "finetuning"}),
+    "lora.rank": (9, {"warmup", "target_tuning", "finetuning"}),
+    "lora.alpha": (9.0, {"warmup", "target_tuning", "finetuning"}),
+    "lora.dropout": (0.2, {"warmup", "target_tuning", "finetuning"}),
+    "lora.target_modules": (["q_proj"], {"warmup", "target_tuning", "finetuning"}),
     "pool.shard_size": (11, set()),
     "pool.sources[].path": ("other.jsonl", set()),
     "pool.sources[].format": ("alpaca", {"source"}),
@@ -66,7 +66,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "tasks[].validation.path": ("other.jsonl", {"task"}),
     **{
         f"{section}.{key}": (value, {section} if changes else set())
-        for section in ("warmup", "finetuning")
+        for section in ("warmup", "target_tuning", "finetuning")
         for key, value, changes in [
             ("epochs", 7, True),
             ("learning_rate", 0.5, True),
@@ -80,6 +80,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
         ]
     },
     "finetuning.seed": (8, {"finetuning"}),
+    "target_tuning.seed": (8, {"target_tuning"}),
     "report.token_rows": (7, {"report"}),
     "report.context_rows": (7, {"report"}),
     "compute.backend": ("local", set()),

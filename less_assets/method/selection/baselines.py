@@ -372,7 +372,7 @@ def _no_embeddings(model: PreTrainedModel | PeftModel, reason: str) -> Unsupport
     return UnsupportedModelError(
         f"{reason}: this architecture can't embed rows or take their perplexity.",
         where=type(_without_peft(model)).__name__,
-        fix="Leave out recipes with the strategies rds and perplexity, or choose another base model.",
+        fix="Leave out recipes with the strategies rds, perplexity and target_tuned, or choose another base model.",
     )
 
 

@@ -333,11 +333,36 @@ def count_adapter_parameters(base: str, lora: LoraSettings, *, cache_dir: Path, 
         ModelLoadError: The model can't be found, or has no layer of that name.
     """
     files = find_base(base, cache_dir, trust_remote_code=trust_remote_code)
-    with _loading(base), _without_progress_bars(), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-        shape = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    adapted = attach_adapter(shape, lora, seed=0)
+    adapted = attach_adapter(_shape(base, str(files.folder), trust_remote_code), lora, seed=0)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+def count_parameters(base: str, *, cache_dir: Path, trust_remote_code: bool = False) -> int:
+    """Number of parameters of a base model, from its configuration alone: weights on the Hub are not fetched for it.
+
+    Args:
+        base: See `find_base`.
+        cache_dir: See `find_base`.
+        trust_remote_code: Run Python files that come with the model.
+
+    Raises:
+        ModelLoadError: The configuration can't be found or read.
+    """
+    name, _, revision = base.partition("@")
+    if base.startswith("gguf:") or Path(base).expanduser().is_dir():
+        name, revision = str(find_base(base, cache_dir, trust_remote_code=trust_remote_code).folder), ""
+    return _shape(base, name, trust_remote_code, revision or None).num_parameters()
+
+
+def _shape(
+    base: str, folder_or_id: str, trust_remote_code: bool, revision: str | None = None
+) -> transformers.PreTrainedModel:
+    """A model without weights."""
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _loading(base), _without_progress_bars(), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder_or_id, revision=revision, **options)
+        shape: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, **options)
+    return shape
 
 
 def load_adapter(
