@@ -256,7 +256,8 @@ def describe_subset(stored: Stored) -> Shown:
     top = table.head(TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
     recipe, task = split(stored.partition)
     project, best = stored.lineage.project, top["example_id"][0]
-    if chooses_rows(project, recipe) and task not in project.folds:
+    has_report = recipe in project.recipe_keys and chooses_rows(project, recipe)  # a pilot has none
+    if has_report and task not in project.folds:
         values["explain_top_row"] = explain_command(project, task, best)
         values["open_report"] = ReportLink(stored.partition)
         values["open_top_row"] = ReportLink(stored.partition, best)
