@@ -193,6 +193,7 @@ def test_the_graph_in_the_readme_is_the_graph():
     legible |= {(parent, "exact_scores") for parent in ASSETS}
     scores = ("influence", "embedding", "text", "target_tuned", "preconditioned", "external")
     legible |= {("pool_index", f"{kind}_scores") for kind in scores}
+    legible |= {(parent, "pilot_subset") for parent in ASSETS}
     legible |= {("base_model", asset) for asset in ("pool_embeddings", "target_embeddings", "target_tuned_adapter")}
     assert drawn <= edges, "an arrow that the graph does not have"
     assert edges - drawn <= legible, "a dependency that the picture does not show"
@@ -221,6 +222,9 @@ def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     settings["recipes"] = [less, {"name": "base", "strategy": "none"}, {"name": "rds", "strategy": "rds", "rows": 4}]
     settings["recipes"].append({"name": "bm25", "strategy": "bm25", "rows": 4, "quotas": {"plus": 0.5}})
     settings["recipes"].append({"name": "tuned", "strategy": "target_tuned", "rows": 4})
+    settings["tasks"][0]["validation"] = {"path": "held_out/sky.jsonl"}
+    tournament = {"name": "best", "strategy": "tournament", "candidates": ["rds"], "rows": 4}
+    settings["recipes"].append(tournament)
     settings["exclude"] = ["left-out.jsonl"]
     (tiny_project.folder / "left-out.jsonl").write_text("")
     project = load_project(tiny_project.path)

@@ -204,10 +204,10 @@ class Workload:
             for example in read_targets(member.examples.format, member.examples.path)
         }
 
-    def selected_rows(self, recipe_key: str, task: str) -> float:
-        """Rows of a recipe's subset."""
+    def selected_rows(self, recipe_key: str, task: str, asset: str = "selected_subset") -> float:
+        """Rows of the subset of a recipe, or (`pilot_subset`) of a pilot."""
         recipe = self.project.recipe(recipe_key)
-        known = self.known("selected_subset", f"{recipe_key}|{task}", "rows")
+        known = self.known(asset, f"{recipe_key}|{task}", "rows")
         if known is not None or not recipe.traits.chooses_rows:
             return float(known or 0)
         unique = self.known("pool_index", None, "unique") or self.pool_rows

@@ -36,6 +36,7 @@ from less_assets.reading.rows import (
     target_influence,
 )
 from less_assets.reading.selection_cut import Cuts
+from less_assets.reading.tournaments import choice_table
 from less_assets.store.tables import read_parquet
 
 NEAREST = 5
@@ -258,6 +259,9 @@ def _stored_standing(lineage: Lineage, task: str, key: str, row: pl.DataFrame) -
     standing: dict[str, Any] = {"recipe": key, "state": state}
     if state != "fresh":
         return standing
+    if choice := choice_table(lineage, key, task):
+        table, why = choice
+        standing["choice"] = {"why": why, "candidates": table.to_dicts()}
     subset = read_parquet(lineage.folder("selected_subset", partition), SUBSET)
     selected = subset.filter(pl.col("example_id") == row["example_id"][0])
     standing |= {"selected": bool(selected.height), "rows": subset.height}
@@ -358,6 +362,7 @@ def in_words(explanation: Mapping[str, Any]) -> str:
     parts += [_influence_words(influence, weights, task) for influence in explanation["influence"]]
     recipes = [(standing["recipe"], _recipe_words(standing)) for standing in explanation["recipes"]]
     parts.append(f"recipes\n{text_table(recipes, indent=2)}")
+    parts += [_choice_words(standing) for standing in explanation["recipes"] if "choice" in standing]
     if targets := explanation["nearest_targets"]:
         rows = [
             (
@@ -429,6 +434,13 @@ def _recipe_words(standing: Mapping[str, Any]) -> str:
     if before and after is not None:
         words += f"; loss {before:.4g} before and {after:.4g} after training on the targets ({after / before - 1:+.1%})"
     return f"{words} ({standing['note']})" if standing.get("note") else words
+
+
+def _choice_words(standing: Mapping[str, Any]) -> str:
+    choice = standing["choice"]
+    rows = [[str(value) for value in candidate.values()] for candidate in choice["candidates"]]
+    headings = list(choice["candidates"][0])
+    return f"tournament {standing['recipe']}: {choice['why']}\n{text_table(rows, headings, indent=2)}"
 
 
 def _token_words(tokens: Mapping[str, Any]) -> str:

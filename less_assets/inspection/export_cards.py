@@ -22,6 +22,7 @@ from less_assets.method.data.conversations import carries_loss
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import judge_selection
 from less_assets.reading.files import BOARD, EXAMPLES
+from less_assets.reading.tournaments import choice_table
 from less_assets.store.tables import read_parquet
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -121,9 +122,11 @@ def _selected(lineage: Lineage, recipe: ResolvedRecipe, task: str, subset: pl.Da
         f"| {_text(source)} | {count:,} | {sources.get(source, 0):,} |" for source, count in pool["sources"].items()
     )
     settings = yaml.safe_dump(json.loads(json.dumps(_recipe_settings(lineage, recipe))))
+    choice = choice_table(lineage, recipe.key, task)
+    chosen = f" By trials of several recipes: {choice[1]}." if choice else ""
     return (
         f"{subset.height:,} rows, selected from {pool['unique']:,} different usable rows by the recipe "
-        f"`{recipe.key}` for the task `{task}`, best first.\n\n"
+        f"`{recipe.key}` for the task `{task}`, best first.{chosen}\n\n"
         f"Made with LESS Assets {version('less-assets')}. Fingerprint of the selection: `{manifest.fingerprint}`; "
         f"version of its content: `{manifest.data_version}`. Model whose gradients were taken, where the recipe takes "
         f"any: {_base_words(lineage, replace(recipe, model=None))}.\n\n"

@@ -14,6 +14,7 @@ from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
 from less_assets.reading.files import BOARD, REPORT, SUBSET
+from less_assets.reading.tournaments import choice_table
 from less_assets.steps.registry import open_lineage
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.tables import read_parquet
@@ -40,6 +41,7 @@ def results(project: Project, store: ArtifactStore, tasks: Sequence[str] = ()) -
         boards = [lineage.folder("task_results", task) for task in tasks] or [lineage.folder("leaderboard")]
         parts += [_leaderboard(read_parquet(board, BOARD)) for board in boards]
         parts += [_shares(lineage, task) for task in tasks or project.task_names]
+        parts.append(_choices(lineage, tasks or project.task_names))
     except (MissingArtifactError, StaleArtifactError):
         parts.append("(Tables of results are made by a run without --until and --recipe.)")
     if pages := _pages(lineage):
@@ -118,6 +120,14 @@ def _shares(lineage: Lineage, task: str) -> str:
         for name, counts in columns.items()
     )
     return f"Share of each source among the rows selected for {task}\n{_table(table)}"
+
+
+def _choices(lineage: Lineage, tasks: Sequence[str]) -> str:
+    """What tournaments have chosen, and why."""
+    held = [key for key, recipe in lineage.project.recipe_keys.items() if recipe.tournament]
+    found = [(f"{key} for {task}", choice_table(lineage, key, task)) for key in held for task in tasks]
+    rows = [(name, choice[1]) for name, choice in found if choice]
+    return f"Tournaments\n{text_table(rows)}" if rows else ""
 
 
 def _table(frame: pl.DataFrame) -> str:

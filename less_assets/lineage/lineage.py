@@ -29,18 +29,19 @@ AxisKeys = Callable[[str], Sequence[str]]
 class Input:
     """An asset that another one reads.
 
-    A partition reads the equal key on every axis that both assets have, and all keys on the others.
+    A partition reads the equal key on every axis that both assets have, of the axis `pilot` the keys of its own
+    recipe's pilots, and all keys on the others.
 
     Attributes:
         asset: Name of the asset that is read.
-        read_by: Which recipes read it, by key; None: all. Only for assets with the axis `recipe`.
-        of_recipe: The recipe whose partition a recipe reads, by key; None: its own.
+        read_by: Which recipes, or pilots, read it, by key; None: all. Only for assets with one of these axes.
+        of_recipes: The recipes whose partitions a recipe, or pilot, reads, by key; None: its own.
         with_folds: Whether a task's partition reads those of its folds besides its own.
     """
 
     asset: str
     read_by: Callable[[Project, str], bool] | None = None
-    of_recipe: Callable[[Project, str], str] | None = None
+    of_recipes: Callable[[Project, str], Sequence[str]] | None = None
     with_folds: bool = False
 
     def is_read(self, project: Project, reader: "Declaration") -> bool:
@@ -118,14 +119,16 @@ class Declaration:
             keys: The reader's partition.
             keys_of: All keys of an axis.
         """
-        fixed = {axis: [key] for axis, key in keys.items() if axis in self.axes}
+        fixed: dict[str, Sequence[str]] = {axis: [key] for axis, key in keys.items() if axis in self.axes}
         if read.with_folds and "task" in fixed:
-            fixed["task"] += project.folds_of(keys["task"])
-        if recipe := keys.get("recipe"):
-            if read.read_by is not None and not read.read_by(project, recipe):
+            fixed["task"] = [keys["task"], *project.folds_of(keys["task"])]
+        if selecting := keys.get("recipe") or keys.get("pilot"):
+            if read.read_by is not None and not read.read_by(project, selecting):
                 return []
-            if read.of_recipe is not None:
-                fixed["recipe"] = [read.of_recipe(project, recipe)]
+            if read.of_recipes is not None:
+                fixed["recipe"] = read.of_recipes(project, selecting)
+        if "recipe" in keys and "pilot" in self.axes:
+            fixed["pilot"] = project.pilots_of(keys["recipe"])
         return self._product(project, keys_of, fixed)
 
     def _product(self, project: Project, keys_of: AxisKeys, fixed: Mapping[str, Sequence[str]]) -> list[str | None]:
@@ -137,7 +140,10 @@ class Declaration:
             [key for key in (fixed[axis] if axis in fixed else keys_of(axis)) if key not in left_out.get(axis, ())]
             for axis in self.axes
         ]
-        return ["|".join(keys) or None for keys in product(*choices)] if self.exists(project) else []
+        if not self.exists(project):
+            return []
+        combined = (keys for keys in product(*choices) if project.combines(dict(zip(self.axes, keys, strict=True))))
+        return ["|".join(keys) or None for keys in combined]
 
 
 def axis_keys(project: Project, shards: Callable[[], Sequence[str]]) -> AxisKeys:
@@ -147,7 +153,8 @@ def axis_keys(project: Project, shards: Callable[[], Sequence[str]]) -> AxisKeys
         project: The project file.
         shards: Gives the keys of the pool's shards, when they are asked for.
     """
-    fixed = {"checkpoint": project.checkpoints, "task": project.task_keys, "recipe": list(project.recipe_keys)}
+    fixed = {"checkpoint": project.checkpoints, "task": project.task_keys}
+    fixed |= {"recipe": list(project.recipe_keys), "pilot": list(project.pilots)}
     return lambda axis: fixed[axis] if axis in fixed else shards()
 
 

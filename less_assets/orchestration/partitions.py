@@ -15,7 +15,8 @@ from less_assets.project.project import Project
 from less_assets.steps.registry import ASSETS
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shard")
-RECIPE_BY_TASK = ("recipe", "task")
+WRITTEN_OUT = (("recipe", "task"), ("pilot", "task"))
+"""Pairs of axes that are one dimension."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,19 @@ class Axes:
 
     @cached_property
     def _grids(self) -> dict[tuple[str, ...], dg.PartitionsDefinition]:
-        grids = {asset.axes for asset in ASSETS.values() if len(asset.axes) > 1 and asset.axes != RECIPE_BY_TASK}
+        grids = {asset.axes for asset in ASSETS.values() if len(asset.axes) > 1 and asset.axes not in WRITTEN_OUT}
         return {axes: dg.MultiPartitionsDefinition({axis: self._single[axis] for axis in axes}) for axes in grids}
 
     def of(self, asset: Declaration) -> dg.PartitionsDefinition | None:
         """Partitions definition of an asset; None if it is unpartitioned.
 
-        Recipes by tasks are one dimension, written out: some recipes read scores and others do not, and Dagster follows
-        such a mapping in both directions (backfills need that) only between two static dimensions. In the launch
-        dialog, type `|bbh` and select all: every recipe of a task.
+        Recipes by tasks are one dimension, written out, and so are pilots by tasks: some recipes read scores and others
+        do not, and Dagster follows such a mapping in both directions (backfills need that) only between two static
+        dimensions. In the launch dialog, type `|bbh` and select all: every recipe of a task.
         """
         if not asset.axes:
             return None
-        if asset.axes == RECIPE_BY_TASK:
+        if asset.axes in WRITTEN_OUT:
             return dg.StaticPartitionsDefinition(self._keys(asset))
         if asset.axes == ("task",) and not asset.of_folds:
             return dg.StaticPartitionsDefinition(self.project.task_names)
@@ -69,7 +70,7 @@ class Axes:
         if not asset.axes or not upstream.axes:
             return None
         shared = set(asset.axes) & set(upstream.axes)
-        if RECIPE_BY_TASK not in (asset.axes, upstream.axes):
+        if not {asset.axes, upstream.axes} & {*WRITTEN_OUT}:
             inferred = shared in (set(asset.axes), set(upstream.axes))
             return None if inferred else dg.AllPartitionMapping()
         if not shared:

@@ -17,7 +17,7 @@ from less_assets.errors import ProjectFileError
 from less_assets.method import DEFAULT_DATE, DRAW_VERSION, SKETCH_VERSION
 from less_assets.project.keys import Section, explain, nearest, setting, shown_path
 from less_assets.project.model_files import template_writes_day
-from less_assets.project.recipes import ResolvedRecipe, resolve
+from less_assets.project.recipes import Pilot, ResolvedRecipe, candidates_of, pilots_of, resolve
 from less_assets.project.rules import rules_between_sections
 from less_assets.project.sections import (
     Compute,
@@ -138,6 +138,39 @@ class Project(Section):
         """Keys of the recipe axis, in the order of the file, and what they stand for."""
         return {resolved.key: resolved for recipe in self.recipes for resolved in resolve(recipe, self.gradients.forms)}
 
+    @cached_property
+    def pilots(self) -> dict[str, Pilot]:
+        """The pilots of all tournaments, by their keys on the pilot axis."""
+        recipes = list(self.recipe_keys.values())
+        held = [pilot for recipe in recipes if recipe.tournament for pilot in pilots_of(recipe, recipes)]
+        return {pilot.key: pilot for pilot in held}
+
+    def pilots_of(self, tournament: str) -> list[str]:
+        """Keys of a tournament's pilots on the pilot axis."""
+        return [key for key, pilot in self.pilots.items() if pilot.tournament == tournament]
+
+    def candidates(self, key: str) -> dict[str, ResolvedRecipe]:
+        """The candidates of the tournament that a recipe holds, by name, each with the whole budget; else none."""
+        recipe = self.recipe(key)
+        return candidates_of(recipe, list(self.recipe_keys.values())) if recipe.tournament else {}
+
+    def judged_on(self, task: str) -> list[str]:
+        """Keys of the task axis on which pilots for a task are trained and judged: its folds, or the task itself."""
+        return self.folds_of(task) or [task]
+
+    def combines(self, keys: Mapping[str, str]) -> bool:
+        """Whether keys of several axes make a partition.
+
+        Pilots are made for the keys on which they are judged. A tournament is none on the folds: its choice has seen
+        the examples of all of them.
+        """
+        task = keys.get("task")
+        if task is None:
+            return True
+        if "pilot" in keys:
+            return not self.folds_of(task)
+        return task not in self.folds or "recipe" not in keys or self.recipe(keys["recipe"]).tournament is None
+
     def task(self, name: str) -> Task:
         """The task of a key of the task axis; of a fold, the task without evaluation.
 
@@ -149,12 +182,14 @@ class Project(Section):
         return _by_name("task", {task.name: task for task in self.tasks}, name, self.path)
 
     def recipe(self, key: str) -> ResolvedRecipe:
-        """What a recipe key stands for.
+        """What a recipe key stands for, or the key of a pilot: a candidate with a smaller budget.
 
         Raises:
             ProjectFileError: There is none.
         """
-        return _by_name("recipe", self.recipe_keys, key, self.path)
+        if key in self.recipe_keys or key not in self.pilots:
+            return _by_name("recipe", self.recipe_keys, key, self.path)
+        return self.pilots[key].recipe
 
     def source(self, name: str) -> Source:
         """The pool source of a name.
@@ -173,23 +208,33 @@ class Project(Section):
         """Key of the recipe whose scores a recipe reads: its own, or that of the recipe whose lengths it matches."""
         return self.recipe(key).match or key
 
+    def _selecting(self, key: str) -> list[ResolvedRecipe]:
+        """The recipes by which the rows of a recipe, or pilot, may be selected: of a tournament its candidates."""
+        return list(self.candidates(key).values()) or [self.recipe(key)]
+
+    def scored_by(self, key: str) -> list[str]:
+        """Keys of the recipes whose scores a recipe, or pilot, reads: see `ranked_by`; a tournament reads several."""
+        reading = [recipe for recipe in self._selecting(key) if recipe.scores is not None or recipe.match is not None]
+        return list(dict.fromkeys(self.ranked_by(recipe.key) for recipe in reading))
+
     def selects_by_influence(self, key: str) -> bool:
         """Whether a recipe takes the rows of the highest influence itself."""
         return self.recipe(key).ranks_by_influence
 
     def reads_scores(self, key: str) -> bool:
         """Whether a recipe reads influence scores."""
-        return self.recipe(self.ranked_by(key)).scores == "influence"
+        return any(self.recipe(other).scores == "influence" for other in self.scored_by(key))
 
     def matches_targets(self, key: str) -> bool:
         """Whether a recipe draws rows that are as long as the task's target examples."""
-        recipe = self.recipe(key)
-        return recipe.traits.draws_by_length and recipe.match is None
+        return any(recipe.traits.draws_by_length and recipe.match is None for recipe in self._selecting(key))
 
     def counts_tokens(self, key: str) -> bool:
         """Whether a recipe's selection depends on the lengths of rows in tokens of the base model."""
-        recipe = self.recipe(key)
-        return recipe.traits.draws_by_length or (recipe.budget is not None and recipe.budget.unit == "tokens")
+        return any(
+            recipe.traits.draws_by_length or (recipe.budget is not None and recipe.budget.unit == "tokens")
+            for recipe in self._selecting(key)
+        )
 
     # What follows names the settings that can change numbers, as plain data for fingerprints. Left out is what cannot:
     # where things are kept and run, batch sizes that only change rounding, and paths, whose content is hashed instead.
@@ -268,8 +313,17 @@ class Project(Section):
     def recipe_settings(self, key: str) -> dict[str, JsonValue]:
         """Settings of a selection: equal for recipes that differ in name or in the model to fine-tune only."""
         recipe = self.recipe(key)
+        settings = self._choice_settings(recipe)
+        if recipe.tournament:
+            settings["candidates"] = {
+                name: self._choice_settings(candidate) for name, candidate in self.candidates(key).items()
+            }
+            settings["pilot"], settings["seeds"] = recipe.tournament.pilot, [*recipe.tournament.seeds]
+        return settings
+
+    def _choice_settings(self, recipe: ResolvedRecipe) -> dict[str, JsonValue]:
         settings = asdict(recipe)
-        del settings["scores_file"]  # its content is hashed
+        del settings["scores_file"], settings["tournament"]  # the one's content is hashed, the other stands elsewhere
         for name in ("mix", "damping"):
             if settings[name] is None:  # recipes that were made before there was such a key stay what they are
                 del settings[name]
@@ -301,7 +355,10 @@ class Project(Section):
             model |= {"base": self.as_written(recipe.model)} | self._day_settings(recipe.model)
         if recipe and not recipe.traits.chooses_rows:
             return {"model": model, "training": None}
-        return {"model": model, "lora": self.lora.model_dump(), "training": self.finetuning.training_settings()}
+        training = self.finetuning.training_settings()
+        if key in self.pilots:
+            training |= {"seed": self.pilots[key].seed}
+        return {"model": model, "lora": self.lora.model_dump(), "training": training}
 
 
 def load_project(path: str | os.PathLike[str]) -> Project:

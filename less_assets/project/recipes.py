@@ -4,7 +4,7 @@ Belongs here: what one key of the recipe axis stands for. What a recipe may say 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from less_assets.project.sections import (
     BUDGETS,
@@ -19,6 +19,9 @@ from less_assets.project.sections import (
 )
 from less_assets.project.strategies import STRATEGIES, Strategy
 
+TRIAL_SEEDS = (0, 1)
+"""Seeds of pilots where the file names none."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -26,6 +29,21 @@ class Budget:
 
     unit: Unit
     amount: float | int
+
+
+@dataclass(frozen=True)
+class Tournament:
+    """How a recipe chooses among others: by pilots, small trials of each.
+
+    Attributes:
+        candidates: Names of the recipes, as the file lists them.
+        pilot: Share of the budget that a pilot selects.
+        seeds: Seeds of the pilots' trainings and draws, at least two.
+    """
+
+    candidates: tuple[str, ...]
+    pilot: float
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,7 @@ class ResolvedRecipe:
         mix: Share of the budget that is drawn at random; None: nothing is.
         damping: Damping of the pool's covariance; None: target directions are not preconditioned.
         scores_file: File of scores; None for other strategies than `external`.
+        tournament: Which recipes it chooses among, and how; None for other strategies than `tournament`.
     """
 
     key: str
@@ -69,6 +88,7 @@ class ResolvedRecipe:
     mix: Mix | None
     damping: float | None
     scores_file: str | None
+    tournament: Tournament | None
 
     @property
     def traits(self) -> Strategy:
@@ -96,6 +116,7 @@ def resolve(recipe: Recipe, forms: Sequence[Form]) -> Iterator[ResolvedRecipe]:
     strategy = STRATEGIES[recipe.strategy]
     amounts = {unit: getattr(recipe, unit) for unit in BUDGETS}
     budget = next((Budget(unit, amount) for unit, amount in amounts.items() if amount is not None), None)
+    rescored = recipe.rescore == "exact"
     for seed in recipe.seeds if strategy.draws else [None]:
         yield ResolvedRecipe(
             key=recipe.name if seed is None else f"{recipe.name}-seed{seed}",
@@ -105,7 +126,7 @@ def resolve(recipe: Recipe, forms: Sequence[Form]) -> Iterator[ResolvedRecipe]:
             form=(recipe.form or ("marginal" if "marginal" in forms else forms[0])) if strategy.reads("form") else None,
             subtask=recipe.subtask if strategy.reads("subtask") else None,
             aggregate=recipe.aggregate if strategy.has_subtasks else None,
-            candidates=recipe.candidates if recipe.rescore == "exact" else None,
+            candidates=recipe.candidates if isinstance(recipe.candidates, float) and rescored else None,
             seed=seed,
             keep=recipe.keep if strategy.reads("keep") else None,
             match=recipe.match,
@@ -115,4 +136,62 @@ def resolve(recipe: Recipe, forms: Sequence[Form]) -> Iterator[ResolvedRecipe]:
             mix=recipe.mix,
             damping=recipe.damping if recipe.precondition == "pool" else None,
             scores_file=recipe.scores,
+            tournament=_tournament(recipe) if strategy.holds_tournament else None,
         )
+
+
+def _tournament(recipe: Recipe) -> Tournament:
+    names = recipe.candidates if isinstance(recipe.candidates, list) else []
+    return Tournament(tuple(names), recipe.pilot, tuple(recipe.seeds if recipe.given("seeds") else TRIAL_SEEDS))
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A small trial of a candidate of a tournament: rows, a model trained on them, and what it loses.
+
+    Attributes:
+        key: Its key on the pilot axis.
+        tournament: Key of the recipe that holds the tournament.
+        candidate: Name of the candidate.
+        seed: Seed of the training, and of the draw if the candidate draws.
+        recipe: What selects its rows; its `key` is the candidate's, whose scores it reads.
+    """
+
+    key: str
+    tournament: str
+    candidate: str
+    seed: int
+    recipe: ResolvedRecipe
+
+
+def candidates_of(tournament: ResolvedRecipe, recipes: Sequence[ResolvedRecipe]) -> dict[str, ResolvedRecipe]:
+    """The candidates of a tournament by name, each with the whole budget of the tournament, one at random among them.
+
+    Of a recipe with several seeds the first one stands. Where the list has no recipe with strategy `random`, the
+    project's first one is added, or a plain one.
+
+    Args:
+        tournament: The recipe that holds it.
+        recipes: All recipes of the project.
+    """
+    assert tournament.tournament is not None
+    first = {recipe.name: recipe for recipe in reversed(recipes)}
+    chosen = [first[name] for name in tournament.tournament.candidates if name in first]
+    if not any(recipe.strategy == "random" for recipe in chosen):
+        plain = replace(tournament, key="random", name="random", strategy="random", seed=0, tournament=None)
+        chosen.append(next((recipe for recipe in recipes if recipe.strategy == "random"), plain))
+    return {recipe.name: replace(recipe, budget=tournament.budget, model=None) for recipe in chosen}
+
+
+def pilots_of(tournament: ResolvedRecipe, recipes: Sequence[ResolvedRecipe]) -> Iterator[Pilot]:
+    """The pilots of a tournament: of each candidate one for each seed."""
+    held, budget = tournament.tournament, tournament.budget
+    assert held is not None
+    assert budget is not None
+    share = budget.amount * held.pilot
+    smaller = Budget(budget.unit, share if budget.unit == "fraction" else max(1, round(share)))
+    for name, recipe in candidates_of(tournament, recipes).items():
+        for seed in held.seeds:
+            drawn = seed if recipe.traits.draws else recipe.seed
+            key = f"{tournament.key}.pilot-{name}-seed{seed}"
+            yield Pilot(key, tournament.key, name, seed, replace(recipe, budget=smaller, seed=drawn))

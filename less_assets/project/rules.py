@@ -53,7 +53,9 @@ def rules_between_sections(data: Mapping[str, object], context: dict[str, Path])
                 f"add it there, or choose one of {', '.join(gradients[0].forms)}",
             )
     stated = _stated("name", pool.get("sources") if isinstance(pool, dict) else None)
-    yield from _names_in_recipes(recipes, stated, _stated("name", data.get("recipes")))
+    named = _stated("name", data.get("recipes"))
+    yield from _names_in_recipes(recipes, stated, named)
+    yield from _tournaments(recipes, named, tasks)
 
 
 def _names_of_folds(tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
@@ -90,6 +92,57 @@ def _names_in_recipes(recipes: Mapping[int, Recipe], sources: set[str], names: s
             what = f"{recipe.match!r} has strategy {strategies[str(recipe.match)]}"
             fitting = [name for name, strategy in STRATEGIES.items() if strategy.matchable]
             yield BrokenRule(path, what, f"name a recipe with strategy {', '.join(fitting)}")
+
+
+def _tournaments(recipes: Mapping[int, Recipe], names: set[str], tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
+    """Tournaments name recipes that select a part of the pool, and judge their trials on examples of every task."""
+    held = {index: recipe for index, recipe in recipes.items() if STRATEGIES[recipe.strategy].holds_tournament}
+    by_name = {recipe.name: recipe for recipe in recipes.values()}
+    fitting = [name for name, recipe in by_name.items() if _may_be_candidate(recipe)]
+    for index, tournament in held.items():
+        listed = tournament.candidates if isinstance(tournament.candidates, list) else []
+        for position, name in enumerate(listed):
+            path: KeyPath = ("recipes", index, "candidates", position)
+            if name not in names and name != "random":  # which is added if it is missing
+                yield BrokenRule(path, f"there is no recipe {name!r}", nearest(name, fitting))
+            elif (candidate := by_name.get(name)) and not _may_be_candidate(candidate):
+                what = f"{name!r} has strategy {candidate.strategy}, which selects no share of the pool by itself"
+                yield BrokenRule(path, what, "leave it out")
+            elif candidate and candidate.rescore == "exact" and _budget(candidate) != _budget(tournament):
+                what = f"{name!r} rescores the candidates of another budget than this one"
+                yield BrokenRule(path, what, "give both recipes the same budget")
+        drawn = [name for name in listed if name in by_name and by_name[name].strategy == "random"]
+        if not drawn and "random" in by_name and by_name["random"].strategy != "random":
+            what = "a recipe that is called random and is not"
+            yield BrokenRule(("recipes", index), f"there is {what}", "list one with strategy random as a candidate")
+        for other, recipe in recipes.items():
+            if recipe.name.startswith(f"{tournament.name}.pilot-"):
+                yield BrokenRule(("recipes", other, "name"), "is what pilots are called", "choose another name")
+    yield from _without_validation(held, tasks)
+
+
+def _without_validation(held: Mapping[int, Recipe], tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
+    """Tasks on which a tournament cannot judge."""
+    files = {task.name for task in tasks.values() if task.validation and task.validation.path}
+    for index in held:
+        for task in tasks.values():
+            missing = ", ".join(name for name in task.members or [] if name not in files)
+            if missing:
+                what = f"task {task.name!r} has no examples to judge trials on: {missing} has no validation file"
+                yield BrokenRule(("recipes", index, "strategy"), what, "give each member a `validation` with a `path`")
+            elif not task.members and not task.validation:
+                what = f"task {task.name!r} has no examples to judge trials on"
+                fix = "give it a `validation`: `{folds: 3}`, or a `path` to examples of the targets' form"
+                yield BrokenRule(("recipes", index, "strategy"), what, fix)
+
+
+def _may_be_candidate(recipe: Recipe) -> bool:
+    strategy = STRATEGIES[recipe.strategy]
+    return strategy.has_budget and not strategy.holds_tournament
+
+
+def _budget(recipe: Recipe) -> list[float | None]:
+    return [recipe.fraction, recipe.rows, recipe.tokens]
 
 
 def _valid_parts(kind: type[SomeSection], parts: object, context: dict[str, Path]) -> dict[int, SomeSection]:

@@ -13,6 +13,7 @@ from less_assets.project.keys import BrokenRule, Section, repeated, setting
 from less_assets.project.strategies import STRATEGIES, STRATEGY_KEYS, readers
 from less_assets.project.values import (
     AutoCount,
+    Candidates,
     Day,
     Location,
     ModelReference,
@@ -36,6 +37,7 @@ Unit = Literal["fraction", "rows", "tokens"]
 BUDGETS: tuple[Unit, ...] = get_args(Unit)
 PAPER = "LESS"
 OURS = "ours: few steps, see docs/method.md"
+DRAWN = ", ".join(f"`{name}`" for name, strategy in STRATEGIES.items() if strategy.draws)
 MAX_SEED = 2**32 - 1
 
 
@@ -348,7 +350,7 @@ class Recipe(Section):
 
     name: Name = setting(
         ...,
-        f"Name of the recipe; a partition key ({readers('seeds')}: with `-seed0`, …)",
+        f"Name of the recipe; a partition key ({DRAWN}: with `-seed0`, …)",
         type="name",
     )
     strategy: StrategyName = setting(
@@ -396,10 +398,22 @@ class Recipe(Section):
     rescore: Literal["none", "exact"] = setting(
         "none", f"`exact`: score the candidates around the cut again with unprojected gradients ({readers('rescore')})"
     )
-    candidates: float = setting(4.0, "Candidates to rescore, as a multiple of the budget", ge=1)
+    candidates: Candidates = setting(
+        4.0,
+        "With `rescore`: candidates to rescore, as a multiple of the budget. `tournament`: recipes to choose among; "
+        "one with strategy `random` is added if there is none",
+        type="number ≥ 1, or list of names",
+    )
+    pilot: float = setting(
+        0.25,
+        f"Share of the budget that each candidate selects for its trial ({readers('pilot')})",
+        gt=0,
+        le=1,
+    )
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = setting(
         [0],
-        f"One draw, one recipe key for each seed ({readers('seeds')})",
+        f"One draw, one recipe key for each seed ({DRAWN}). `tournament`: each trial is trained, and drawn, with each "
+        "of at least two seeds, `[0, 1]` unless the file says otherwise",
         type="list of numbers",
         min_length=1,
     )
@@ -444,8 +458,11 @@ class Recipe(Section):
                 draws_nothing = f"strategy {self.strategy} draws nothing"
                 said = draws_nothing if key == "seeds" else f"has no meaning for strategy {self.strategy}"
                 yield BrokenRule((key,), said, "leave it out")
-        if strategy.reads("rescore") and self.rescore == "none" and self.given("candidates"):
-            yield BrokenRule(("candidates",), "has no meaning without `rescore: exact`", "leave it out")
+        if strategy.reads("rescore") and self.given("candidates"):
+            if self.rescore == "none":
+                yield BrokenRule(("candidates",), "has no meaning without `rescore: exact`", "leave it out")
+            elif isinstance(self.candidates, list):
+                yield BrokenRule(("candidates",), "is a list of recipes", "write a multiple of the budget, such as 4")
         if strategy.reads("scores") and self.scores is None:
             yield BrokenRule((), "has no file of scores", "give `scores`")
         if self.precondition == "none" and self.given("damping") and strategy.reads("damping"):
@@ -454,9 +471,22 @@ class Recipe(Section):
             what = "compares exact gradients with the targets as they are"
             yield BrokenRule(("rescore",), what, "leave one of `rescore` and `precondition` out")
         yield from self._matching_rules()
-        if self.mix and not strategy.has_budget:
+        if strategy.holds_tournament:
+            yield from self._tournament_rules()
+        elif self.mix and not strategy.has_budget:
             yield BrokenRule(("mix",), f"strategy {self.strategy} has no budget", "leave it out")
         yield from repeated(("seeds",), self.seeds)
+
+    def _tournament_rules(self) -> Iterator[BrokenRule]:
+        if isinstance(self.candidates, float):
+            path = ("candidates",) if self.given("candidates") else ()
+            yield BrokenRule(path, "has no list of candidates", "give `candidates`: names of recipes to choose among")
+        else:
+            yield from repeated(("candidates",), self.candidates)
+        if self.given("seeds") and len(set(self.seeds)) < 2:
+            yield BrokenRule(("seeds",), "one seed cannot tell luck from merit", "give at least two, such as [0, 1]")
+        if self.mix:
+            yield BrokenRule(("mix",), "is the candidates' own matter", "give it to the recipes that are candidates")
 
     def _matching_rules(self) -> Iterator[BrokenRule]:
         if self.aggregate != "match":

@@ -37,9 +37,14 @@ class Strategy:
     ranks_by: str | None = None
 
     @property
+    def holds_tournament(self) -> bool:
+        """Whether it chooses among other recipes, by what a model trained on a part of their budget loses."""
+        return "pilot" in self.keys
+
+    @property
     def draws(self) -> bool:
         """Whether it draws at random: one recipe key for each seed."""
-        return "seeds" in self.keys
+        return "seeds" in self.keys and not self.holds_tournament
 
     @property
     def chooses_rows(self) -> bool:
@@ -72,7 +77,7 @@ class Strategy:
 
     def reads(self, key: str) -> bool:
         """Whether a recipe of this strategy may state a key that some strategies only read."""
-        return self.has_budget if key == "quotas" else key in self.keys
+        return self.has_budget and not self.holds_tournament if key == "quotas" else key in self.keys
 
 
 def _load(name: str) -> Callable[..., Any]:
@@ -100,6 +105,8 @@ _ENTRIES = (
     Strategy("length_matched", "at random, as long as another recipe's rows or the targets",
              "baselines:length_matched_log_weights", None, ("match", "seeds")),
     Strategy("external", "the rows that a file scores highest", "external:scores_of_rows", "external", ("scores",)),
+    Strategy("tournament", "as the recipe does whose small trial beats random's and the others'", "tournament:choose",
+             None, ("candidates", "pilot", "seeds")),
 )
 # fmt: on
 STRATEGIES = {strategy.name: strategy for strategy in _ENTRIES}

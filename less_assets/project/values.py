@@ -99,6 +99,15 @@ def _is_json(value: object) -> bool:
     return value is None or isinstance(value, bool | int)
 
 
+def _number_or_names(value: object) -> float | list[str]:
+    """A number of at least 1, or a list of names."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < float("inf"):
+        return float(value)
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return [_checked_name(name) for name in value]
+    raise PydanticCustomError("candidates", "must be a number of at least 1, or a list of names of recipes")
+
+
 Name = Annotated[str, AfterValidator(_checked_name)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Location = Annotated[Text, AfterValidator(_located)]
@@ -106,5 +115,6 @@ Day = Annotated[datetime.date, BeforeValidator(_day)]
 ModelReference = Annotated[Text, AfterValidator(_located_model)]
 Size = Annotated[int, BeforeValidator(_size)]
 OptionalSize = Annotated[int | None, BeforeValidator(_size)]
+Candidates = Annotated[float | list[str], PlainValidator(_number_or_names)]
 AutoCount = Annotated[int | None, BeforeValidator(_auto_as_none)]
 HarnessTask = Annotated[Harness, PlainValidator(_harness)]

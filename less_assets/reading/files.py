@@ -25,6 +25,8 @@ SUBSET_JSONL = "subset.jsonl"
 POOL_SCORES = "pool_scores.parquet"
 SUBTASKS = "subtasks.json"
 PASSED_OVER = "passed_over.parquet"
+# tournament
+CHOICE = "choice.parquet"
 # evaluation
 SAMPLES = "samples.parquet"
 METRICS = "metrics.parquet"

@@ -28,6 +28,7 @@ from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
 from less_assets.reading.rows import checkpoint_weights, few_warmup_steps, subtask_label
 from less_assets.reading.selection_cut import Cuts
 from less_assets.reading.subsets import other_subsets
+from less_assets.reading.tournaments import choice_table
 from less_assets.report.comparison import compared
 from less_assets.report.row_details import Explanations, JsonObject, page_conversation, rounded, row_details
 from less_assets.store.tables import read_parquet
@@ -119,6 +120,7 @@ def report_contents(
         "task": task,
         "recipe": recipe_key,
         "settings": _settings(lineage, recipe),
+        "choice": _choice(lineage, recipe_key, task),
         "scored": scored,
         "exact": recipe.candidates is not None,
         "counts": _counts(lineage, rows, selected, judgement, scored),
@@ -383,6 +385,15 @@ def _settings(lineage: Lineage, recipe: ResolvedRecipe) -> list[list[str]]:
     if recipe.seed is not None:
         settings.append(["seed", str(recipe.seed)])
     return [*settings, ["base model", lineage.project.as_written(lineage.project.model.base)]]
+
+
+def _choice(lineage: Lineage, recipe: str, task: str) -> JsonObject | None:
+    """The candidates of a tournament, which one was chosen and why; None for other recipes."""
+    found = choice_table(lineage, recipe, task)
+    if found is None:
+        return None
+    table, why = found
+    return {"why": why, "columns": table.columns, "rows": [list(row) for row in table.iter_rows()]}
 
 
 def _made_from(lineage: Lineage, key: str) -> dict[str, str]:

@@ -445,6 +445,7 @@ function buildOverview() {
   if (head.certificate) byId("cut").append(make("p", { class: "hint" }, head.certificate));
   byId("notes").append(...head.notes.map(noteItem));
   if (!head.notes.length) byId("notes").append(make("li", {}, "Nothing stands out."));
+  buildChoice();
   byId("composition").append(...head.composition.filter((part) => part.classes.length > 1).map(facet));
   const uniform = head.composition.filter((part) => part.classes.length === 1);
   byId("uniform").textContent = uniform.map(({ title, classes }) => `${title}: all ${classes[0][0]}`).join(" · ");
@@ -459,6 +460,16 @@ function buildOverview() {
   byId("turns").textContent = takingTurns();
   byId("inputs").append(...Object.entries(head.inputs).map(([name, version]) =>
     make("tr", {}, make("td", {}, name), make("td", {}, make("code", {}, version)))));
+}
+
+/** The candidates of a tournament, and why one of them selected these rows. */
+function buildChoice() {
+  byId("choice").hidden = !head.choice;
+  if (!head.choice) return;
+  byId("choice-why").textContent = `${head.choice.why}.`;
+  byId("choice-headings").append(...head.choice.columns.map((name) => make("th", { scope: "col" }, name)));
+  byId("choice-rows").append(...head.choice.rows.map(([name, ...cells]) =>
+    make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", {}, cell)))));
 }
 
 /** A link to the page of another recipe or task, by an address that stays when the page is made anew. */

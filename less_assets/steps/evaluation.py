@@ -40,18 +40,11 @@ from less_assets.store.tables import read_parquet, write_parquet
 def evaluate(work: StepInputs) -> StepResult:
     """Evaluate the recipe's model on the task, or on every member of a group."""
     recipe_key, task = split(work.partition)
-    recipe = work.project.recipe(recipe_key)
-    model, tokenizer = work.models.base(recipe.model)
-    stored = work.lineage.folder("finetuned_model", work.partition)
-    if work.lineage.fresh("finetuned_model", work.partition).summary["trained"]:
-        from less_assets.method.training.models import load_adapter
-
-        with stored.local(write=False) as folder:
-            model = load_adapter(model, folder)
+    model, tokenizer = tuned_model(work, "finetuned_model")
     samples, metrics = [], []
     for member in work.project.member_tasks(task):
         judged = [] if member.evaluation is None else [_evaluate_task(work, member, model, tokenizer)]
-        if is_validated(work.project, member):
+        if _takes_validation(work.project, recipe_key, member):
             progress = work.progress(0, "validation examples")
             judged.append(validate(work, member, model, tokenizer, progress))
         for found in judged:
@@ -71,6 +64,22 @@ def evaluate(work: StepInputs) -> StepResult:
         },
         units=sum(part.height for part in samples),
     )
+
+
+def _takes_validation(project: Project, recipe: str, task: Task) -> bool:
+    """Whether a recipe is judged on a task's validation examples: not a tournament, whose choice has seen them."""
+    return project.recipe(recipe).tournament is None and is_validated(project, task)
+
+
+def tuned_model(work: StepInputs, asset: str) -> tuple[Any, Any]:
+    """The model that an asset has for the partition, base and adapter, and its tokenizer."""
+    from less_assets.method.training.models import load_adapter
+
+    model, tokenizer = work.models.base(work.project.recipe(split(work.partition)[0]).model)
+    if not work.lineage.summary(asset, work.partition)["trained"]:
+        return model, tokenizer
+    with work.lineage.folder(asset, work.partition).local(write=False) as folder:
+        return load_adapter(model, folder), tokenizer
 
 
 def _evaluate_task(work: StepInputs, task: Task, model: Any, tokenizer: Any) -> Any:
@@ -121,7 +130,7 @@ def compare(work: StepInputs) -> StepResult:
     results = []
     for key, recipe in work.project.recipe_keys.items():
         partition = f"{key}|{task}"
-        judged = [partition, *(f"{key}|{fold}" for fold in lineage.project.folds_of(task))]
+        judged = [partition, *(f"{key}|{fold}" for fold in _folds(work.project, key, task))]
         if not any(lineage.summary("eval_results", name)["evaluated"] for name in judged):
             continue
         trained = lineage.summary("finetuned_model", partition)
@@ -152,6 +161,11 @@ def compare(work: StepInputs) -> StepResult:
     return StepResult({"recipes": len(results), "rows": board.height})
 
 
+def _folds(project: Project, recipe: str, task: str) -> list[str]:
+    """Keys of a task's folds, as far as a recipe has them."""
+    return [fold for fold in project.folds_of(task) if project.combines({"recipe": recipe, "task": fold})]
+
+
 def _with_folds(lineage: Lineage, recipe: str, task: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     """A recipe's samples and metrics on a task; the validation losses of its folds pooled."""
     samples, metrics = [], []
@@ -162,7 +176,7 @@ def _with_folds(lineage: Lineage, recipe: str, task: str) -> tuple[pl.DataFrame,
         metrics.append(read_parquet(folder, METRICS))
     folds = [
         read_parquet(lineage.folder("eval_results", f"{recipe}|{fold}"), SAMPLES)
-        for fold in lineage.project.folds_of(task)
+        for fold in _folds(lineage.project, recipe, task)
     ]
     if folds:
         pooled = pooled_validation(folds)
@@ -230,10 +244,11 @@ def evaluation_work(workload: Workload, due: Sequence[str]) -> Amount:
     units: dict[str, float] = {}
     loads = 0
     for key in due:
-        _, task = split(key)
+        recipe, task = split(key)
         members = workload.project.member_tasks(task)
         samples = sum(evaluation_samples(member) for member in members)
-        samples += sum(len(validation_examples(workload.project, member)) for member in members)
+        validated = [member for member in members if _takes_validation(workload.project, recipe, member)]
+        samples += sum(len(validation_examples(workload.project, member)) for member in validated)
         name = rate_name("eval_results", key)
         units[name] = units.get(name, 0) + samples
         loads += 1
@@ -255,7 +270,15 @@ def _answers(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
 
 
 def _grading(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
-    return lineage.project.grading_settings(keys["task"])
+    project = lineage.project
+    settings = project.grading_settings(keys["task"])
+    if project.recipe(keys["recipe"]).tournament and any(map(_has_file, project.member_tasks(keys["task"]))):
+        settings["validation"] = "left out"
+    return settings
+
+
+def _has_file(task: Task) -> bool:
+    return task.validation is not None and task.validation.path is not None
 
 
 ASSETS = (

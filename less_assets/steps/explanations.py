@@ -369,6 +369,7 @@ ASSETS = (
             Input("excluded_rows"),
             Input("influence_scores", read_by=_by_influence),
             Input("token_attribution"),
+            Input("tournament_results"),
         ),
         folder="selection/{task}/reports/{recipe}",
         entry=REPORT,

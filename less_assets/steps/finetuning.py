@@ -25,15 +25,25 @@ from less_assets.store.tables import read_parquet, write_parquet
 
 
 def finetune(work: StepInputs) -> StepResult:
-    """Train an adapter on the subset; a killed training goes on after its last whole epoch."""
+    """Train an adapter on the selected rows."""
+    if not work.project.recipe(split(work.partition)[0]).traits.chooses_rows:
+        return StepResult({"trained": False, "examples": 0, "loss_tokens": 0})
+    return train_on(work, "selected_subset", work.project.finetuning.training_values())
+
+
+def train_on(work: StepInputs, subset: str, values: Mapping[str, Any]) -> StepResult:
+    """Train an adapter on a subset; a killed training goes on after its last whole epoch.
+
+    Args:
+        work: Reads the subset, and writes.
+        subset: Asset whose equal partition holds the rows.
+        values: Keyword arguments of `TrainingSettings`.
+    """
     from less_assets.method.training.training import TrainingSettings, steps_per_epoch, train_adapter
 
-    recipe = work.project.recipe(split(work.partition)[0])
-    if not recipe.traits.chooses_rows:
-        return StepResult({"trained": False, "examples": 0, "loss_tokens": 0})
-    settings = TrainingSettings(**work.project.finetuning.training_values())
-    model, tokenizer = work.models.base(recipe.model)
-    examples = subset_examples(work, tokenizer)
+    settings = TrainingSettings(**values)
+    model, tokenizer = work.models.base(work.project.recipe(split(work.partition)[0]).model)
+    examples = subset_examples(work, subset, tokenizer)
     scratch = work.models.scratch(work.folder.fingerprint)
     steps = steps_per_epoch(len(examples), settings.batch_size)
     progress = work.progress(steps * settings.epochs, "steps")
@@ -71,11 +81,11 @@ def finetune(work: StepInputs) -> StepResult:
     )
 
 
-def subset_examples(work: StepInputs, tokenizer: Any) -> list[Any]:
+def subset_examples(work: StepInputs, subset: str, tokenizer: Any) -> list[Any]:
     """The selected rows, encoded for the model that is trained; rows without loss tokens are left out."""
     from less_assets.method.data.conversations import with_all_fields
 
-    table = with_all_fields(read_parquet(work.lineage.folder("selected_subset", work.partition), SUBSET))
+    table = with_all_fields(read_parquet(work.lineage.folder(subset, work.partition), SUBSET))
     encoder = work.models.encoder(tokenizer)
     encoded = [
         encoder.row(*conversation) for conversation in table.select("example_id", "messages", "tools").iter_rows()
@@ -101,11 +111,15 @@ def describe_training(stored: Stored) -> Shown:
 
 def training_work(workload: Workload, due: Sequence[str]) -> Amount:
     """Tokens of the subsets, times epochs."""
-    trained = {key for key in due if workload.project.recipe(split(key)[0]).traits.chooses_rows}
-    rows = sum(workload.selected_rows(*split(key)) for key in trained)
+    trained = [key for key in due if workload.project.recipe(split(key)[0]).traits.chooses_rows]
+    return work_of_trainings(workload, trained, "finetuned_model", "selected_subset")
+
+
+def work_of_trainings(workload: Workload, due: Sequence[str], asset: str, subset: str) -> Amount:
+    """Tokens of the subsets that models of an asset are trained on, times epochs."""
+    rows = sum(workload.selected_rows(*split(key), subset) for key in due)
     tokens = rows * workload.row_tokens * workload.project.finetuning.epochs
-    stored = workload.training_bytes(len(trained))
-    return Amount(units={"finetuned_model": tokens}, tokens=tokens, loads=len(trained), bytes=stored)
+    return Amount(units={asset: tokens}, tokens=tokens, loads=len(due), bytes=workload.training_bytes(len(due)))
 
 
 def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:

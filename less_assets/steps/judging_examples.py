@@ -3,6 +3,7 @@
 Belongs here: reading them. Not here: taking losses of them (`validation.py`) or asking them (`evaluation.py`).
 """
 
+from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
 
 if TYPE_CHECKING:
-    from less_assets.method.data.targets import TargetExample
+    from less_assets.method.data.targets import EvaluationExample, TargetExample
 
 OTHER_FORM = 3.0
 """Evaluation answers that are so many times longer or shorter than the targets' completions are of another form ..."""
@@ -40,6 +41,41 @@ def validation_examples(project: Project, task: Task) -> "list[TargetExample]":
     if task.validation and task.validation.path:
         return read_targets(examples.format, task.validation.path)
     return []
+
+
+def validation_questions(task: Task, examples: "Sequence[TargetExample]") -> "list[EvaluationExample]":
+    """Validation examples as questions whose answers a rule grades; empty where none can.
+
+    Of a benchmark's format the rule of that benchmark takes the answer out of the completion. Other examples are
+    compared word by word where completions are short: names, numbers, a few words.
+    """
+    from less_assets.method.data.targets import MMLU_CHOICES, EvaluationExample
+    from less_assets.method.evaluation.answers import RULES, RuleName
+
+    assert task.examples is not None
+    format = task.examples.format
+    if format == "messages" and median(len(example.completion) for example in examples) > SHORT_ANSWER:
+        return []
+    rule: RuleName = "exact_match" if format == "messages" else format
+    return [
+        EvaluationExample(
+            example.example_id,
+            example.subtask,
+            example.messages,
+            example.assistant_prefix,
+            [RULES[rule].extract(example.completion)],
+            rule,
+            example.completion,
+            MMLU_CHOICES if rule == "mmlu" else (),
+            example.tools,
+        )
+        for example in examples
+    ]
+
+
+def score_of_guessing(task: Task) -> float:
+    """What guessing scores on a task's validation questions: a quarter where one of four choices is right."""
+    return 0.25 if task.examples and task.examples.format == "mmlu" else 0.0
 
 
 def is_validated(project: Project, task: Task) -> bool:

@@ -22,13 +22,14 @@ from less_assets.steps import (
     selection,
     target_tuning,
     targets,
+    tournament,
     warmup,
 )
 from less_assets.steps.asset import Asset
 from less_assets.store.artifacts import ArtifactStore
 
 _SELECTING = (baselines, target_tuning, preconditioning, external, selection, rescoring)
-_MODULES = (pool, warmup, targets, gradients, *_SELECTING, finetuning, evaluation, explanations)
+_MODULES = (pool, warmup, targets, gradients, *_SELECTING, finetuning, evaluation, tournament, explanations)
 _DECLARED: dict[str, Asset] = {asset.name: asset for module in _MODULES for asset in module.ASSETS}
 _READS = {name: [read.asset for read in asset.inputs] for name, asset in _DECLARED.items()}
 ASSETS: dict[str, Asset] = {name: _DECLARED[name] for name in TopologicalSorter(_READS).static_order()}

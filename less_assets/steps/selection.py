@@ -6,7 +6,7 @@ Belongs here: wiring only. Mathematics is `method/selection/`; which scores a re
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from less_assets.reading.files import (
 )
 from less_assets.reading.rows import checkpoint_weights, conversations_of, pool_rows
 from less_assets.reading.subsets import chooses_rows
+from less_assets.reading.tournaments import selecting_recipe
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import (
     influence_is_real,
@@ -40,7 +41,7 @@ from less_assets.steps.checks import (
     sketch_is_faithful,
 )
 from less_assets.steps.gradients import require_same_sketch
-from less_assets.steps.ranking import Pool, aggregate_of, scored_pool, select_rows
+from less_assets.steps.ranking import SCORE_ASSETS, Pool, aggregate_of, scored_pool, select_rows
 from less_assets.steps.shown import TABLE_ROWS, Command, Picture, ReportLink, ReportLinks, Shown, Stored, Table
 from less_assets.store.features import open_features
 from less_assets.store.tables import read_parquet, write_json, write_parquet
@@ -123,11 +124,28 @@ def resolve_recipe(work: StepInputs) -> StepResult:
 
 def select_subset(work: StepInputs) -> StepResult:
     """Rank the pool by the recipe, cut at the budget, and add the messages."""
+    recipe_key, task = split(work.partition)
+    recipe = selecting_recipe(work.lineage, recipe_key, task)
+    named = work.project.recipe(recipe_key)
+    chosen = {"selected_as": recipe.name} if named.tournament else {}
+    return store_selection(work, recipe, task, {"recipe": named.name, **chosen})
+
+
+def store_selection(
+    work: StepInputs, recipe: ResolvedRecipe, task: str, named: Mapping[str, Any], *, explained: bool = True
+) -> StepResult:
+    """Select as a recipe does, and store the rows.
+
+    Args:
+        work: Reads the pool and the scores, and writes.
+        recipe: How to select; its `key` is that of the recipe whose scores it reads.
+        task: The task.
+        named: What the summary calls the selection.
+        explained: Whether to store also what only explains it: scores of the pool, rows that were passed over.
+    """
     from less_assets.method.data.conversations import for_trainers, is_very_short
 
-    recipe_key, task = split(work.partition)
-    recipe = work.project.recipe(recipe_key)
-    selection = _select(work, recipe, task)
+    selection = _select(work, recipe, task, explained=explained)
     counts: dict[str, Any] = {}
     if selection is None:
         table = pl.DataFrame(schema=_subset_schema())
@@ -143,7 +161,7 @@ def select_subset(work: StepInputs) -> StepResult:
             "removed": found.removed,
             "very_short": sum(map(is_very_short, table["messages"])),
         }
-        if recipe.quotas or recipe.near_duplicates is not None:
+        if explained and (recipe.quotas or recipe.near_duplicates is not None):
             write_parquet(work.folder, PASSED_OVER, selection.passed_over)
     write_parquet(work.folder, SUBSET, table)
     lines = [
@@ -157,13 +175,13 @@ def select_subset(work: StepInputs) -> StepResult:
     ]
     work.folder.write_bytes(SUBSET_JSONL, "".join(f"{text}\n" for text in lines).encode())
     pool_sources = work.lineage.summary("pool_index")["sources"] if selection else {}
-    summary = {"recipe": recipe.name, "rows": table.height, **counts, "pool_sources": pool_sources}
+    summary = {**named, "rows": table.height, **counts, "pool_sources": pool_sources}
     version = digest(["selected", *table["example_id"].to_list()])
     ranked = work.lineage.summary("pool_index")["usable"] if selection else 0
     return StepResult(summary, data_version=version, units=ranked)
 
 
-def _select(work: StepInputs, recipe: ResolvedRecipe, task: str) -> Any:
+def _select(work: StepInputs, recipe: ResolvedRecipe, task: str, *, explained: bool) -> Any:
     from less_assets.method.selection.selection import select_all
 
     if not recipe.traits.chooses_rows:
@@ -171,7 +189,7 @@ def _select(work: StepInputs, recipe: ResolvedRecipe, task: str) -> Any:
     pool = Pool(work)
     if not recipe.traits.has_budget:
         return select_all(pool.shards(tokens=False))
-    if recipe.traits.scores is not None:
+    if explained and recipe.traits.scores is not None:
         _keep_pool_scores(work, scored_pool(work, pool, recipe, task), aggregate_of(recipe))
     return select_rows(work, pool, recipe, task)
 
@@ -238,7 +256,8 @@ def describe_subset(stored: Stored) -> Shown:
     top = table.head(TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
     recipe, task = split(stored.partition)
     project, best = stored.lineage.project, top["example_id"][0]
-    if chooses_rows(project, recipe) and task not in project.folds:
+    has_report = recipe in project.recipe_keys and chooses_rows(project, recipe)  # a pilot has none
+    if has_report and task not in project.folds:
         values["explain_top_row"] = explain_command(project, task, best)
         values["open_report"] = ReportLink(stored.partition)
         values["open_top_row"] = ReportLink(stored.partition, best)
@@ -282,7 +301,7 @@ def _all_above(stored: Stored) -> float | None:
     """The best score that a row can have and not be selected; None: the cut."""
     if PASSED_OVER in stored.manifest.files:
         return math.inf
-    aggregate = stored.lineage.project.recipe(split(stored.partition)[0]).aggregate
+    aggregate = selecting_recipe(stored.lineage, *split(stored.partition)).aggregate
     if aggregate == "match":
         return math.inf
     if aggregate != "round_robin":
@@ -326,12 +345,12 @@ def check_work(workload: Workload, tasks: Sequence[str]) -> tuple[dict[str, floa
     return {name: tokens for name, tokens in found.items() if tokens}, sum(found.values())
 
 
-def selection_work(workload: Workload, due: Sequence[str]) -> Amount:
+def selection_work(workload: Workload, due: Sequence[str], asset: str = "selected_subset") -> Amount:
     """Rows that are ranked, and the bytes of the subsets."""
     samples = list(workload.samples.values())
     row = 2 * sum(each.stored_bytes for each in samples) / max(1, len(samples))  # Parquet, and JSON lines
-    stored = sum(workload.selected_rows(*split(key)) * row for key in due)
-    return Amount(units={"selected_subset": workload.pool_rows * len(due)}, bytes=stored)
+    stored = sum(workload.selected_rows(*split(key), asset) * row for key in due)
+    return Amount(units={asset: workload.pool_rows * len(due)}, bytes=stored)
 
 
 def _recipe(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
@@ -349,26 +368,42 @@ def _reads_influence(project: Project, recipe: str) -> bool:
 
 
 def _reads_falls(project: Project, recipe: str) -> bool:
-    return project.recipe(project.ranked_by(recipe)).scores == "tuning"
+    return any(project.recipe(other).scores == "tuning" for other in project.scored_by(recipe))
 
 
 def _matches_targets(project: Project, recipe: str) -> bool:
     return project.matches_targets(recipe)
 
 
-def _ranked_by(project: Project, recipe: str) -> str:
-    return project.ranked_by(recipe)
+def _scored_by(project: Project, recipe: str) -> list[str]:
+    return project.scored_by(recipe)
 
 
 def _rehearsal_seconds(lineage: Lineage, keys: Keys) -> float | None:
-    """Encoding rows to count their tokens, and reading features to find near-duplicates, would take too long."""
-    recipe = lineage.project.recipe(keys["recipe"])
-    if not recipe.traits.chooses_rows:
+    project, key = lineage.project, keys["recipe"]
+    if not project.recipe(key).traits.chooses_rows:
         return 0
-    if recipe.near_duplicates is not None or lineage.project.counts_tokens(recipe.key):
+    return seconds_to_rank(lineage, key, project.candidates(key).values() or [project.recipe(key)])
+
+
+def seconds_to_rank(lineage: Lineage, key: str, recipes: Iterable[ResolvedRecipe]) -> float | None:
+    """About how long a selection by one of some recipes takes; None for too long.
+
+    Encoding rows to count their tokens, and reading features to find near-duplicates, would take too long.
+    """
+    if lineage.project.counts_tokens(key) or any(recipe.near_duplicates is not None for recipe in recipes):
         return None
     return RANKING_SECONDS * lineage.pool_files.rows
 
+
+SCORES = (
+    Input("influence_scores", read_by=_reads_influence),
+    Input("exact_scores", of_recipes=_scored_by),
+    *(Input(name, of_recipes=_scored_by) for kind, name in SCORE_ASSETS.items() if kind != "tuning"),
+    Input("target_tuned_scores", read_by=_reads_falls),
+    Input("target_examples", read_by=_matches_targets),
+)
+"""What recipes and pilots rank by."""
 
 ASSETS = (
     Asset(
@@ -414,14 +449,8 @@ ASSETS = (
             Input("recipe_settings"),
             Input("pool_index"),
             Input("excluded_rows"),
-            Input("influence_scores", read_by=_reads_influence),
-            Input("exact_scores", of_recipe=_ranked_by),
-            Input("text_scores", of_recipe=_ranked_by),
-            Input("embedding_scores", of_recipe=_ranked_by),
-            Input("preconditioned_scores", of_recipe=_ranked_by),
-            Input("external_scores", of_recipe=_ranked_by),
-            Input("target_tuned_scores", read_by=_reads_falls),
-            Input("target_examples", read_by=_matches_targets),
+            *SCORES,
+            Input("tournament_results"),
         ),
         folder="selection/{task}/recipes/{recipe}",
         settings=_tokenizer,

@@ -25,15 +25,23 @@ RECIPES = [
     {"name": "as-less", "strategy": "length_matched", "match": "exact", "fraction": 0.2},
     {"name": "as-targets", "strategy": "length_matched", "fraction": 0.2},
     {"name": "random", "strategy": "random", "fraction": 0.2, "seeds": [0, 1]},
+    {"name": "best", "strategy": "tournament", "fraction": 0.2, "candidates": ["exact", "bm25", "as-long", "random"]},
     {"name": "full", "strategy": "full"},
     {"name": "base", "strategy": "none"},
 ]
 
 
-@pytest.mark.parametrize("recipes", [RECIPES, RECIPES[:1], RECIPES[-3:]], ids=["all", "less", "without scores"])
-def test_dagster_depends_on_what_the_plan_reads(tiny_model, tmp_path, recipes):
+@pytest.mark.parametrize(
+    ("recipes", "group"),
+    [(RECIPES, True), (RECIPES, False), (RECIPES[:1], True), (RECIPES[-2:], True)],
+    ids=["all", "with folds", "less", "without scores"],
+)
+def test_dagster_depends_on_what_the_plan_reads(tiny_model, tmp_path, recipes, group):
     tiny = TinyProject(tmp_path, tiny_model)
-    tiny.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
+    for task in tiny.settings["tasks"]:
+        task["validation"] = {"path": "more.jsonl"} if group else {"folds": 2}
+    if group:
+        tiny.settings["tasks"].append({"name": "both", "members": ["sums", "sky"]})
     tiny.settings["recipes"] = recipes
     if recipes is RECIPES:
         tiny.settings["exclude"] = ["left-out.jsonl"]

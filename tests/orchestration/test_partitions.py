@@ -44,13 +44,20 @@ recipes:
   - {name: tuned, strategy: target_tuned, fraction: 0.1}
   - {name: as-tuned, strategy: length_matched, match: tuned, fraction: 0.1}
 """
+WITH_TOURNAMENT = (
+    PROJECT.replace(b".jsonl}}", b".jsonl}, validation: {path: more.jsonl}}")
+    + b"  - {name: best, strategy: tournament, fraction: 0.1, candidates: [less, rds, as-targets]}\n"
+)
 CHECKPOINTS = ["epoch-1", "epoch-2", "epoch-3"]
 SHARD_KEYS = ["plus-00000", "plus-00001"]
 TASKS = ["sums", "sky", "both"]
 RECIPES = ["less", "less-paper", "random-seed0", "random-seed1", "full", "base", "rds", "mid", "bm25", "dsir-seed0"]
 RECIPES += ["as-less-seed0", "as-rds-seed0", "as-targets-seed0", "against-pool", "given", "tuned", "as-tuned-seed0"]
+PILOTS = [
+    f"best.pilot-{candidate}-seed{seed}" for candidate in ("less", "rds", "as-targets", "random") for seed in (0, 1)
+]
 AXES = {name: asset.axes for name, asset in ASSETS.items()}
-KEYS = {"checkpoint": CHECKPOINTS, "shard": SHARD_KEYS, "task": TASKS, "recipe": RECIPES}
+KEYS = {"checkpoint": CHECKPOINTS, "shard": SHARD_KEYS, "task": TASKS, "recipe": [*RECIPES, "best"], "pilot": PILOTS}
 
 # Child, one of its keys, parent, the parent's keys that it reads. Where the parent is unpartitioned: [None].
 PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
@@ -131,6 +138,31 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("selected_subset", "less-paper|both", "exact_scores", []),
     ("selected_subset", "random-seed1|sky", "recipe_settings", ["random-seed1"]),
     ("selected_subset", "random-seed1|sky", "influence_scores", []),
+    ("selected_subset", "best|sky", "tournament_results", ["best|sky"]),
+    ("selected_subset", "best|sky", "influence_scores", ["sky"]),
+    ("selected_subset", "best|sky", "exact_scores", ["less|sky"]),
+    ("selected_subset", "best|sky", "embedding_scores", ["rds|sky"]),
+    ("selected_subset", "best|sky", "text_scores", []),
+    ("selected_subset", "best|sky", "target_examples", ["sky"]),
+    ("selected_subset", "less|sky", "tournament_results", []),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "influence_scores", ["sky"]),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "exact_scores", ["less|sky"]),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "embedding_scores", []),
+    ("pilot_subset", "best.pilot-rds-seed1|sky", "embedding_scores", ["rds|sky"]),
+    ("pilot_subset", "best.pilot-rds-seed1|sky", "influence_scores", []),
+    ("pilot_subset", "best.pilot-random-seed1|sky", "target_examples", []),
+    ("pilot_subset", "best.pilot-as-targets-seed0|sky", "target_examples", ["sky"]),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "text_scores", []),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "preconditioned_scores", []),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "external_scores", []),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "pool_index", [None]),
+    ("pilot_subset", "best.pilot-less-seed1|sky", "excluded_rows", [None]),
+    ("pilot_model", "best.pilot-less-seed1|sky", "pilot_subset", ["best.pilot-less-seed1|sky"]),
+    ("pilot_model", "best.pilot-less-seed1|sky", "base_model", [None]),
+    ("pilot_results", "best.pilot-less-seed1|sky", "pilot_model", ["best.pilot-less-seed1|sky"]),
+    ("pilot_results", "best.pilot-less-seed1|both", "target_examples", ["both"]),
+    ("tournament_results", "best|sky", "pilot_results", [f"{pilot}|sky" for pilot in PILOTS]),
+    ("selection_report", "best|sky", "tournament_results", ["best|sky"]),
     ("selected_subset", "full|sky", "influence_scores", []),
     ("selected_subset", "base|sky", "influence_scores", []),
     ("token_attribution", "less|sky", "selected_subset", ["less|sky"]),
@@ -152,7 +184,7 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("finetuned_model", "less|sky", "selected_subset", ["less|sky"]),
     ("eval_results", "less|sky", "finetuned_model", ["less|sky"]),
     ("eval_results", "less|sky", "target_examples", ["sky"]),
-    ("task_results", "sky", "eval_results", [f"{recipe}|sky" for recipe in RECIPES]),
+    ("task_results", "sky", "eval_results", [f"{recipe}|sky" for recipe in KEYS["recipe"]]),
     ("leaderboard", None, "task_results", TASKS),
 ]
 SOME_RECIPES = {
@@ -162,14 +194,15 @@ SOME_RECIPES = {
     "preconditioned_scores": ["against-pool"],
     "external_scores": ["given"],
     "token_attribution": ["less", "less-paper"],
-    "selection_report": [recipe for recipe in RECIPES if recipe not in ("full", "base")],
+    "selection_report": [recipe for recipe in KEYS["recipe"] if recipe not in ("full", "base")],
+    "tournament_results": ["best"],
 }
 WITHOUT_PARENTS = ["base_model", "instruction_pool", "target_examples", "recipe_settings"]
 
 
 @pytest.fixture(scope="module")
 def project() -> Project:
-    return parse_project(PROJECT)
+    return parse_project(WITH_TOURNAMENT)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +228,10 @@ def parents(graph: AssetGraph, instance: dg.DagsterInstance, child: str, key: st
         return list(found.partitions_subset.get_partition_keys())
 
 
+def pilots(candidate: str) -> list[str]:
+    return [pilot for pilot in PILOTS if f"-{candidate}-seed" in pilot and f"as-{candidate}" not in pilot]
+
+
 @pytest.mark.parametrize(("child", "key", "parent", "expected"), PARENTS)
 def test_a_partition_reads_just_these_partitions_of_its_parent(graph, instance, child, key, parent, expected):
     assert sorted(parents(graph, instance, child, key, parent), key=str) == sorted(expected, key=str)
@@ -214,11 +251,18 @@ def test_every_dependency_of_the_graph_is_in_the_table(graph):
 def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance):
     """Every key, not only the ones in the table; recipes that do not read what others do are the one exception."""
     readers = {
-        ("selected_subset", "influence_scores"): ["less", "less-paper", "as-less-seed0"],
-        ("selected_subset", "exact_scores"): ["less", "as-less-seed0"],
-        ("selected_subset", "embedding_scores"): ["rds", "mid", "as-rds-seed0"],
+        ("selected_subset", "influence_scores"): ["less", "less-paper", "as-less-seed0", "best"],
+        ("selected_subset", "exact_scores"): ["less", "as-less-seed0", "best"],
+        ("selected_subset", "embedding_scores"): ["rds", "mid", "as-rds-seed0", "best"],
         ("selected_subset", "text_scores"): ["bm25", "dsir-seed0"],
-        ("selected_subset", "target_examples"): ["as-targets-seed0"],
+        ("selected_subset", "target_examples"): ["as-targets-seed0", "best"],
+        ("selected_subset", "tournament_results"): ["best"],
+        ("selection_report", "tournament_results"): ["best"],
+        ("pilot_subset", "influence_scores"): pilots("less"),
+        ("pilot_subset", "exact_scores"): pilots("less"),
+        ("pilot_subset", "embedding_scores"): pilots("rds"),
+        ("pilot_subset", "target_examples"): pilots("as-targets"),
+        **{("pilot_subset", f"{kind}_scores"): [] for kind in ("text", "preconditioned", "external", "target_tuned")},
         ("selected_subset", "preconditioned_scores"): ["against-pool"],
         ("selected_subset", "external_scores"): ["given"],
         ("selected_subset", "target_tuned_scores"): ["tuned", "as-tuned-seed0"],
@@ -233,7 +277,8 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         for key in definition.get_partition_keys(dynamic_partitions_store=instance):
             for parent in graph.get(dg.AssetKey(child)).parent_keys:
                 name = parent.to_user_string()
-                reads = key.split("|")[0] in readers.get((child, name), RECIPES) or "recipe" not in axes
+                known = readers.get((child, name), [*KEYS["recipe"], *PILOTS])
+                reads = key.split("|")[0] in known or not {"recipe", "pilot"} & {*axes}
                 assert bool(parents(graph, instance, child, key, name)) is reads, (child, key, name)
 
 
@@ -275,6 +320,30 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
         graph.get_all_asset_keys()
     )
     assert optional == {dg.AssetKey("selection_report")}, "of the random recipes"
+
+
+def test_pilots_are_judged_on_folds_and_tournaments_are_held_for_whole_tasks(instance):
+    text = WITH_TOURNAMENT.replace(b"  - {name: both, members: [sums, sky]}\n", b"").replace(
+        b"sky.jsonl}, validation: {path: more.jsonl}", b"sky.jsonl}, validation: {folds: 2}"
+    )
+    grown = build_definitions(parse_project(text)).resolve_asset_graph()
+
+    def keys_of(asset: str) -> list[str]:
+        return list(grown.get(dg.AssetKey(asset)).partitions_def.get_partition_keys())
+
+    folds = ["sky.fold-1", "sky.fold-2"]
+    for asset in ("pilot_subset", "pilot_model", "pilot_results"):
+        assert keys_of(asset) == [f"{pilot}|{task}" for pilot in PILOTS for task in ["sums", *folds]]
+    assert keys_of("tournament_results") == ["best|sums", "best|sky"]
+    for asset in ("selected_subset", "finetuned_model", "eval_results"):
+        assert [key for key in keys_of(asset) if key.startswith("best|")] == ["best|sums", "best|sky"]
+    read = parents(grown, instance, "tournament_results", "best|sky", "pilot_results")
+    assert sorted(read) == sorted(f"{pilot}|{fold}" for pilot in PILOTS for fold in folds)
+    read = parents(grown, instance, "pilot_subset", "best.pilot-less-seed0|sky.fold-2", "influence_scores")
+    assert read == ["sky.fold-2"]
+    read = parents(grown, instance, "task_results", "sky", "eval_results")
+    assert set(read) == {f"{recipe}|{task}" for recipe in RECIPES for task in ["sky", *folds]} | {"best|sky"}
+    grown.validate_partitions()
 
 
 def test_folds_are_keys_of_the_task_axis_that_only_the_tasks_results_read(instance):
@@ -329,7 +398,7 @@ def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less
     sharing = ["instruction_pool", "refused_rows", "warmup_checkpoints", "train_gradients", "target_gradients"]
     sharing += ["target_tuned_losses"]
     sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
-    assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset"}
+    assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset", "pilot_subset"}
     for asset in single:
         assert graph.get(dg.AssetKey(asset)).backfill_policy == dg.BackfillPolicy.single_run()
 

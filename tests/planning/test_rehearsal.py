@@ -212,6 +212,30 @@ def test_what_only_a_change_of_content_makes_due_is_planned_as_at_most(finished,
     assert {recipe_of(partition) for asset, partition in perhaps if asset == "eval_results"} <= {"less", "twin"}
 
 
+def test_a_tournament_is_planned_to_the_last_pilot_and_its_winners_model_as_at_most(finished):
+    settings = finished.tiny.settings
+    for task, kind in zip(settings["tasks"], ("plus", "red"), strict=True):
+        rows = [question(800 + place, kind) for place in range(4)]
+        write_rows(finished.tiny.folder / f"validation/{task['name']}.jsonl", rows)
+        task["validation"] = {"path": f"validation/{task['name']}.jsonl"}
+    best = {"name": "best", "strategy": "tournament", "candidates": ["less"], "fraction": 0.4, "pilot": 0.5}
+    settings["recipes"].append(best)
+    due, perhaps, computed = finished.plan()
+    assert not perhaps
+    assert count(due, "pilot_model") == 8, "two candidates, two seeds, two tasks"
+    assert finished.run() == due
+    assert len(finished.folders("pilot_model")) == count(computed, "pilot_model") == 6, "random's serve both tasks"
+
+    best["candidates"] = ["less", "twin"]
+    due, perhaps, computed = finished.plan()
+    made = finished.run()
+    assert due - perhaps <= made <= due
+    pilots = {partition for asset, partition in due if asset == "pilot_model"}
+    assert {str(partition).rpartition("-seed")[0] for partition in pilots} == {"best.pilot-twin"}
+    assert not count(computed, "pilot_model"), "its twin was trained on the same rows"
+    assert ("finetuned_model", "best|sky") in perhaps
+
+
 def count(artifacts: Artifacts, asset: str) -> int:
     return sum(name == asset for name, _ in artifacts)
 

@@ -42,6 +42,10 @@ recipes:
 """
 
 
+VALIDATED = MINIMAL.replace("{path: bbh.jsonl}", "{path: bbh.jsonl}\n    validation: {folds: 2}")
+TOURNAMENT = "  - {name: best, strategy: tournament, candidates: [less], fraction: 0.05}\n"
+
+
 def project(text: str = "", **replaced: str) -> Project:
     """The minimal project with lines replaced or, after them, text added."""
     content = MINIMAL
@@ -326,6 +330,88 @@ WRONG = {
         "there is no source 'doly'",
         "did you mean 'dolly'",
     ),
+    "tournament without candidates": (
+        VALIDATED + TOURNAMENT.replace(", candidates: [less]", ""),
+        15,
+        "recipes[1]: has no list of candidates",
+        "names of recipes",
+    ),
+    "tournament of a number": (
+        VALIDATED + TOURNAMENT.replace("[less]", "4"),
+        15,
+        "recipes[1].candidates: has no list of candidates",
+        "names of recipes",
+    ),
+    "rescoring a list": (
+        MINIMAL + "    rescore: exact\n    candidates: [less]\n",
+        15,
+        "recipes[0].candidates: is a list of recipes",
+        "a multiple of the budget",
+    ),
+    "too few candidates to rescore": (
+        MINIMAL + "    rescore: exact\n    candidates: 0.5\n",
+        15,
+        "candidates: must be a number of at least 1, or a list of names of recipes; it is 0.5",
+        "candidates",
+    ),
+    "candidate that is not there": (
+        VALIDATED + TOURNAMENT.replace("[less]", "[lesss]"),
+        15,
+        "recipes[1].candidates[0]: there is no recipe 'lesss'",
+        "did you mean 'less'",
+    ),
+    "candidate without budget": (
+        VALIDATED + "  - {name: base, strategy: none}\n" + TOURNAMENT.replace("[less]", "[less, base]"),
+        16,
+        "recipes[2].candidates[1]: 'base' has strategy none, which selects no share",
+        "leave it out",
+    ),
+    "candidate that rescores for another budget": (
+        VALIDATED + "    rescore: exact\n" + TOURNAMENT.replace("0.05", "0.1"),
+        16,
+        "recipes[1].candidates[0]: 'less' rescores the candidates of another budget",
+        "the same budget",
+    ),
+    "tournament with one seed": (
+        VALIDATED + TOURNAMENT.replace("0.05", "0.05, seeds: [3]"),
+        15,
+        "recipes[1].seeds: one seed cannot tell luck from merit",
+        "at least two",
+    ),
+    "tournament with a mix": (
+        VALIDATED + TOURNAMENT.replace("0.05", "0.05, mix: {share: 0.5}"),
+        15,
+        "recipes[1].mix: is the candidates' own matter",
+        "to the recipes",
+    ),
+    "tournament for a task without validation": (
+        MINIMAL + TOURNAMENT,
+        14,
+        "recipes[1].strategy: task 'bbh' has no examples to judge trials on",
+        "folds: 3",
+    ),
+    "tournament for a group without files": (
+        MINIMAL.replace(
+            "{path: bbh.jsonl}\n",
+            "{path: bbh.jsonl}\n    validation: {folds: 2}\n  - {name: all, members: [bbh]}\n",
+        )
+        + TOURNAMENT,
+        16,
+        "task 'all' has no examples to judge trials on: bbh has no validation file",
+        "`path`",
+    ),
+    "recipe called as a pilot is": (
+        VALIDATED + TOURNAMENT + "  - {name: best.pilot-less, strategy: full}\n",
+        16,
+        "recipes[2].name: is what pilots are called",
+        "choose another name",
+    ),
+    "random that is not": (
+        VALIDATED + "  - {name: random, strategy: bm25, rows: 3}\n" + TOURNAMENT,
+        16,
+        "recipes[2]: there is a recipe that is called random and is not",
+        "strategy random",
+    ),
     "certificate from too few rows": (
         MINIMAL + "gradients: {certificate_rows: 5}\n",
         14,
@@ -554,6 +640,37 @@ def test_a_recipe_that_matches_lengths_reads_what_the_matched_one_reads():
     assert [key for key in found.recipe_keys if found.reads_scores(key)] == ["less", "as-less-seed0"]
     assert [key for key in found.recipe_keys if found.matches_targets(key)] == ["as-targets-seed0"]
     assert found.recipe_settings("as-less-seed0")["match"] == found.recipe_settings("less")
+
+
+def test_a_tournament_has_pilots_of_every_candidate_and_of_random():
+    text = TOURNAMENT.replace("0.05", "0.4, pilot: 0.5, seeds: [3, 7], model: owner/other")
+    text = "  - {name: words, strategy: dsir, rows: 5, seeds: [9, 4]}\n" + text.replace("[less]", "[less, words]")
+    found = project(text, **{"{path: bbh.jsonl}": "{path: bbh.jsonl}\n    validation: {folds: 2}"})
+    assert list(found.pilots) == [f"best.pilot-{n}-seed{s}" for n in ("less", "words", "random") for s in (3, 7)]
+    words = found.pilots["best.pilot-words-seed7"]
+    assert (words.recipe.key, words.recipe.seed, words.recipe.budget) == ("words-seed9", 7, Budget("fraction", 0.2))
+    assert found.recipe("best.pilot-less-seed3").seed is None
+    assert {recipe.budget for recipe in found.candidates("best").values()} == {Budget("fraction", 0.4)}
+    assert {pilot.recipe.model for pilot in found.pilots.values()} == {None}
+    assert found.scored_by("best") == ["less", "words-seed9"]
+    assert found.scored_by("best.pilot-random-seed3") == []
+    assert (found.judged_on("bbh"), found.reads_scores("best")) == (["bbh.fold-1", "bbh.fold-2"], True)
+    training = [found.finetuning_settings(key)["training"]["seed"] for key in ("best", "best.pilot-less-seed7")]
+    assert training == [0, 7]
+    assert list(found.recipe_keys) == ["less", "words-seed9", "words-seed4", "best"], "pilots are no recipes"
+
+
+def test_a_tournaments_settings_are_its_candidates_and_rows_of_pilots_are_at_least_one():
+    validated = {"{path: bbh.jsonl}": "{path: bbh.jsonl}\n    validation: {folds: 2}"}
+    text = TOURNAMENT.replace("fraction: 0.05", "rows: 3")
+    found = project(text, **validated)
+    assert {pilot.recipe.budget for pilot in found.pilots.values()} == {Budget("rows", 1)}
+    other = project(text.replace("rows: 3", "rows: 3, seeds: [0, 1, 2]"), **validated)
+    assert found.recipe_settings("best") != other.recipe_settings("best")
+    assert list(found.recipe_settings("best")["candidates"]) == ["less", "random"]
+    listed = project("  - {name: chance, strategy: random, rows: 9, seeds: [5]}\n" + text, **validated)
+    assert list(listed.candidates("best")) == ["less", "chance"]
+    assert listed.candidates("best")["chance"].seed == 5
 
 
 def test_only_keys_that_a_strategy_reads_are_in_its_settings():

@@ -26,7 +26,9 @@ VALUES = {
     "precondition": "pool",
     "damping": "0.5, precondition: pool",
     "scores": "s.parquet",
+    "pilot": "0.5",
 }
+TOURNAMENT = {"candidates": "[other]"}
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=list(STRATEGIES))
 
 
@@ -60,10 +62,12 @@ def test_every_key_of_a_strategy_is_a_key_of_recipes():
 def test_a_recipe_may_state_exactly_the_keys_that_its_strategy_reads(strategy: Strategy, key: str):
     budget = ", rows: 3" if strategy.has_budget else ""
     budget += ", scores: s.parquet" if strategy.name == "external" and key != "scores" else ""
-    recipe = f"{{name: r, strategy: {strategy.name}{budget}, {key}: {VALUES[key]}}}"
+    budget += ", candidates: [other]" if strategy.holds_tournament and key != "candidates" else ""
+    value = TOURNAMENT.get(key, VALUES[key]) if strategy.holds_tournament else VALUES[key]
+    recipe = f"{{name: r, strategy: {strategy.name}{budget}, {key}: {value}}}"
     text = (
         "name: p\nmodel: {base: owner/model}\npool: {sources: [{name: dolly, path: d.jsonl}]}\n"
-        "tasks: [{name: t, examples: {path: t.jsonl}}]\n"
+        "tasks: [{name: t, examples: {path: t.jsonl}, validation: {folds: 2}}]\n"
         f"recipes: [{{name: other, strategy: bm25, rows: 3}}, {recipe}]\n"
     )
     if strategy.reads(key):

@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from less_assets.method.data.targets import TargetExample
 from less_assets.project.project import load_project
-from less_assets.steps.judging_examples import answers_of_another_form, validation_examples
+from less_assets.project.task_sections import Task
+from less_assets.steps.judging_examples import (
+    answers_of_another_form,
+    score_of_guessing,
+    validation_examples,
+    validation_questions,
+)
 
 PROJECT = """
 name: p
@@ -62,3 +69,30 @@ def test_the_folds_of_a_task_hold_each_of_its_examples_once(tmp_path):
     assert sorted(example.completion for part in parts for example in part) == ["a", "b", "c"]
     assert [len(part) for part in parts] == [2, 1]
     assert validation_examples(loaded, loaded.task("t")) == []
+
+
+@pytest.mark.parametrize(
+    ("format", "completion", "answer", "choices", "guessing"),
+    [
+        ("bbh", " First this, then that. So the answer is (B).", "(B)", (), 0.0),
+        ("gsm8k", "2 and 3 make 5. The answer is 1,005.", "1005", (), 0.0),
+        ("tydiqa", " the Nile", "the Nile", (), 0.0),
+        ("mmlu", " C", "C", (" A", " B", " C", " D"), 0.25),
+        ("messages", "Open Settings.", "Open Settings.", (), 0.0),
+    ],
+)
+def test_validation_examples_are_questions_with_the_answer_of_their_completion(
+    format, completion, answer, choices, guessing
+):
+    task = Task.model_validate({"name": "t", "examples": {"path": "t", "format": format}})
+    example = TargetExample("1", "s", [{"role": "user", "content": "?"}], "A:", completion)
+    (question,) = validation_questions(task, [example])
+    assert (question.answers, question.choices, question.completion) == ([answer], choices, completion)
+    assert (question.messages, question.assistant_prefix) == (example.messages, "A:")
+    assert score_of_guessing(task) == guessing
+
+
+def test_long_answers_of_no_format_cannot_be_graded():
+    task = Task.model_validate({"name": "t", "examples": {"path": "t"}})
+    example = TargetExample("1", "s", [{"role": "user", "content": "?"}], "", "a whole paragraph " * 5)
+    assert validation_questions(task, [example]) == []

@@ -15,6 +15,7 @@ RECIPES = [
     {"name": "match", "strategy": "less", "fraction": 0.2, "aggregate": "match"},
     {"name": "tuned", "strategy": "target_tuned", "fraction": 0.2},
     {"name": "given", "strategy": "external", "fraction": 0.2, "scores": "scores.csv"},
+    {"name": "best", "strategy": "tournament", "fraction": 0.2, "candidates": ["rds", "match"]},
     {"name": "full", "strategy": "full"},
     {"name": "base", "strategy": "none"},
 ]
@@ -31,13 +32,19 @@ NEEDED_BY = {
     "target_tuned_losses": ["tuned"],
     "target_tuned_scores": ["tuned"],
     "token_attribution": ["less", "exact"],
-    "selection_report": ["less", "exact", "bm25", "rds", "mid", "against-pool", "match", "tuned", "given"],
+    "selection_report": ["less", "exact", "bm25", "rds", "mid", "against-pool", "match", "tuned", "given", "best"],
+    "pilot_subset": ["best"],
+    "pilot_model": ["best"],
+    "pilot_results": ["best"],
+    "tournament_results": ["best"],
 }
 
 
 def test_optional_assets_exist_for_the_recipes_that_need_them(tiny_model, tmp_path):
     tiny = TinyProject(tmp_path, tiny_model)
     tiny.settings["recipes"] = RECIPES
+    for task in tiny.settings["tasks"]:
+        task["validation"] = {"folds": 2}
     project = load_project(tiny.path)
     optional = {name: asset for name, asset in ASSETS.items() if asset.needed_by is not None}
     assert {name: asset.recipes(project) for name, asset in optional.items()} == NEEDED_BY

@@ -102,6 +102,7 @@ STRUCTURE = {
     "recipes[].rows",
     "recipes[].tokens",
     "recipes[].seeds",
+    "recipes[].pilot",
     "recipes[].keep",
     "recipes[].match",
     "recipes[].mix.sources",

@@ -49,6 +49,8 @@ TARGET_SCHEMA = pl.Schema(
 """Columns of a table of target examples; see `TargetExample`."""
 
 _CHOICES = "ABCD"
+MMLU_CHOICES = tuple(f" {letter}" for letter in _CHOICES)
+"""Continuations that answer a question of MMLU."""
 
 
 @dataclass(frozen=True)
@@ -396,7 +398,7 @@ def _mmlu_evaluation(path: str, shots_path: str, few_shot: bool) -> Iterator[Eva
                 [row[5]],
                 "mmlu",
                 f" {row[5]}",
-                [f" {letter}" for letter in _CHOICES],
+                MMLU_CHOICES,
             )
 
 
