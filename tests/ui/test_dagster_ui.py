@@ -27,8 +27,9 @@ def dev(explained_project) -> Iterator[DagsterDev]:
     """A server over a copy of what a run has stored, of which Dagster's records know nothing yet; and a second task."""
     memory = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="less-ui-", dir=memory if memory.is_dir() else None))
-    project_file = root / "project/project.yaml"
-    shutil.copytree(explained_project.parent, project_file.parent)
+    # Beside the original: the path from the project to its model is part of what artifacts were made from.
+    project_file = Path(tempfile.mkdtemp(dir=explained_project.parent.parent)) / "project.yaml"
+    shutil.copytree(explained_project.parent, project_file.parent, dirs_exist_ok=True)
     settings = yaml.safe_load(project_file.read_text())
     settings["tasks"].append({"name": "sky", "examples": {"path": "targets/sky.jsonl"}})
     settings["recipes"] = [recipe for recipe in settings["recipes"] if recipe["name"] != "few"]
@@ -40,7 +41,8 @@ def dev(explained_project) -> Iterator[DagsterDev]:
         yield server
     finally:
         server.stop()
-        shutil.rmtree(root, ignore_errors=True)  # a run that was cancelled may still be writing its last words
+        for folder in (root, project_file.parent):  # a run that was cancelled may still be writing its last words
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
