@@ -2,7 +2,7 @@
 
 Belongs here: how often, and where results go: `benchmarks/results/soak.json`, written after every step. Interrupted, it
 goes on from there; once all is done, the next start begins anew. What is done each time: `killing.py`, `faults.py`,
-`fuzz.py`, `fuzz_conversations.py`.
+`fuzz.py`, `fuzz_conversations.py` with the rows of `odd_rows.py`.
 """
 
 import argparse

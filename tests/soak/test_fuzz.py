@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from support import fuzz, fuzz_conversations
+from support import fuzz, fuzz_conversations, odd_rows
 
 from less_assets.method.data.row_formats import UnusableRowError, normalize
 
@@ -36,13 +36,13 @@ def test_loss_is_on_what_rows_of_every_format_mean():
     assert outcomes["quarantined"] > 20
 
 
-@pytest.mark.parametrize("name", fuzz_conversations.TROUBLES)
+@pytest.mark.parametrize("name", odd_rows.TROUBLES)
 def test_a_row_with_a_trouble_is_quarantined(name):
     draw = random.Random(name)
     for _ in range(20):
-        row = fuzz_conversations.plain_row(fuzz_conversations.meaning(draw), draw)
+        row = odd_rows.plain_row(odd_rows.meaning(draw), draw)
         assert normalize(row)
-        fuzz_conversations.TROUBLES[name](row, draw)
+        odd_rows.TROUBLES[name](row, draw)
         with pytest.raises(UnusableRowError):
             normalize(row)
 
