@@ -15,6 +15,7 @@ from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.timings import cost_of, cost_with_inputs
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
+from less_assets.lineage.model_versions import pinned
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
@@ -41,9 +42,10 @@ def evaluate(work: StepInputs) -> StepResult:
     """Evaluate the recipe's model on the task, or on every member of a group."""
     recipe_key, task = split(work.partition)
     recipe = work.project.recipe(recipe_key)
-    model, tokenizer = work.models.base(recipe.model)
+    trained = work.lineage.summary("finetuned_model", work.partition)
+    model, tokenizer = work.models.base(pinned(recipe.model, trained))
     stored = work.lineage.folder("finetuned_model", work.partition)
-    if work.lineage.fresh("finetuned_model", work.partition).summary["trained"]:
+    if trained["trained"]:
         from less_assets.method.training.models import load_adapter
 
         with stored.local(write=False) as folder:

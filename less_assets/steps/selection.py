@@ -344,6 +344,11 @@ def _tokenizer(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
     return {"tokenizer": project.tokenizer_settings()} if project.counts_tokens(keys["recipe"]) else {}
 
 
+def _counts_tokens(project: Project, recipe: str) -> bool:
+    """How long rows are depends on the tokenizer's files, too."""
+    return project.counts_tokens(recipe)
+
+
 def _reads_influence(project: Project, recipe: str) -> bool:
     return project.reads_scores(recipe)
 
@@ -408,6 +413,7 @@ ASSETS = (
         axes=("recipe", "task"),
         inputs=(
             Input("recipe_settings"),
+            Input("base_model", read_by=_counts_tokens),
             Input("pool_index"),
             Input("excluded_rows"),
             Input("influence_scores", read_by=_reads_influence),
