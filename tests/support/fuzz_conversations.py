@@ -227,7 +227,8 @@ def _without(turn: Message, runs: list[str], ends: tuple[str, ...], where: str) 
     content, thought = turn["content"].strip(), (turn.get("reasoning") or "").strip()
     first = next((run.lstrip() for run in runs if run.strip()), "")
     inside = None if thought else _THOUGHT.fullmatch(content)
-    if inside and not first.startswith(content):  # a thought that the template takes apart, and writes in its own way
+    # A thought in the content may be taken apart by the template, and written in its own way.
+    if inside and not _EDGE.sub("", first).startswith(_EDGE.sub("", content)):
         thought, content = inside[1].strip(), inside[2].strip()
     rest = list(runs)
 

@@ -69,6 +69,10 @@ _SPLITS = {
     "testing": "test",
     "eval": "test",
     "evaluation": "test",
+    "holdout": "test",
+    "heldout": "test",
+    "held-out": "test",
+    "held_out": "test",
 }
 _SPLIT_WORD = re.compile(rf"(?:^|(?<=[-._ ]))({'|'.join(_SPLITS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
 _ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*(?:\{|\Z)")
