@@ -179,6 +179,9 @@ def _refuse_several_splits(path: str, files: list[str], others: list[str]) -> No
     for name in names:
         if split := _split(name):
             splits.setdefault(_SPLITS[split[0]], split[1] + ("/*" if not files else ""))
+    unnamed = [_name(name) for name in names if not _split(name)]
+    if unnamed and splits.keys() & {"validation", "test"}:  # which of them the pool is, is not known
+        splits["files of no split"] = unnamed[0]
     if len(splits) > 1 or (splits and not files):
         inner, chain, archive = path.partition("::")
         folder = inner.rstrip("/")
