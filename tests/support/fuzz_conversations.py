@@ -253,13 +253,17 @@ def _without(turn: Message, runs: list[str], ends: tuple[str, ...], where: str) 
             rest = rest[1:]
         text = rest[0] if rest[0].strip() or len(rest) == 1 else rest[1]
         rest = rest if rest[0].strip() or len(rest) == 1 else rest[1:]
+        reached = 0
         for call in calls:
-            assert call["function"]["name"] in text, f"{where}: {call['function']['name']} has no loss: {text!r}"
-            arguments = call["function"].get("arguments", {})
-            for said in _texts(arguments):
-                forms = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
-                assert any(form in text for form in forms), f"{where}: {said!r} has no loss: {text!r}"
-        return rest[1:]
+            for said in (call["function"]["name"], *_texts(call["function"].get("arguments", {}))):
+                forms = {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]}
+                places = [text.find(form) + len(form) for form in forms if form in text]
+                assert places, f"{where}: {said!r} has no loss: {text!r}"
+                reached = max(reached, *places)
+        # Where no header follows, the next turn's answer is in the same run.
+        after = [place + len(end) for end in ends if (place := text.find(end, reached)) >= 0]
+        rest = [text[min(after, default=len(text)) :], *rest[1:]]
+        return rest
     if rest and (content or thought):
         text = rest[0].lstrip()
         text = text if text.startswith(ends) else _EDGE.sub("", text)
