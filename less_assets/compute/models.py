@@ -7,7 +7,7 @@ without them.
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from upath import UPath
 
 from less_assets.errors import ModelLoadError
 from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.model_versions import is_hub_id, pinned, recorded
 from less_assets.project.project import Project
 from less_assets.project.sections import Gradients
 from less_assets.store.artifacts import ArtifactStore
@@ -115,6 +116,7 @@ class ModelLoader:
         self._encoder: ChatEncoder | None = None
         self._frozen: tuple[Any, Any] | None = None
         self._tuned: tuple[str, Any] | None = None
+        self._recorded: Mapping[str, Any] = {}
         self.loads, self.loading_seconds = 0, 0.0
 
     def describe_base(self, base: str) -> dict[str, Any]:
@@ -123,6 +125,33 @@ class ModelLoader:
 
         found = find_base(base, self._cache, trust_remote_code=self._project.model.trust_remote_code)
         return {"base": base, "digest": found.digest, "revision": found.revision, "licence": found.licence}
+
+    def commit_of(self, base: str | None) -> dict[str, Any]:
+        """Which commit a run takes of another model than the project's; nothing for a folder or a file."""
+        from less_assets.method.training.models import find_base
+
+        if base is None or not is_hub_id(base):
+            return {}
+        return {"base": base, "revision": find_base(base, self._cache).revision}
+
+    def pin(self, lineage: Lineage) -> None:
+        """Load the project's model from now on at the commit that `base_model` recorded, whatever the hub has by now.
+
+        Args:
+            lineage: Knows what was recorded.
+        """
+        before = self._base
+        if is_hub_id(self._project.model.base):
+            made = recorded(lineage, "base_model", {})
+            self._recorded = made.summary if made else {}
+        if self._base != before:
+            self.forget()
+            self._tokenizer = self._encoder = None
+
+    @property
+    def _base(self) -> str:
+        """The project's base model, at its recorded commit if there is one."""
+        return str(pinned(self._project.model.base, self._recorded))
 
     def base(self, base: str | None = None) -> tuple[Any, Any]:
         """A fresh copy of a base model (the project's by default) and its tokenizer.
@@ -134,7 +163,7 @@ class ModelLoader:
         model = self._project.model
         started = time.perf_counter()
         loaded = load_base(
-            base or model.base,
+            base or self._base,
             dtype=model.dtype,
             device=model.device,
             cache_dir=self._cache,
@@ -171,7 +200,7 @@ class ModelLoader:
 
             model = self._project.model
             self._tokenizer = load_tokenizer(
-                model.base, cache_dir=self._cache, trust_remote_code=model.trust_remote_code
+                self._base, cache_dir=self._cache, trust_remote_code=model.trust_remote_code
             )
         return self._tokenizer
 
@@ -199,7 +228,7 @@ class ModelLoader:
 
         model, lora = self._project.model, self._project.lora
         return count_adapter_parameters(
-            model.base,
+            self._base,
             LoraSettings(lora.rank, lora.alpha, lora.dropout, tuple(lora.target_modules)),
             cache_dir=self._cache,
             trust_remote_code=model.trust_remote_code,

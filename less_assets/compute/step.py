@@ -244,6 +244,7 @@ def make_artifact(
     name = f"{asset} {partition}" if partition else asset
 
     def timed_compute(folder: ArtifactFolder) -> StepResult:
+        models.pin(lineage)
         with timed(lineage.store, asset, plan.fingerprint), measured(lineage, asset, partition, models) as done:
             done.append(compute(StepInputs(lineage, partition or "", folder, models, log, name)))
         return done[0]
@@ -286,6 +287,7 @@ def materialize_together(
     missing = [plan for plan in plans if not _is_whole(store.artifact(plan.folder, plan.fingerprint))]
     if missing:
         asset = missing[0].asset
+        models.pin(lineage)
         with measured(lineage, asset, None, models) as done, ExitStack() as writing:
             steps = [
                 StepInputs(

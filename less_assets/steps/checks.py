@@ -82,6 +82,22 @@ def _compare_with_base(lineage: Lineage, key: str, models: ModelLoader, log: Log
     return Verdict(not worse, f"{'Worse' if worse else 'Not worse'} than the base model: {said}", {})
 
 
+def check_trained_rows(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
+    """Whether the model that was trained could use every selected row (partition key `recipe|task`)."""
+    summary = lineage.summary("finetuned_model", key)
+    refused: dict[str, int] = summary.get("refused", {})
+    rows, lost = summary["examples"], sum(refused.values())
+    if not lost:
+        return Verdict(True, "Every selected row was trained on." if summary["trained"] else "Nothing is trained.", {})
+    reasons = ", ".join(f"{status}: {count:,}" for status, count in refused.items())
+    return Verdict(
+        False,
+        f"{lost:,} of {rows + lost:,} selected rows were not trained on, since the recipe's own model refuses them "
+        f"({reasons}); recipes with other models train on more.",
+        {"trained": rows, "refused": lost},
+    )
+
+
 def _named(figure: str) -> str:
     """A figure of an evaluation's summary, `task/metric`, in words."""
     task, _, metric = figure.rpartition("/")
@@ -216,6 +232,11 @@ not_only_very_short_rows = Check(
     "not_only_very_short_rows",
     "The selection does not consist of answers of a word or two, unless the pool does.",
     check_short_rows,
+)
+trained_on_every_row = Check(
+    "trained_on_every_row",
+    "The model that is trained refuses no selected row: its chat template and length take them all.",
+    check_trained_rows,
 )
 not_worse_than_base = Check(
     "not_worse_than_base",

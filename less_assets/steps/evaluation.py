@@ -15,6 +15,7 @@ from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.timings import cost_of, cost_with_inputs
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
+from less_assets.lineage.model_versions import pinned
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
@@ -75,8 +76,9 @@ def tuned_model(work: StepInputs, asset: str) -> tuple[Any, Any]:
     """The model that an asset has for the partition, base and adapter, and its tokenizer."""
     from less_assets.method.training.models import load_adapter
 
-    model, tokenizer = work.models.base(work.project.recipe(split(work.partition)[0]).model)
-    if not work.lineage.summary(asset, work.partition)["trained"]:
+    trained = work.lineage.summary(asset, work.partition)
+    model, tokenizer = work.models.base(pinned(work.project.recipe(split(work.partition)[0]).model, trained))
+    if not trained["trained"]:
         return model, tokenizer
     with work.lineage.folder(asset, work.partition).local(write=False) as folder:
         return load_adapter(model, folder), tokenizer

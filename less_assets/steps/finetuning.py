@@ -4,6 +4,7 @@ Belongs here: wiring only. Training is `method/training/training.py`.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,11 +15,12 @@ from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
-from less_assets.lineage.file_digests import model_stamp
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
+from less_assets.lineage.model_versions import model_stamp, pinned, recorded
 from less_assets.lineage.plan import Versions
 from less_assets.reading.files import CURVE, SUBSET
 from less_assets.steps.asset import Asset
+from less_assets.steps.checks import trained_on_every_row
 from less_assets.steps.shown import Picture, Shown, Stored
 from less_assets.steps.warmup import copy_files, lora_settings
 from less_assets.store.tables import read_parquet, write_parquet
@@ -26,8 +28,10 @@ from less_assets.store.tables import read_parquet, write_parquet
 
 def finetune(work: StepInputs) -> StepResult:
     """Train an adapter on the selected rows."""
-    if not work.project.recipe(split(work.partition)[0]).traits.chooses_rows:
-        return StepResult({"trained": False, "examples": 0, "loss_tokens": 0})
+    recipe = work.project.recipe(split(work.partition)[0])
+    if not recipe.traits.chooses_rows:
+        commit = work.models.commit_of(recipe.model)
+        return StepResult({"trained": False, "examples": 0, "loss_tokens": 0, **commit})
     return train_on(work, "selected_subset", work.project.finetuning.training_values())
 
 
@@ -42,8 +46,10 @@ def train_on(work: StepInputs, subset: str, values: Mapping[str, Any]) -> StepRe
     from less_assets.method.training.training import TrainingSettings, steps_per_epoch, train_adapter
 
     settings = TrainingSettings(**values)
-    model, tokenizer = work.models.base(work.project.recipe(split(work.partition)[0]).model)
-    examples = subset_examples(work, subset, tokenizer)
+    recipe = work.project.recipe(split(work.partition)[0])
+    commit = work.models.commit_of(recipe.model)
+    model, tokenizer = work.models.base(pinned(recipe.model, commit))
+    examples, refused = subset_examples(work, subset, tokenizer)
     scratch = work.models.scratch(work.folder.fingerprint)
     steps = steps_per_epoch(len(examples), settings.batch_size)
     progress = work.progress(steps * settings.epochs, "steps")
@@ -76,13 +82,18 @@ def train_on(work: StepInputs, subset: str, values: Mapping[str, Any]) -> StepRe
             "tokens": int(curve["tokens"].sum()),
             "loss_tokens": int(curve["loss_tokens"].sum()),
             "mean_loss_of_last_epoch": float(last["loss"].mean()),  # type: ignore[arg-type]
+            **({"refused": refused} if refused else {}),
+            **commit,
         },
         units=sum(trained),
     )
 
 
-def subset_examples(work: StepInputs, subset: str, tokenizer: Any) -> list[Any]:
-    """The selected rows, encoded for the model that is trained; rows without loss tokens are left out."""
+def subset_examples(work: StepInputs, subset: str, tokenizer: Any) -> tuple[list[Any], dict[str, int]]:
+    """The selected rows, encoded for the model that is trained, and by status how many rows leave it nothing to learn.
+
+    The pool's refused rows are those of the project's model. Another one that a recipe trains may refuse more.
+    """
     from less_assets.method.data.conversations import with_all_fields
 
     table = with_all_fields(read_parquet(work.lineage.folder(subset, work.partition), SUBSET))
@@ -90,12 +101,22 @@ def subset_examples(work: StepInputs, subset: str, tokenizer: Any) -> list[Any]:
     encoded = [
         encoder.row(*conversation) for conversation in table.select("example_id", "messages", "tools").iter_rows()
     ]
-    usable = [example for example in encoded if example.loss_tokens]
-    if not usable:
+    refusals = [(example.example_id, reason) for example in encoded if (reason := encoder.refusal(example))]
+    if len(refusals) == len(encoded):
         raise PoolFormatError(
-            "No selected row has a loss token.", where=work.partition, fix="raise model.max_length or the budget"
+            f"The model that is trained can use no selected row; the first says: {refusals[0][1][1]}."
+            if refusals
+            else "No row is selected.",
+            where=work.partition,
+            fix="raise model.max_length or the budget, or train a model whose chat template takes these rows",
         )
-    return usable
+    for example_id, (status, detail) in refusals[:1]:
+        work.log(
+            f"warning: {work.name}: {len(refusals):,} of {len(encoded):,} selected rows are not trained on; "
+            f"{example_id}: {status}: {detail}"
+        )
+    usable = [example for example in encoded if not encoder.refusal(example)]
+    return usable, dict(sorted(Counter(status for _, (status, _) in refusals).items()))
 
 
 def describe_training(stored: Stored) -> Shown:
@@ -125,7 +146,8 @@ def work_of_trainings(workload: Workload, due: Sequence[str], asset: str, subset
 def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
     settings = lineage.project.finetuning_settings(keys["recipe"])
     if other := lineage.project.recipe(keys["recipe"]).model:
-        settings |= {"stamp": model_stamp(other)}  # no asset stands for another model than the project's
+        # No asset stands for another model than the project's: what was trained says at which commit.
+        settings |= {"stamp": model_stamp(other, lambda: recorded(lineage, "finetuned_model", keys))}
     return settings
 
 
@@ -152,6 +174,7 @@ ASSETS = (
         determined_by=_trained_rows,
         compute=finetune,
         describe=describe_training,
+        checks=(trained_on_every_row,),
         loads_model=True,
         same_run="eval_results",
         amount=training_work,

@@ -12,8 +12,8 @@ from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import PoolFormatError
-from less_assets.lineage.file_digests import model_stamp
 from less_assets.lineage.lineage import Input, Keys, Lineage
+from less_assets.lineage.model_versions import model_stamp, recorded
 from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.pool_files import data_path
 from less_assets.project.project import Project
@@ -231,7 +231,8 @@ def _indexed_rows(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
 
 
 def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
-    return {"model": lineage.project.model_settings(), "stamp": model_stamp(lineage.project.model.base)}
+    stamp = model_stamp(lineage.project.model.base, lambda: recorded(lineage, "base_model", keys))
+    return {"model": lineage.project.model_settings(), "stamp": stamp}
 
 
 def _source_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
-from less_assets.lineage.plan import digest
+from less_assets.lineage.plan import Versions, digest
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import CERTIFICATE, REAL_STEPS, certified_rules, judge_selection
@@ -363,6 +363,15 @@ def _tokenizer(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
     return {"tokenizer": project.tokenizer_settings()} if project.counts_tokens(keys["recipe"]) else {}
 
 
+def _tokenizer_files(lineage: Lineage, keys: Keys) -> Versions:
+    """How long rows are depends on the tokenizer's files, too.
+
+    No input stands for them: Dagster cannot have some partitions read an unpartitioned asset and others not. It makes
+    `base_model` first in any case, since `pool_index` needs it.
+    """
+    return lineage.version("base_model") if lineage.project.counts_tokens(keys["recipe"]) else {}
+
+
 def _reads_influence(project: Project, recipe: str) -> bool:
     return project.reads_scores(recipe)
 
@@ -454,6 +463,7 @@ ASSETS = (
         ),
         folder="selection/{task}/recipes/{recipe}",
         settings=_tokenizer,
+        outside=_tokenizer_files,
         compute=select_subset,
         describe=describe_subset,
         checks=(no_subtask_dominates, not_only_very_short_rows),

@@ -188,6 +188,20 @@ def test_a_grid_key_is_split_into_its_two_parts():
     assert split("epoch-1|plus-00000") == ("epoch-1", "plus-00000")
 
 
+def test_a_subset_is_made_from_the_tokenizers_files_where_it_counts_tokens_and_nowhere_else(bench):
+    bench.settings["recipes"] += [
+        {"name": "by-tokens", "strategy": "random", "tokens": 5, "seeds": [0]},
+        {"name": "by-length", "strategy": "length_matched", "fraction": 0.5, "seeds": [0]},
+    ]
+    bench.put_everything()
+    plans = {key: bench.lineage.plan("selected_subset", f"{key}|sky") for key in bench.project.recipe_keys}
+    version = bench.lineage.fresh("base_model").data_version
+    assert {key: plan.inputs["base_model"] for key, plan in plans.items() if "base_model" in plan.inputs} == {
+        "by-tokens-seed0": version,
+        "by-length-seed0": version,
+    }
+
+
 def test_shared_settings_are_plain_json(bench):
     shared = [asset.shared_settings(bench.project) for asset in ASSETS.values() if asset.shared_settings]
     assert len(shared) > 5

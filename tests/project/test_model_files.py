@@ -5,7 +5,7 @@ import datetime
 import pytest
 
 from less_assets.errors import ProjectFileError
-from less_assets.lineage.file_digests import model_stamp
+from less_assets.lineage.model_versions import model_stamp
 from less_assets.method.training.files import folder_digest
 from less_assets.project.model_files import template_writes_day
 from less_assets.project.project import load_project

@@ -1,8 +1,8 @@
-"""`make soak`: hundreds of kills, thousands of storage faults, a million strange inputs; hours, to be left alone.
+"""`make soak`: hundreds of kills, thousands of storage faults, two million strange inputs; hours, to be left alone.
 
 Belongs here: how often, and where results go: `benchmarks/results/soak.json`, written after every step. Interrupted, it
 goes on from there; once all is done, the next start begins anew. What is done each time: `killing.py`, `faults.py`,
-`fuzz.py`.
+`fuzz.py`, `fuzz_conversations.py` with the rows of `odd_rows.py`.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 RESULTS = ROOT / "benchmarks/results/soak.json"
 MEMORY = Path("/dev/shm")
 BATCH = 2_000
+NUMBERS = 4_000  # files of conversations that one process tries
 FRESH_EVERY = 10  # campaigns between two whose processes are not forked
 DEFAULT_RECORDS_EVERY = 4  # campaigns between two with Dagster's default of one database a run
 HEADROOM_BYTES = 2 << 30
@@ -42,16 +43,23 @@ class Progress:
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if not self.found or all(self.found.get(name, 0) >= target for name, target in targets.items()):
             self.found = {"kills": 0, "faults": 0, "inputs": 0, "lost": 0, "failures": [], "seconds": 0.0}
-            self.found |= {"campaigns": 0, "rounds": 0, "kills_by_asset": {}, "inputs_by_reader": {}}
-        self.found |= {"python": platform.python_version(), "commit": _commit()}
+            self.found |= {"campaigns": 0, "rounds": 0, "kills_by_asset": {}, "inputs_by_reader": {}, "commits": {}}
+        self.found |= {"python": platform.python_version()}
+        self.found.setdefault("conversations", 0)
+        self.found.setdefault("conversation_files", 0)
+        self.found.setdefault("conversations_by_outcome", {})
+        self._commit = _commit()
         self._since = time.monotonic()
 
     def open(self, name: str) -> bool:
         """Whether a target has not been reached."""
         return self.found[name] < self.targets[name]
 
-    def save(self) -> None:
-        """Write the results, atomically."""
+    def save(self, name: str) -> None:
+        """Write the results, atomically, with the commit at which something was done for a target."""
+        commits = self.found["commits"].setdefault(name, [])
+        if self._commit not in commits:
+            commits.append(self._commit)
         now = time.monotonic()
         self.found["seconds"], self._since = round(self.found["seconds"] + now - self._since, 1), now
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +119,7 @@ def kill_runs(progress: Progress) -> None:
                 found["failures"] += tally.failures + [f"lost: {each}" for each in tally.lost]
                 for asset, count in tally.by_asset.items():
                     found["kills_by_asset"][asset] = found["kills_by_asset"].get(asset, 0) + count
-                progress.save()
+                progress.save("kills")
         finally:
             for killer in killers.values():
                 killer.close()
@@ -155,7 +163,7 @@ def damage_files(progress: Progress) -> None:
                 found["failures"].append(f"not repaired after damage to {kind.name}: {wrong[:5]}")
             finished.restore()
             found["faults"], found["rounds"] = found["faults"] + 1, found["rounds"] + 1
-            progress.save()
+            progress.save("faults")
 
 
 def try_inputs(progress: Progress) -> None:
@@ -169,29 +177,53 @@ def try_inputs(progress: Progress) -> None:
         name = min(names, key=lambda each: counts.get(each, 0))
         target = -(-progress.targets["inputs"] // len(names))
         batches = max(1, min(10, -(-(target - counts.get(name, 0)) // BATCH)))
-        done, trouble = _worker(name, counts.get(name, 0), batches)
-        counts[name] = counts.get(name, 0) + max(done, 1)
+        seed, printed = counts.get(name, 0), ["0"]
+        trouble = _worker(name, seed, batches, printed.append)
+        done = int(printed[-1])
+        trouble = trouble and f"after input {seed + done}: {trouble}"
+        counts[name] = seed + max(done, 1)
         progress.found["inputs"] = sum(counts.values())
         if trouble:
             progress.found["failures"].append(f"{name}: {trouble}")
-        progress.save()
+        progress.save("inputs")
 
 
-def _worker(name: str, seed: int, batches: int) -> tuple[int, str]:
-    """Inputs that a worker process has tried, and what went wrong."""
+def try_conversations(progress: Progress) -> None:
+    """Files of conversations of known meaning, each worker with the numbers that follow."""
+
+    def on_file(line: str) -> None:
+        found["conversation_files"] += 1
+        for outcome, rows in json.loads(line).items():
+            found["conversations_by_outcome"][outcome] = found["conversations_by_outcome"].get(outcome, 0) + rows
+            found["conversations"] += rows
+        if found["conversation_files"] % 20 == 0:
+            progress.save("conversations")
+
+    found = progress.found
+    while progress.open("conversations"):
+        wanted = progress.targets["conversations"] - found["conversations"]
+        if trouble := _worker("conversations", found["conversation_files"], min(NUMBERS, -(-wanted // 50)), on_file):
+            found["failures"].append(f"conversations: {trouble}")
+            found["conversation_files"] += 1
+        progress.save("conversations")
+
+
+def _worker(name: str, seed: int, batches: int, on_line: Callable[[str], object]) -> str:
+    """Let a worker process try inputs; `on_line` is told what it prints. What went wrong, or nothing."""
     command = [sys.executable, __file__, "--worker", name, "--seed", str(seed), "--batches", str(batches)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
-        done, watch = 0, _watchdog(process)
+        watch = _watchdog(process)
         for line in process.stdout:
             watch.cancel()
-            done, watch = int(line), _watchdog(process)
+            on_line(line)
+            watch = _watchdog(process)
         watch.cancel()
         if process.wait() == 0:
-            return done, ""
+            return ""
         errors.seek(0)
-        return done, f"status {process.returncode} after input {seed + done}: {errors.read()[-3000:]}"
+        return f"status {process.returncode}: {errors.read()[-3000:]}"
 
 
 def _watchdog(process: "subprocess.Popen[str]") -> threading.Timer:
@@ -203,15 +235,17 @@ def _watchdog(process: "subprocess.Popen[str]") -> threading.Timer:
 
 
 def work(name: str, seed: int, batches: int) -> None:
-    """In a worker: try batches of inputs on one reader; prints how many after each."""
+    """In a worker: try batches of inputs on one reader; prints how many after each, or what came of a file's rows."""
+    if name == "conversations":
+        _converse(seed, batches)
+        return
     from hypothesis import HealthCheck, given, settings
     from hypothesis import seed as seeded
     from support import fuzz
 
     found = fuzz.properties()[name]
     found.check(_example(found.inputs))  # imports come before the limit
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM_BYTES, resource.RLIM_INFINITY))
+    _limit_memory()
     tried = 0
 
     def check(each: Any) -> None:
@@ -228,6 +262,23 @@ def work(name: str, seed: int, batches: int) -> None:
         fuzz.clear_scratch()
 
 
+def _converse(first: int, numbers: int) -> None:
+    from support import fuzz, fuzz_conversations
+
+    fuzz_conversations.check(first)  # imports come before the limit
+    _limit_memory()
+    try:
+        for number in range(first, first + numbers):
+            print(json.dumps(fuzz_conversations.check(number)), flush=True)
+    finally:
+        fuzz.clear_scratch()
+
+
+def _limit_memory() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM_BYTES, resource.RLIM_INFINITY))
+
+
 def _example(strategy: Any) -> Any:
     from hypothesis import find, settings
 
@@ -240,6 +291,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=240)
     parser.add_argument("--faults", type=int, default=4_000)
     parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--conversations", type=int, default=1_000_000)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -249,10 +301,11 @@ def main() -> int:
     if asked.worker:
         work(asked.worker, asked.seed, asked.batches)
         return 0
-    targets = {"kills": asked.kills, "faults": asked.faults, "inputs": asked.inputs}
+    targets = {name: getattr(asked, name) for name in ("kills", "faults", "inputs", "conversations")}
     progress = Progress(asked.results, targets)
     kill_runs(progress)
     try_inputs(progress)
+    try_conversations(progress)
     damage_files(progress)
     for failure in progress.found["failures"]:
         print(f"\n{failure}")

@@ -14,6 +14,7 @@ import datetime
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -437,7 +438,11 @@ def _thought_apart(message: Message) -> Message:
 
 
 def _check_calls(written: str, message: Message) -> None:
-    """Refuse a rendering that leaves out the name or a text among the arguments of a call."""
+    """Refuse a rendering that leaves out the name, a text or a whole number among the arguments of a call.
+
+    What several calls say must be there as often: some templates write the first call only.
+    """
+    times: Counter[str] = Counter()
     for call in json.loads(message.get("tool_calls") or "[]"):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -445,17 +450,19 @@ def _check_calls(written: str, message: Message) -> None:
         arguments = function.get("arguments")
         with contextlib.suppress(ValueError):
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        for said in [function["name"], *_texts(arguments)]:
-            if not any(
-                form in written for form in (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
-            ):
-                raise UnusableConversationError("template_drops_text", f"{said!r} of a call is not in the text")
+        times.update([function["name"], *_texts(arguments)])
+    for said, needed in times.items():
+        forms = {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]} - {""}
+        if forms and sum(map(written.count, forms)) < needed:
+            raise UnusableConversationError("template_drops_text", f"{said!r} of a call is not in the text")
 
 
 def _texts(value: object) -> Iterator[str]:
-    """The texts inside a JSON value, keys too."""
+    """The texts inside a JSON value, keys and whole numbers too."""
     if isinstance(value, str):
         yield value
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield str(value)
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)

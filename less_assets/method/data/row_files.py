@@ -69,6 +69,10 @@ _SPLITS = {
     "testing": "test",
     "eval": "test",
     "evaluation": "test",
+    "holdout": "test",
+    "heldout": "test",
+    "held-out": "test",
+    "held_out": "test",
 }
 _SPLIT_WORD = re.compile(rf"(?:^|(?<=[-._ ]))({'|'.join(_SPLITS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
 _ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*(?:\{|\Z)")
@@ -175,6 +179,9 @@ def _refuse_several_splits(path: str, files: list[str], others: list[str]) -> No
     for name in names:
         if split := _split(name):
             splits.setdefault(_SPLITS[split[0]], split[1] + ("/*" if not files else ""))
+    unnamed = [_name(name) for name in names if not _split(name)]
+    if unnamed and splits.keys() & {"validation", "test"}:  # which of them the pool is, is not known
+        splits["files of no split"] = unnamed[0]
     if len(splits) > 1 or (splits and not files):
         inner, chain, archive = path.partition("::")
         folder = inner.rstrip("/")

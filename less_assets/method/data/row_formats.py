@@ -64,11 +64,17 @@ UNSUPPORTED_ROW_KEYS = (
     *_MEDIA_KEYS,
     *("rejected", "rejected_response", "rejected_responses", "rejected_messages"),
     *("chosen", "chosen_response", "chosen_messages"),
-    "chat_template_kwargs",
+    *("chat_template_kwargs", "enable_thinking", "documents"),
+    *("completion_mask", "assistant_masks", "train_mask", "loss_weight", "sample_weight"),
 )
 """Keys of a row that cannot be carried, whatever their value, unless it is empty."""
 
-UNSUPPORTED_TURN_KEYS = (*_MEDIA_KEYS, "file", "refusal", "train_detail", "tools", "functions", "channel")
+UNSUPPORTED_TURN_KEYS = (
+    *_MEDIA_KEYS,
+    *("file", "refusal", "train_detail", "tools", "functions", "channel"),
+    *("thought", "thoughts", "reasoning_text", "reasoning_details", "thinking_blocks"),
+    *("loss_weight", "mask", "masked", "trainable", "no_loss"),
+)
 """Keys of a turn that cannot be carried, whatever their value, unless it is empty."""
 
 _FORMAT_KEYS: dict[str, tuple[str, ...]] = {
@@ -307,8 +313,8 @@ def _turn(turn: object, what: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(turn, dict):
         raise UnusableRowError("wrong_type", f"{what} is {_type_name(turn)}, not an object")
     sharegpt = "human" in roles
-    said_role = turn.get("from" if sharegpt and turn.get("from") is not None else "role")
-    text_key = "value" if sharegpt and turn.get("value") is not None else "content"
+    said_role = turn.get(_one_of(turn, "from", "role", what) if sharegpt else "role")
+    text_key = _one_of(turn, "value", "content", what) if sharegpt else "content"
     if not isinstance(said_role, str) or said_role not in roles:
         raise UnusableRowError("unknown_role", f"{what} has the role {said_role!r}"[:200])
     for name in UNSUPPORTED_TURN_KEYS:
@@ -381,23 +387,45 @@ def _reasoning(turn: Mapping[str, object], what: str, role: str) -> str | None:
     return texts.pop()
 
 
+def _one_of(record: Mapping[str, object], name: str, other: str, what: str) -> str:
+    """Which of two words for one thing a record uses; where both say something, and not the same, nobody knows."""
+    if _is_empty(record.get(name)):
+        return other if record.get(name) is None or not _is_empty(record.get(other)) else name
+    if not _is_empty(record.get(other)) and record[name] != record[other]:
+        raise _unsupported(other, f"{what} has {name!r} and {other!r}, and they differ")
+    return name
+
+
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""What makers of data call the arguments of a call."""
+
+
 def _call(call: object, what: str) -> dict[str, object]:
     """A call in OpenAI's form; arguments stay as they are, an object or its JSON text."""
     if not isinstance(call, dict):
         raise UnusableRowError("wrong_type", f"a call of {what} is {_type_name(call)}, not an object")
     call = {name: value for name, value in call.items() if value is not None}
     if "function" not in call:
-        more = {name: call.pop(name) for name in ("name", "arguments", "parameters") if name in call}
-        arguments = more.get("arguments", more.get("parameters", {}))
-        call = {"type": "function", **call, "function": {"name": more.get("name"), "arguments": arguments}}
+        named = {name: call.pop(name) for name in ("name", *_ARGUMENTS) if name in call}
+        arguments = _one_arguments(named, what)
+        call = {"type": "function", **call, "function": {"name": named.get("name"), "arguments": {}} | arguments}
     function = call["function"]
     if isinstance(function, dict):
-        function = {name: value for name, value in function.items() if value is not None}
+        function = _one_arguments({name: value for name, value in function.items() if value is not None}, what)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UnusableRowError("wrong_type", f"a call of {what} does not name a function")
     if not isinstance(function.get("arguments", {}), str | dict):
         raise UnusableRowError("wrong_type", f"arguments of a call of {what} are neither an object nor text")
     return {"type": "function", **call, "function": function}
+
+
+def _one_arguments(function: dict[str, object], what: str) -> dict[str, object]:
+    """The fields of a function that is called, with its arguments under their own name whatever they were called."""
+    given = [name for name in _ARGUMENTS if function.get(name) not in (None, {}, "")]
+    if len(given) > 1:
+        raise _unsupported("tool_calls", f"a call of {what} has its arguments in {' and '.join(given)}")
+    said = {"arguments": function[given[0]]} if given and given != ["arguments"] else {}
+    return {name: value for name, value in function.items() if name not in _ARGUMENTS[1:]} | said
 
 
 def _set_mask(message: Message, value: object, name: str, what: str) -> None:
@@ -429,8 +457,8 @@ def _apply_loss_mask(messages: Sequence[Message], mask: object) -> None:
 
 def _alpaca(record: Mapping[str, object]) -> list[Message]:
     instruction = _text(_field(record, "instruction"), "instruction")
-    output = _text(_field(record, "output" if record.get("output") is not None else "response"), "output")
-    context = record.get("input") if record.get("input") is not None else record.get("context")
+    output = _text(_field(record, _one_of(record, "output", "response", "the row")), "output")
+    context = record.get(_one_of(record, "input", "context", "the row"))
     context = "" if context is None else _text(context, "input")
     question = f"{instruction}\n\n{context}" if context.strip() else instruction
     return [
@@ -492,7 +520,10 @@ def _tools(record: Mapping[str, object]) -> str | None:
             raise UnusableRowError("wrong_type", f"tool {number} is {_type_name(tool)}, not an object")
         bare = "function" not in tool and isinstance(tool.get("name"), str) and tool.get("type") in (None, "function")
         if bare:
-            tool = {"type": "function", "function": {key: part for key, part in tool.items() if key != "type"}}
+            function = {key: part for key, part in tool.items() if key != "type"}
+            if "input_schema" in function and "parameters" not in function:  # Anthropic's word
+                function["parameters"] = function.pop("input_schema")
+            tool = {"type": "function", "function": function}
         tools.append(tool)
     return _json(tools, name)
 

@@ -403,6 +403,13 @@ def test_a_header_between_a_text_and_a_call_carries_no_loss(name, fields, text):
     assert "".join(token.text for token in tokens if token.turn == 1).startswith(text)
 
 
+@pytest.mark.parametrize(("name", "status"), [("gpt_oss", "template_drops_text"), ("qwen3", "ok")])
+def test_calls_that_differ_in_a_number_only_must_all_be_in_the_text(name, status):
+    made = [{"type": "function", "function": {"name": "weather", "arguments": {"days": days}}} for days in (2, 3)]
+    turns = [user("Rain?"), said("", tool_calls=json.dumps(made)), answer("Rain."), said("Yes.")]
+    assert encoder(FAMILIES[name]).row("row", turns, TOOLS).status == status
+
+
 def test_an_answer_that_the_template_repeats_is_not_trained_on():
     body = with_body("{{ m['content'] }}{{ messages[2]['content'] if messages | length == 4 and loop.last }}")
     encoded = body.row("row", [SYSTEM, user("Who?"), said("The fox."), user("Sure?")])

@@ -383,6 +383,8 @@ def test_arrow_files_of_both_kinds_give_the_rows_and_digests_of_parquet(tmp_path
         (["chat.train.jsonl", "chat.dev.jsonl"], ["chat.dev*", "chat.train*"]),
         (["train/a.arrow", "validation/a.arrow", "dataset_dict.json"], ["train/*", "validation/*"]),
         (["train/a.arrow"], ["train/*"]),
+        (["pool.jsonl", "held-out.jsonl"], ["held-out*", "pool.jsonl"]),
+        (["a.jsonl", "test.jsonl"], ["a.jsonl", "test*"]),
     ],
 )
 def test_a_folder_of_several_splits_needs_a_pattern(tmp_path, names, patterns):

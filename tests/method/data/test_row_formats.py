@@ -393,3 +393,50 @@ def test_an_empty_system_turn_of_the_cases_is_dropped(line):
 
 def test_every_answer_of_several_turns_is_learned():
     assert learned({"messages": LONGER}) == ["4", "Yes."]
+
+
+USER = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize("word", ["arguments", "parameters", "args", "input"])
+def test_arguments_of_a_call_are_kept_whatever_they_are_called(word):
+    flat, nested = {"name": "f", word: {"x": 1}}, {"type": "function", "function": {"name": "f", word: {"x": 1}}}
+    for call in (flat, nested):
+        turns = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        (made,) = json.loads(normalize({"messages": turns}).messages[1]["tool_calls"])
+        assert made["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("row", "status"),
+    [
+        ({"instruction": "q", "output": "a", "response": "b"}, "unsupported_field: response"),
+        ({"instruction": "q", "output": "a", "input": "a", "context": "b"}, "unsupported_field: context"),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "content": "b"}]},
+            "content",
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "role": "user", "value": "a"}]}, "role"),
+        ({"messages": [USER, {"role": "assistant", "content": "a", "thoughts": "hm"}]}, "unsupported_field: thoughts"),
+        ({"messages": [USER, {"role": "assistant", "content": "a", "trainable": False}]}, "trainable"),
+        ({"prompt": "q", "completion": "a", "completion_mask": [0, 1]}, "unsupported_field: completion_mask"),
+        ({"prompt": "q", "completion": "a", "enable_thinking": False}, "unsupported_field: enable_thinking"),
+    ],
+)
+def test_what_may_mean_two_things_is_quarantined(row, status):
+    with pytest.raises(UnusableRowError) as refused:
+        normalize(row)
+    assert refused.value.status.endswith(status)
+
+
+def test_two_words_that_say_the_same_are_no_trouble():
+    row = {"instruction": "q", "output": "a", "response": "a", "input": "", "context": "b"}
+    assert [turn["content"] for turn in normalize(row).messages] == ["q\n\nb", "a"]
+    turns = [{"from": "human", "value": "", "content": "q"}, {"from": "gpt", "role": "gpt", "value": "a"}]
+    assert [turn["content"] for turn in normalize({"conversations": turns}).messages] == ["q", "a"]
+
+
+def test_a_tools_schema_in_anthropics_words_is_its_parameters():
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    stored = json.loads(normalize({"prompt": "q", "completion": "a", "tools": tools}).tools)
+    assert stored == [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
