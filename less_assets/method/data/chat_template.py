@@ -442,7 +442,8 @@ def _check_calls(written: str, message: Message) -> None:
 
     What several calls say must be there as often: some templates write the first call only.
     """
-    times: Counter[str] = Counter()
+    names: Counter[str] = Counter()
+    texts: Counter[str] = Counter()
     for call in json.loads(message.get("tool_calls") or "[]"):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -450,8 +451,9 @@ def _check_calls(written: str, message: Message) -> None:
         arguments = function.get("arguments")
         with contextlib.suppress(ValueError):
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        times.update([function["name"], *_texts(arguments)])
-    for said, needed in times.items():
+        names[function["name"]] += 1
+        texts.update(_texts(arguments))
+    for said, needed in (names | texts).items():
         forms = {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]} - {""}
         if forms and sum(map(written.count, forms)) < needed:
             raise UnusableConversationError("template_drops_text", f"{said!r} of a call is not in the text")
