@@ -113,7 +113,7 @@ def nothing_due(partitions: Mapping[str, Sequence[Partition]]) -> Estimate:
         AssetEstimate(asset, dict.fromkeys(keys, Status("fresh")), frozenset(), None, None)
         for asset, keys in partitions.items()
     ]
-    return Estimate(lines, [], [], [], [])
+    return Estimate(lines, [], [], [], [], ratios=[], few_warmup_steps=None)
 
 
 def estimate(
