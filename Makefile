@@ -6,7 +6,7 @@ export LESS_PROJECT ?= demo/project.yaml
 # pip writes byte code while it installs; python does it at first import anyway, for the modules that are used.
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: env demo test dev bench soak audit clean
+.PHONY: env demo test coverage dev bench newcomer soak audit clean
 
 env: $(VENV)/.installed
 $(VENV)/.installed: constraints.txt pyproject.toml
@@ -31,6 +31,10 @@ test: env $(VENV)/.ray
 	$(BIN)/python -m tests.architecture
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+# The share of lines that tests reach; what runs in processes that they start does not count.
+coverage: env $(VENV)/.ray
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov=less_assets --cov-report=term
+
 demo/project.yaml: | env
 	$(BIN)/less-assets demo demo --no-run
 
@@ -40,6 +44,10 @@ dev: env demo/project.yaml
 bench: env
 	$(PIP) --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/features.py
+
+# A newcomer's way, from an empty folder to rows in their trainer, with the time of each step; needs the network.
+newcomer:
+	PYTHON=$(PYTHON) benchmarks/newcomer.sh
 
 # Hours: kills, storage faults, strange inputs. Interrupted, it goes on where it was.
 soak: env

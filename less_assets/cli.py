@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from less_assets.compute.progress import duration
+from less_assets.compute.progress import counted, duration
 from less_assets.errors import LessAssetsError
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ DEFAULT_PROJECT = Path("project.yaml")
 TaskOption = Annotated[list[str], typer.Option("--task", help="Only this task; may be given several times.")]
 RecipeOption = Annotated[list[str], typer.Option("--recipe", help="Only this recipe key; may be given several times.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+ExtrasOption = Annotated[
+    bool, typer.Option(help="Also certificates of scores, shares of tokens, and reports; nothing is made from them.")
+]
 UntilOption = Annotated[str, typer.Option("--until", help="Stop with this asset, e.g. selected_subset.")]
 
 
@@ -99,6 +102,8 @@ def init(
         write_project_file(answers, output, overwrite=force)
         print(f"wrote {output}")
     check(output)
+    at = "" if output == DEFAULT_PROJECT else f" --project {output}"
+    print(f"next: less-assets plan{at}   (what it costs), then less-assets run{at}")
 
 
 def _asked(option: str, question: str) -> str:
@@ -155,11 +160,12 @@ def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False)
         for line in (*problems, *notes, *sampled):
             print(line)
         if problems:
-            print(f"\n{len(problems)} problem{'s' if len(problems) > 1 else ''} found; nothing was changed.")
+            print(f"\n{counted(len(problems), 'problem')} found; nothing was computed.")
             raise typer.Exit(1)
         print(
-            f"{loaded.name}: the project file and its data are usable: {len(loaded.pool.sources)} sources, "
-            f"{len(loaded.tasks)} tasks, {len(loaded.recipe_keys)} recipes, {len(loaded.checkpoints)} checkpoints."
+            f"{loaded.name}: the project file and its data are usable: {counted(len(loaded.pool.sources), 'source')}, "
+            f"{counted(len(loaded.tasks), 'task')}, {counted(len(loaded.recipe_keys), 'recipe')}, "
+            f"{counted(len(loaded.checkpoints), 'checkpoint')}."
         )
 
 
@@ -169,6 +175,7 @@ def plan(
     task: TaskOption = [],  # noqa: B006 - typer reads the default once
     recipe: RecipeOption = [],  # noqa: B006
     until: UntilOption = "",
+    extras: ExtrasOption = True,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -194,7 +201,7 @@ def plan(
 
         register_shards(loaded, store, instance)
         models = ModelLoader(loaded, cache_folder(store))
-        request = _request(task, recipe, until, loaded)
+        request = _request(task, recipe, until, extras, loaded)
         lineage = open_lineage(loaded, store)
         planned = estimate(runner, lineage, models, request, calibrate=calibrate, log=_say)
         _print_planned(planned, lineage, as_json)
@@ -226,10 +233,7 @@ def run(
     verify: Annotated[
         bool, typer.Option(help="Compare every stored file with its digest first; damaged artifacts are made again.")
     ] = False,
-    extras: Annotated[
-        bool,
-        typer.Option(help="Also certificates of scores, shares of tokens, and reports; nothing is made from them."),
-    ] = True,
+    extras: ExtrasOption = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing until the end, but errors.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON event a line, for programs, and nothing else.")
@@ -243,18 +247,17 @@ def run(
             fresh = sum(map(len, needed.values()))
             _say_finished(lineage.project, lineage.store, request, 0, fresh, (), started, as_json)
             return
-    without = set() if extras else {"certificate_rows", "real_step_rows"}
     with (
         _told(as_json),
         _termination_as_ctrl_c(),
-        _opened(project, without) as (loaded, store, instance, runner),
+        _opened(project, lambda line: _warn(line, as_json)) as (loaded, store, instance, runner),
     ):
         from less_assets.lineage.warmup_draw import draw_sample_again
         from less_assets.project.data_check import check_data
         from less_assets.project.yaml_file import problems_error
         from less_assets.running.runner import register_shards
 
-        request = replace(_request(task, recipe, until, loaded), verify=verify, extras=extras)
+        request = replace(_request(task, recipe, until, extras, loaded), verify=verify)
         if problems := check_data(loaded):  # a task's missing file shall not be found after hours of gradients
             raise problems_error(str(project), problems)
         if resample_warmup:
@@ -282,13 +285,16 @@ def _say_finished(
 ) -> None:
     """Say what a run has made, and show the results."""
     from less_assets.inspection import summary
+    from less_assets.inspection.pool_counts import pool_counts
     from less_assets.running.watch import JsonEvents
+    from less_assets.steps.registry import open_lineage
 
     if as_json:
-        finished = {"made": made, "fresh": fresh, "warned": [asdict(check) for check in warned]}
+        pool = pool_counts(open_lineage(project, store))
+        finished = {"made": made, "fresh": fresh, "pool": pool, "warned": [asdict(check) for check in warned]}
         JsonEvents(sys.stdout).tell("finished", finished)
         return
-    print(f"\n{made} artifacts made, {fresh} were fresh; {duration(time.monotonic() - started)}")
+    print(f"\n{counted(made, 'artifact')} made, {fresh:,} were fresh; {duration(time.monotonic() - started)}")
     if not made:
         print("nothing was computed: everything is as the project file says")
     print(summary.results(project, store, request.tasks))
@@ -304,7 +310,7 @@ def _nothing_to_do(
     from less_assets.steps.registry import open_store
 
     project = load_project(path)
-    request = replace(_request(task, recipe, until, project), extras=extras)
+    request = _request(task, recipe, until, extras, project)
     found = nothing_to_do(project, open_store(project), request)
     return None if found is None else (found[0], request, found[1])
 
@@ -328,14 +334,22 @@ def _watched(
     """Run, and show it: one live block in a terminal, lines in a pipe, events for programs."""
     from rich.console import Console
 
+    from less_assets.inspection.pool_counts import pool_counts
     from less_assets.orchestration.console_log import heard_by
     from less_assets.running.watch import JsonEvents, LiveBlock
+    from less_assets.steps.registry import open_lineage
 
     console = Console(stderr=True)
     if as_json:
         events = JsonEvents(sys.stdout)
+
+        def tell(kind: str, values: Mapping[str, Any]) -> None:
+            events.tell(kind, values)
+            if kind == "asset_finished" and values["asset"] == "pool_index":
+                events.tell("pool", pool_counts(open_lineage(project, store)) or {})
+
         with events.watching():
-            return runner.run(request, events.log, events.tell)
+            return runner.run(request, events.log, tell)
     if quiet:
         with heard_by(lambda entry: None):
             return runner.run(request, lambda line: None)
@@ -433,7 +447,7 @@ def export(
         if dry_run and not push:
             raise LessAssetsError("--dry-run is about uploading.", fix="add --push OWNER/NAME")
         exported = export_selection(lineage, task, recipe, output, keep_columns=keep_columns)
-        print(f"{exported.rows:,} rows in {exported.latest}, which is {exported.folder}")
+        print(f"{counted(exported.rows, 'row')} in {exported.latest}, which is {exported.folder}")
         if left_out := sum(exported.left_out.values()):
             print(f"{left_out:,} of them are not in LLaMA-Factory's file, which cannot express them: see README.md")
         if push and dry_run:
@@ -503,10 +517,10 @@ def gc(
         if removed:
             print(text_table([(f"{size / 1e6:,.1f} MB", path) for path, size in removed], right_aligned=[0]))
         total = sum(size for _, size in removed)
-        print(f"{len(removed)} artifacts, {total / 1e6:,.1f} MB {'would be' if dry_run else 'were'} removed")
+        print(f"{counted(len(removed), 'artifact')}, {total / 1e6:,.1f} MB {'would be' if dry_run else 'were'} removed")
 
 
-def _request(task: list[str], recipe: list[str], until: str, project: "Project") -> "Request":
+def _request(task: list[str], recipe: list[str], until: str, extras: bool, project: "Project") -> "Request":
     from less_assets.running.request import Request
     from less_assets.steps.registry import ASSETS
 
@@ -516,7 +530,7 @@ def _request(task: list[str], recipe: list[str], until: str, project: "Project")
         project.recipe(key)
     if until and until not in ASSETS:
         raise LessAssetsError(f"There is no asset {until!r}.", fix=f"choose one of {', '.join(ASSETS)}")
-    return Request(tuple(task), tuple(recipe), until or None)
+    return Request(tuple(task), tuple(recipe), until or None, extras=extras)
 
 
 @contextmanager
@@ -570,27 +584,37 @@ def _print(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as
 
 @contextmanager
 def _opened(
-    path: Path, without: Collection[str] = ()
+    path: Path, warn: Callable[[str], object] | None = None
 ) -> Iterator[tuple["Project", "ArtifactStore", "dg.DagsterInstance", "GraphRunner"]]:
     """The project, its store, the Dagster instance, and what runs the graph on them.
 
-    `without` names settings of `gradients` that count rows and are to be 0.
+    With `warn`, the project is about to be run: it is told if that cannot be tracked, and then it is not tried again.
     """
     from less_assets.orchestration.definitions import build_definitions
+    from less_assets.orchestration.tracking import trouble
     from less_assets.project.project import load_project
+    from less_assets.project.sections import Tracking
     from less_assets.running.dagster_home import dagster_home, opened_records
     from less_assets.running.report_server import reports_url
     from less_assets.running.runner import GraphRunner
     from less_assets.steps.registry import open_store
 
     loaded = load_project(path)
-    if without:
-        fewer = loaded.gradients.model_copy(update=dict.fromkeys(without, 0))
-        loaded = loaded.model_copy(update={"gradients": fewer})
+    if warn and (untracked := trouble(loaded)):
+        warn(f"{untracked}. This run is not tracked; nothing else is different")
+        loaded = loaded.model_copy(update={"tracking": Tracking()})
     store = open_store(loaded)
     definitions = build_definitions(loaded, reports_url=reports_url(loaded, store, dagster_home(store)))
     with opened_records(store) as instance:
         yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, _say)
+
+
+def _warn(line: str, as_json: bool) -> None:
+    if as_json:
+        event = {"event": "message", "time": round(time.time(), 3), "level": "warning", "message": line}
+        _print_json(event, indent=None)
+    else:
+        _say(f"warning: {line}")
 
 
 def _say(line: str) -> None:
@@ -601,6 +625,8 @@ def main() -> None:
     """Entry point of the `less-assets` command."""
     # Telemetry and hub look-ups have no place in a command that must also work without a network.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # other libraries' progress bars, of downloads and conversions, are for terminals
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app()
 
 

@@ -147,7 +147,7 @@ def test_check_reports_all_problems_at_once(command):
     (command.project.folder / "targets/sky.jsonl").unlink()
     command.project.settings["model"]["base"] = "./nowhere"
     shown = command.fails("check")
-    assert "3 problems found; nothing was changed." in shown
+    assert "3 problems found; nothing was computed." in shown
 
 
 def test_a_project_file_that_is_not_there_is_named(tmp_path):
@@ -218,6 +218,11 @@ def test_a_program_can_follow_a_run_to_the_path_of_each_subset(command):
     assert told[-1]["fresh"] == 0
     made = [(event["asset"], key) for event in told if event["event"] == "made" for key in event["partitions"] or [""]]
     assert len(made) == len(set(made)) == told[-1]["made"]
+    counts = {"rows": 44, "usable": 44, "quarantined": 0, "refused": 0, "reasons": []}
+    (pool,) = [event for event in told if event["event"] == "pool"]
+    assert {name: pool[name] for name in counts} == counts
+    assert told[-1]["pool"] == counts
+    assert kinds.index("pool") < kinds.index("subset"), "told before anything is drawn"
     started = [event for event in told if event["event"] == "asset_started"]
     assert all(event["stage"] <= event["stages"] for event in started)
     assert [event["stage"] for event in started] == sorted(event["stage"] for event in started)
@@ -286,7 +291,7 @@ def test_gc_lists_first_and_removes_only_what_nothing_refers_to(command):
     before = set(artifacts.rglob("manifest.json"))
     listed = command("gc", "--dry-run")
     assert "pool/colors-00001/" in listed.output
-    assert "1 artifacts" in listed.output
+    assert "1 artifact, " in listed.output
     assert "would be removed" in listed.output
     assert set(artifacts.rglob("manifest.json")) == before
     assert "were removed" in command("gc").output
@@ -300,7 +305,7 @@ def test_a_damaged_artifact_is_made_again(command):
     whole = manifest.read_bytes()
     manifest.write_bytes(whole[:-40])
     shown = command("run", "--until", "instruction_pool")
-    assert "1 artifacts made" in shown.output
+    assert "1 artifact made" in shown.output
     assert manifest.read_bytes() == whole
 
 

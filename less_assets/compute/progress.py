@@ -68,6 +68,11 @@ class Progress:
             FIGURES.reset(token)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which takes an s for the plural: `1 task`, `2,000 tasks`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: `42 s`, `3 min 20 s`, `2 h 5 min`; `?` if not finite."""
     if seconds != seconds or seconds == float("inf"):

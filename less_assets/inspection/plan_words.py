@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from less_assets.compute.progress import duration
+from less_assets.compute.progress import counted, duration
 from less_assets.inspection.text_table import text_table
 from less_assets.planning.cost_ratio import ENOUGH, CostRatio
 from less_assets.planning.estimate import AssetEstimate, Estimate
@@ -24,12 +24,12 @@ def print_plan(forecast: Estimate) -> None:
         return
     if forecast.perhaps:
         print(
-            f"\nat most {forecast.due} artifacts to make, {forecast.due - forecast.perhaps} of them certainly; "
-            "`less-assets run` makes them.\nThe others are made only if something that they are made from turns out to "
-            "have changed. Tokens, time and bytes are those of all."
+            f"\nat most {counted(forecast.due, 'artifact')} to make, {forecast.due - forecast.perhaps} of them "
+            "certainly; `less-assets run` makes them.\nThe others are made only if something that they are made from "
+            "turns out to have changed. Tokens, time and bytes are those of all."
         )
     else:
-        print(f"\n{forecast.due} artifacts to make; `less-assets run` makes them")
+        print(f"\n{counted(forecast.due, 'artifact')} to make; `less-assets run` makes them")
     has_unknown = any(planned.amount and planned.seconds is None for planned in forecast.assets)
     bound = {(True, False): "at least", (False, True): "at most"}.get((has_unknown, forecast.perhaps > 0), "about")
     print(

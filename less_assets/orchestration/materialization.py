@@ -25,11 +25,15 @@ from less_assets.orchestration.dagster_internals import (
     get_input_event_pointer_tag,
 )
 from less_assets.orchestration.resources import Workspace
+from less_assets.orchestration.tracking import track
 from less_assets.orchestration.ui_metadata import check_result, shown_metadata
 from less_assets.steps.asset import Asset, Check
 from less_assets.steps.registry import ASSETS
 from less_assets.steps.shown import Stored, Verdict
 from less_assets.store.manifest import Manifest
+
+CHECKS_LATER_TAG = "less-assets/explaining-checks"
+"""Of runs whose checks that explain are made by a later run: `less-assets run` makes them after the models."""
 
 
 class RangeRun:
@@ -81,7 +85,7 @@ class RangeRun:
         Args:
             lineage: The project's lineage, as it is now.
             partition: Key of the partition.
-            checks: All checks of the asset.
+            checks: Checks of the asset.
             models: Loads models.
         """
         for check in checks:
@@ -123,7 +127,8 @@ def materialize(
 
     The result of an asset without ranges, and of a single partition of an asset with checks, is yielded: Dagster makes
     its checks. A range run yields nothing: an asset that returns, even None, has its event logged again by Dagster,
-    over the ones logged here. Dagster therefore skips its checks: they are made here.
+    over the ones logged here. Dagster therefore skips its checks: they are made here. So does a run that leaves checks
+    for later.
 
     Args:
         asset: The asset.
@@ -147,17 +152,18 @@ def materialize(
         if not lineage.is_left_out(asset.name, partition)
     ]
     # A backfill of a partition without neighbours is a range run, of one: its checks know no partition key.
-    single = context.has_partition_key
-    if asset.checks and single and asset.compute:
+    checks = [check for check in asset.checks if not (check.explains and CHECKS_LATER_TAG in context.run.tags)]
+    by_dagster = bool(asset.checks) and len(checks) == len(asset.checks) and context.has_partition_key
+    if by_dagster and asset.compute:
         yield _materialize_one(asset, context, workspace, lineage, partitions[0])
         return
     for partition, manifest in _make(asset, context, workspace, lineage, partitions):
         shown = _shown(context, workspace, lineage, manifest, partition)
-        if asset.checks and single:
+        if by_dagster:
             yield dg.MaterializeResult(data_version=dg.DataVersion(manifest.data_version), metadata=shown)
             return
         run.log(partition, manifest, shown)
-        run.log_checks(workspace.lineage(), partition, asset.checks, workspace.models)
+        run.log_checks(workspace.lineage(), partition, checks, workspace.models)
 
 
 def _materialize_one(
@@ -227,4 +233,5 @@ def _shown(
     dependencies = context.assets_def.get_asset_spec(context.asset_key).deps
     upstream = {dependency.asset_key.to_user_string() for dependency in dependencies}
     stored = Stored(lineage, partition or "", lineage.store.artifact(manifest.key, manifest.fingerprint), manifest)
-    return shown_metadata(ASSETS[manifest.kind], stored, upstream, workspace.reports_url)
+    shown = shown_metadata(ASSETS[manifest.kind], stored, upstream, workspace.reports_url)
+    return shown | track(stored, context.log.warning)

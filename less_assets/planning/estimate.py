@@ -21,7 +21,9 @@ from less_assets.planning.rehearsal import Rehearsal, rehearse
 from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
 from less_assets.project.warmup_steps import few_steps, steps_of
+from less_assets.reading.certificates import CERTIFICATES
 from less_assets.running.request import Partition, Request
+from less_assets.steps.certificates import certificate_work
 from less_assets.steps.registry import ASSETS, GUESSES
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class AssetEstimate:
     """One line of the plan.
 
     Attributes:
-        asset: Name.
+        asset: Name; or `CERTIFICATES`.
         statuses: Status of every partition that the request needs, when its turn comes in the run.
         perhaps: Partitions that are due only if something they are made from turns out to have changed.
         amount: The missing work, theirs included; None if nothing is due.
@@ -171,6 +173,8 @@ def _amount(work: Workload, asset: str, rehearsal: Rehearsal, runner: "GraphRunn
     """Work of what is due of an asset; None if nothing is."""
     if not (due := rehearsal.due(asset)):
         return None
+    if asset == CERTIFICATES:
+        return replace(certificate_work(work, rehearsal.computed), runs=len(due), artifacts=len(due))
     computed, counted = list(map(str, rehearsal.computed[asset])), ASSETS[asset].amount
     amount = counted(work, computed) if counted and computed else Amount()
     return replace(amount, runs=len(runner.runs(asset, due)), artifacts=len(due))

@@ -10,7 +10,7 @@ to change and once to stay as it is: what is due only in the first case is due p
 """
 
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from less_assets.compute.step import StepInputs, seal
 from less_assets.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from less_assets.lineage.lineage import Lineage, Status
 from less_assets.lineage.plan import ArtifactPlan, digest
-from less_assets.reading.certificates import certificate_plan, certified_recipes, lacks_certificate
+from less_assets.reading.certificates import CERTIFICATES, asked_plans, certified_tasks, is_due
 from less_assets.running.request import Partition, Request
 from less_assets.steps.asset import Asset
 from less_assets.steps.registry import ASSETS, open_lineage
@@ -121,9 +121,11 @@ class Rehearsal:
     """What a run would do.
 
     Attributes:
-        statuses: Asset -> status of each partition that the request needs, when its turn comes.
+        statuses: Asset -> status of each partition that the request needs, when its turn comes. `CERTIFICATES` -> that
+            of each task's certificate.
         perhaps: Asset -> partitions that are due only if something they are made from turns out to have changed.
-        computed: Asset -> due partitions with work that is not stored yet; one for equal work of several.
+        computed: Asset -> due partitions with work that is not stored yet; one for equal work of several. The parts of
+            a certificate count by themselves: `CERTIFICATE`, `REAL_STEPS`.
         lineage: The plans as they would stand after the run.
     """
 
@@ -154,17 +156,17 @@ def rehearse(runner: "GraphRunner", lineage: Lineage, models: ModelLoader, reque
     with tempfile.TemporaryDirectory(prefix="less-assets-") as scratch:
         at_most = _Walk(runner, lineage, models, scratch, contents_change=True)
         at_most.go(needed, request)
-        perhaps: dict[str, frozenset[Partition]] = dict.fromkeys(needed, frozenset())
+        perhaps: dict[str, frozenset[Partition]] = dict.fromkeys(at_most.statuses, frozenset())
         if at_most.has_assumed:
             at_least = _Walk(runner, lineage, models, scratch, contents_change=False)
             at_least.go(needed, request)
             perhaps = {
                 asset: frozenset(
                     partition
-                    for partition, status in at_most.statuses[asset].items()
+                    for partition, status in statuses.items()
                     if status.state != "fresh" and at_least.statuses[asset][partition].state == "fresh"
                 )
-                for asset in needed
+                for asset, statuses in at_most.statuses.items()
             }
         yield Rehearsal(at_most.statuses, perhaps, at_most.computed, at_most.lineage)
 
@@ -193,8 +195,11 @@ class _Walk:
 
     def go(self, needed: Mapping[str, Sequence[Partition]], request: Request) -> None:
         """Go through all stages."""
-        for asset, partitions in needed.items():
-            partitions = [partition for partition in partitions if not self.lineage.is_left_out(asset, partition)]
+        for asset in self._runner.stages(needed, request):
+            if asset == CERTIFICATES:
+                self._certify(needed["influence_scores"])
+                continue
+            partitions = [key for key in needed[asset] if not self.lineage.is_left_out(asset, key)]
             self.statuses[asset] = {partition: self._status(asset, partition) for partition in partitions}
             due = [partition for partition, status in self.statuses[asset].items() if status.state != "fresh"]
             plans = [self.lineage.plan(asset, partition) for partition in due]
@@ -206,8 +211,6 @@ class _Walk:
             self._make(declared, new.values())
             for plan in plans:
                 self._publish(plan)
-            if asset == "influence_scores" and request.extras:
-                self._certify(map(str, partitions), set(map(str, due)))
 
     def _status(self, asset: str, partition: Partition) -> Status:
         status = self.lineage.status(asset, partition)
@@ -274,15 +277,15 @@ class _Walk:
         contents = sorted((name.partition("/")[0], version) for name, version in plan.inputs.items())
         return f"expected-{digest([plan.asset, dict(plan.settings), contents])}"
 
-    def _certify(self, tasks: Iterable[str], scored: Collection[str]) -> None:
-        """The certificates that the checks of scores make, of those scored anew and those that lack one.
-
-        Reports are made from them, too. Another budget alone makes none: the one there still says the truth.
-        """
-        if not self.lineage.project.gradients.certificate_rows or not certified_recipes(self.lineage.project):
-            return
-        for task in tasks:
-            plan = certificate_plan(self.lineage, task)
-            if not self._is_stored(plan) and (task in scored or lacks_certificate(self.lineage, task)):
-                self._store.expect(plan, plan.fingerprint)
+    def _certify(self, tasks: Sequence[Partition]) -> None:
+        """The certificates that the checks of scores make; reports are made from them, too."""
+        scored = {task for task, status in self.statuses["influence_scores"].items() if status.state != "fresh"}
+        statuses = self.statuses[CERTIFICATES] = {}
+        for task in certified_tasks(self.lineage.project, tasks):
+            due = is_due(self.lineage, task, scored)
+            statuses[task] = Status("missing") if due else Status("fresh")
+            for plan in asked_plans(self.lineage, task) if due else ():
+                if not self._is_stored(plan):
+                    self.computed.setdefault(plan.asset, []).append(task)
+                    self._store.expect(plan, plan.fingerprint)
                 self._publish(plan)

@@ -30,6 +30,7 @@ from less_assets.project.sections import (
     Source,
     Storage,
     TargetTuning,
+    Tracking,
     Training,
     Warmup,
 )
@@ -89,6 +90,7 @@ class Project(Section):
     finetuning: Training = setting({}, "Step 5: training on a subset", validate_default=True)
     report: Report = setting({}, "How much the selection report explains", validate_default=True)
     compute: Compute = setting({}, "Where the heavy assets run", validate_default=True)
+    tracking: Tracking = setting({}, "Where runs are tracked besides Dagster", validate_default=True)
 
     _path: Path = PrivateAttr(default=Path("project.yaml"))
 

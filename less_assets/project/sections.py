@@ -21,6 +21,7 @@ from less_assets.project.values import (
     OptionalSize,
     Size,
     Text,
+    TrackingUri,
     is_url,
 )
 
@@ -514,6 +515,17 @@ class Report(Section):
     )
     context_rows: int = setting(
         50, "Rows shown below the cut, and as many of the most negative ones", unit="rows", ge=0
+    )
+
+
+class Tracking(Section):
+    """Where runs are tracked besides Dagster; nothing that is computed depends on it."""
+
+    mlflow: TrackingUri | None = setting(
+        None,
+        "MLflow server (`http://host:5000`) or database (`sqlite:///mlflow.db`, relative to this file) that gets the "
+        "settings, losses and results of each model; needs `less-assets[mlflow]`; null: none",
+        type="URI",
     )
 
 

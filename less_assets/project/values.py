@@ -45,6 +45,14 @@ def _located(path: str, info: ValidationInfo) -> str:
     return os.path.normpath(os.path.join(prefix, os.path.expanduser(path)))
 
 
+def _tracking_uri(uri: str, info: ValidationInfo) -> str:
+    """An address of MLflow; a database file of a relative path is meant from the project file's folder."""
+    if not re.match(r"[a-z][a-z0-9+-]*:|databricks$|uc$", uri):
+        raise PydanticCustomError("tracking_uri", "must be a URI: sqlite:///mlflow.db for a file, or http://host:5000")
+    kind, file = "sqlite:///", uri.removeprefix("sqlite:///")
+    return uri if file == uri or file.startswith("/") else f"{kind}{_located(file, info)}"
+
+
 def _day(value: object) -> object:
     """A date, also as text: YAML reads `2025-01-01` as a date, and in quotes as text."""
     try:
@@ -111,6 +119,7 @@ def _number_or_names(value: object) -> float | list[str]:
 Name = Annotated[str, AfterValidator(_checked_name)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Location = Annotated[Text, AfterValidator(_located)]
+TrackingUri = Annotated[Text, AfterValidator(_tracking_uri)]
 Day = Annotated[datetime.date, BeforeValidator(_day)]
 ModelReference = Annotated[Text, AfterValidator(_located_model)]
 Size = Annotated[int, BeforeValidator(_size)]

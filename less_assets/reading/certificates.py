@@ -1,12 +1,13 @@
 """How far a selection can be trusted: reading the certificate that a check of `influence_scores` has left.
 
-Belongs here: where certificates lie, when one counts, and what it says of a selection; for whoever shows selections.
-Not here: making one (`assets/fidelity.py`) and the mathematics (`method/fidelity.py`).
+Belongs here: where certificates lie, when one counts or is due, and what it says of a selection; for whoever shows
+selections. Not here: making one (`steps/certificates.py`) and the mathematics (`method/selection/fidelity.py`).
 
 A certificate is no asset: nothing is computed from it, and a selection without one is as good. It is stored like an
 artifact, and counts only while the scores that it was made for are in force.
 """
 
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from less_assets.method.selection.fidelity import Judgement, ScoredSample
 
 CERTIFICATE, REAL_STEPS = "fidelity_certificate", "real_steps"
+CERTIFICATES = "certificates"
+"""What runs and plans call the two together: a stage after the models, with the tasks as its partitions."""
 SAMPLE, POOL, STEPS, MEASURED = "sample.parquet", "pool.parquet", "steps.parquet", "measured.parquet"
 
 
@@ -81,20 +84,46 @@ def read_certificate(lineage: Lineage, task: str) -> ArtifactFolder | None:
     return folder
 
 
-def lacks_certificate(lineage: Lineage, task: str) -> bool:
-    """Whether a certificate, or a comparison with real steps, that the project asks for was never made.
+def certified_tasks(project: Project, tasks: Iterable[str | None]) -> list[str]:
+    """Those of some tasks whose scores get a certificate, or a comparison with real steps: folds get none.
 
-    The checks that make them run after the scores are in force: a run that was killed in between leaves none.
+    Args:
+        project: Says whether it asks for any.
+        tasks: Partitions of `influence_scores`.
     """
-    if task in lineage.project.folds:
-        return False
+    gradients = project.gradients
+    if not gradients.real_step_rows and not (gradients.certificate_rows and certified_recipes(project)):
+        return []
+    return [str(task) for task in tasks if task not in project.folds]
+
+
+def asked_plans(lineage: Lineage, task: str) -> list[ArtifactPlan]:
+    """The certificate and the comparison with real steps of a task, as far as the project asks for them."""
+    if not certified_tasks(lineage.project, [task]):
+        return []
     gradients, plans = lineage.project.gradients, []
     if gradients.certificate_rows and certified_recipes(lineage.project):
         plans.append(certificate_plan(lineage, task))
     if gradients.real_step_rows:
         plans.append(steps_plan(lineage, task))
+    return plans
+
+
+def is_due(lineage: Lineage, task: str, scored: Collection[str | None]) -> bool:
+    """Whether a run makes a task's certificate: it has scored the task itself, or nothing has certified its scores.
+
+    Another budget alone makes none: the one there still says the truth.
+    """
+    return task in scored or lacks_certificate(lineage, task)
+
+
+def lacks_certificate(lineage: Lineage, task: str) -> bool:
+    """Whether a certificate, or a comparison with real steps, that the project asks for was never made.
+
+    They are made after the models: a run that was killed before leaves none, nor does one without extras.
+    """
     try:
-        stored = [(lineage.store.current(plan.pointer), dict(plan.inputs)) for plan in plans]
+        stored = [(lineage.store.current(plan.pointer), dict(plan.inputs)) for plan in asked_plans(lineage, task)]
     except CorruptArtifactError:
         return False
     return any(manifest is None or manifest.inputs != inputs for manifest, inputs in stored)

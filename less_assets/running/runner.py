@@ -8,7 +8,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from less_assets.orchestration.dagster_internals import (
     dagster_instance_config,
     partition_loading_context,
 )
+from less_assets.orchestration.materialization import CHECKS_LATER_TAG
 from less_assets.project.project import Project
-from less_assets.reading.certificates import lacks_certificate
+from less_assets.reading.certificates import CERTIFICATES, certified_tasks, is_due, lacks_certificate
 from less_assets.reading.files import SUBSET_JSONL
 from less_assets.running.event_log import KeptEventLog
 from less_assets.running.killed_runs import PROCESS_TAG, process_name, report_killed_runs
@@ -40,6 +41,8 @@ from less_assets.store.artifacts import ArtifactStore
 PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
+CHECKS_TAG = "less-assets/checks"
+"""Of runs that only make checks: of which asset. Dagster's list of runs shows tags."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Outcome:
     """What a run of the graph did.
 
     Attributes:
-        materialized: Asset → partitions that were materialized (None: the asset is unpartitioned).
+        materialized: Asset → partitions that were materialized (None: the asset is unpartitioned). `CERTIFICATES` →
+            tasks whose scores were certified.
         fresh: Number of artifacts that were there already and matched.
         warned: Checks of what was made that warn.
     """
@@ -118,18 +122,21 @@ class GraphRunner:
         made: dict[str, set[Partition]] = {asset: set() for asset in needed}
         failed: dict[str, set[Partition]] = {asset: set() for asset in needed}
         trouble: LessAssetsError | None = None
-        for stage, (asset, partitions) in enumerate(needed.items(), 1):
+        order = self.stages(needed, request)
+        for stage, asset in enumerate(order, 1):
+            stages = {"stage": stage, "stages": len(order)}
+            if asset == CERTIFICATES:
+                self._certify(needed["influence_scores"], made["influence_scores"], stages, outcome, process)
+                continue
+            partitions = needed[asset]
             lineage = open_lineage(self._project, self._store, verify_files=request.verify)
             partitions = [partition for partition in partitions if not lineage.is_left_out(asset, partition)]
             due = [partition for partition in partitions if not self._is_current(lineage, asset, partition)]
-            if asset == "influence_scores" and request.extras:
-                self._certify(lineage, [partition for partition in partitions if partition not in due], process)
             if trouble:
                 due = self._not_waiting(lineage, asset, [each for each in due if each not in failed[asset]])
             if due:
                 first = [asset, *self._never_made_from(asset, due[:1], needed)]
                 self._log(f"{', '.join(first)}: {_count(due, partitions)}")
-                stages = {"stage": stage, "stages": len(needed)}
                 self._tell("asset_started", {"asset": asset, **stages, "partitions": len(due)})
             failures = Failures(asset, self._log)
             for chunk in self.runs(asset, due):
@@ -158,6 +165,17 @@ class GraphRunner:
         if trouble:
             raise trouble
         return outcome
+
+    def stages(self, needed: Mapping[str, Sequence[Partition]], request: Request) -> list[str]:
+        """What a run goes through: the needed assets in order, and `CERTIFICATES` after the models.
+
+        Only assets that explain come after them: reports read certificates.
+        """
+        order = list(needed)
+        if request.extras and certified_tasks(self._project, needed.get("influence_scores", ())):
+            last = next((place for place, asset in enumerate(order) if ASSETS[asset].explains), len(order))
+            order.insert(last, CERTIFICATES)
+        return order
 
     def _show_subsets(self, keys: Sequence[Partition]) -> None:
         """Say where the rows lie that were just selected."""
@@ -246,7 +264,7 @@ class GraphRunner:
         """Run assets of the same partitions, or one asset of several; returns the checks that warn."""
         for asset in assets:
             self._tell_who_is_waited_for(asset)
-        tags = {"less-assets/command": "run", PROCESS_TAG: process}
+        tags = {"less-assets/command": "run", PROCESS_TAG: process, CHECKS_LATER_TAG: "later"}
         partition_key = None
         if len(partitions) > 1:
             tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
@@ -261,34 +279,47 @@ class GraphRunner:
                 instance=self._instance,
                 raise_on_error=True,
             )
-        warned = [check for check in result.get_asset_check_evaluations() if not check.passed]
-        single = _span(partitions) if len(partitions) == 1 else ""
-        return [
-            Warned(
-                check.asset_key.to_user_string(), check.partition or single, check.check_name, check.description or ""
-            )
-            for check in warned
-        ]
+        return _warned(result, _span(partitions) if len(partitions) == 1 else "")
 
-    def _check(self, asset: str, partitions: Sequence[Partition], process: str) -> None:
-        """Run an asset's checks on partitions that are there already."""
+    def _check(self, asset: str, partition: str, process: str) -> list[Warned]:
+        """Run an asset's checks on a partition that is there already; returns those that warn."""
         checks = self._graph.get_check_keys_for_assets({dg.AssetKey(asset)})
-        job = self._job.get_subset(asset_selection=set(), asset_check_selection=checks)
-        for partition in partitions:
-            with _interrupts():
-                job.execute_in_process(
-                    run_config={"loggers": {"console": {"config": {}}}},
-                    tags={"less-assets/command": "run", PROCESS_TAG: process, PARTITION_TAG: str(partition)},
-                    instance=self._instance,
-                    raise_on_error=True,
-                )
+        with _interrupts():
+            result = self._job.get_subset(asset_selection=set(), asset_check_selection=checks).execute_in_process(
+                run_config={"loggers": {"console": {"config": {}}}},
+                tags={"less-assets/command": "run", PROCESS_TAG: process, PARTITION_TAG: partition, CHECKS_TAG: asset},
+                instance=self._instance,
+                raise_on_error=True,
+            )
+        return _warned(result, partition)
 
-    def _certify(self, lineage: Lineage, tasks: Sequence[Partition], process: str) -> None:
-        """Run the checks of scores that are in force, but whose run was killed, or left its checks out."""
-        unchecked = [task for task in tasks if lacks_certificate(lineage, str(task))]
-        if unchecked:
-            self._log(f"influence_scores: checks of {', '.join(map(str, unchecked))}, which no run has finished")
-            self._check("influence_scores", unchecked, process)
+    def _certify(
+        self,
+        partitions: Sequence[Partition],
+        scored: Collection[Partition],
+        stages: Mapping[str, int],
+        outcome: Outcome,
+        process: str,
+    ) -> None:
+        """Run the checks of scores in force: of those that this run has made, and of those that lack a certificate."""
+        lineage = open_lineage(self._project, self._store)
+        tasks = certified_tasks(self._project, partitions)
+        in_force = [task for task in tasks if lineage.status("influence_scores", task).state == "fresh"]
+        due = [task for task in in_force if is_due(lineage, task, scored)]
+        made: list[Partition] = []
+        if due:
+            self._log(f"{CERTIFICATES}: {_count(due, tasks)}")
+            self._tell("asset_started", {"asset": CERTIFICATES, **stages, "partitions": len(due)})
+            self._tell_who_is_waited_for("influence_scores")
+            for task in due:
+                outcome.warned += self._check("influence_scores", task, process)
+                if not lacks_certificate(open_lineage(self._project, self._store), task):  # else the check has said why
+                    made.append(task)
+                    self._tell("made", {"asset": CERTIFICATES, "partitions": [task]})
+            self._tell("asset_finished", {"asset": CERTIFICATES, "made": len(made), "failed": len(due) - len(made)})
+        if made:
+            outcome.materialized[CERTIFICATES] = made
+        outcome.fresh += len(in_force) - len(due)
 
     def _tell_who_is_waited_for(self, asset: str) -> None:
         """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
@@ -300,6 +331,17 @@ class GraphRunner:
                     f"{asset}: waiting for the pool {pool}, held by run {holders}. If that run is dead, start "
                     "Dagster (`less-assets dev`): it frees the pool, or do it by hand under Deployment, Concurrency."
                 )
+
+
+def _warned(result: dg.ExecuteInProcessResult, partition: str) -> list[Warned]:
+    """The checks that warn in a run of one partition, or of several which they name themselves."""
+    return [
+        Warned(
+            check.asset_key.to_user_string(), check.partition or partition, check.check_name, check.description or ""
+        )
+        for check in result.get_asset_check_evaluations()
+        if not check.passed
+    ]
 
 
 @contextlib.contextmanager

@@ -31,12 +31,15 @@ class Check:
         judge: Looks at a partition (empty for an unpartitioned asset): lineage, key, what loads models, what receives
             lines.
         loads_model: Whether it takes the place of an asset that loads a model.
+        explains: Whether `less-assets run` makes it after the models, as it does assets that explain. Only checks of
+            assets that are made in ranges can wait.
     """
 
     name: str
     description: str
     judge: Callable[[Lineage, str, ModelLoader, Log], Verdict]
     loads_model: bool = False
+    explains: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Certificates for influence scores: a sample of the pool scored exactly, and real optimizer steps.
 
-Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method/fidelity.py`, reading a certificate
-`certificates.py`.
+Belongs here: wiring only; `checks.py` shows the outcome. Mathematics is `method/selection/fidelity.py`, reading a
+certificate `reading/certificates.py`.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import polars as pl
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import ComputeTogether, Log, StepInputs, StepResult, materialize_together
+from less_assets.compute.workload import Amount, Workload
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import ArtifactPlan
@@ -445,3 +446,26 @@ def certified_on(lineage: Lineage, folder: ArtifactFolder, task: str) -> list[Re
     """What a certificate says of each recipe that it covers."""
     found = [recipe_fidelity(lineage, folder, recipe, task) for recipe in certified_recipes(lineage.project)]
     return [each for each in found if each is not None]
+
+
+def certificate_work(workload: Workload, due: Mapping[str, Sequence[str | None]]) -> Amount:
+    """Tokens of certificates and of real steps.
+
+    Args:
+        workload: Counts rows and tokens.
+        due: `CERTIFICATE`, `REAL_STEPS` -> the tasks whose scores still need it; both may be missing.
+    """
+    settings, checkpoints = workload.project.gradients, len(workload.project.checkpoints)
+    tokens = {CERTIFICATE: 0.0, REAL_STEPS: 0.0}
+    for task in due.get(CERTIFICATE, ()):
+        sample = min(settings.certificate_rows, workload.pool_rows) * workload.row_tokens
+        target_tokens = workload.target_sizes[str(task)][1]
+        tokens[CERTIFICATE] += checkpoints * len(certified_rules(workload.project)) * (sample + target_tokens)
+    for task in due.get(REAL_STEPS, ()):
+        examples, target_tokens, _ = workload.target_sizes[str(task)]
+        looked_at = target_tokens / max(1, -(-examples // STEP_TARGETS))
+        tokens[REAL_STEPS] += min(settings.real_step_rows, workload.pool_rows) * (looked_at + workload.row_tokens)
+    loads = checkpoints * len(due.get(CERTIFICATE, ())) + len(due.get(REAL_STEPS, ()))
+    return Amount(
+        units={name: amount for name, amount in tokens.items() if amount}, tokens=sum(tokens.values()), loads=loads
+    )

@@ -248,10 +248,12 @@ sketch_is_faithful = Check(
     "Exact scores would select nearly the same rows: a sample of the pool is scored exactly.",
     check_sketch_fidelity,
     loads_model=True,
+    explains=True,
 )
 influence_is_real = Check(
     "influence_is_real",
     "Rows of higher predicted influence lower the targets' loss more when a real step is taken.",
     check_real_steps,
     loads_model=True,
+    explains=True,
 )

@@ -18,7 +18,7 @@ from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.certificates import CERTIFICATE, read_certificate
+from less_assets.reading.certificates import CERTIFICATE, judge_selection, read_certificate
 from less_assets.reading.files import INDEX, NEIGHBOURS, REPORT, ROWS, SUBSET, TOKENS
 from less_assets.reading.rows import (
     ROWS_AT_ONCE,
@@ -281,9 +281,19 @@ def describe_attribution(stored: Stored) -> Shown:
 
 
 def describe_report(stored: Stored) -> Shown:
-    """Where the page is."""
+    """Where the page is, and how far the selection can be trusted, if its scores have a certificate."""
     # A click copies the path: browsers do not follow a link from the UI's web page to a file, only to a served page.
-    return Shown({"open_report": ReportLink(stored.partition), "report": File(str(stored.folder.path(REPORT)))})
+    page = {"open_report": ReportLink(stored.partition), "report": File(str(stored.folder.path(REPORT)))}
+    subset = read_parquet(stored.lineage.folder("selected_subset", stored.partition), SUBSET)
+    judged = judge_selection(stored.lineage, stored.partition, subset)
+    if judged is None:
+        return Shown(page)
+    trust = {
+        "certain_rows": judged.certain,
+        "borderline_rows": judged.table.height - judged.certain,
+        "expected_overlap_with_exact": judged.overlap,
+    }
+    return Shown(page | trust)
 
 
 def attribution_work(workload: Workload, due: Sequence[str]) -> Amount:

@@ -19,7 +19,6 @@ from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.lineage.plan import Versions, digest
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.certificates import CERTIFICATE, REAL_STEPS, certified_rules, judge_selection
 from less_assets.reading.files import (
     FEATURES,
     PASSED_OVER,
@@ -244,7 +243,7 @@ def describe_scores(stored: Stored) -> Shown:
 
 
 def describe_subset(stored: Stored) -> Shown:
-    """The best rows, what the subset is made of against the pool, where the cut lies, and how far it can be trusted."""
+    """The best rows, what the subset is made of against the pool, and where the cut lies."""
     from less_assets.report import charts
 
     table, files = stored.table(SUBSET), stored.manifest.files
@@ -277,24 +276,12 @@ def describe_subset(stored: Stored) -> Shown:
             stored.table(POOL_SCORES)["score"].to_numpy(), float(cut), all_above=_all_above(stored)
         )
         values["scores"] = Picture(drawn, "scores of the pool and the cut")
-    return Shown({**values, **_trust(stored, table)}, table.height, table.schema)
+    return Shown(values, table.height, table.schema)
 
 
 def explain_command(project: Project, task: str, example_id: str) -> Command:
     """What says in a terminal, in any folder, why a row scores as it does."""
     return Command(f"less-assets explain {task} {example_id} --project {shlex.quote(str(project.path))}")
-
-
-def _trust(stored: Stored, table: pl.DataFrame) -> Mapping[str, Any]:
-    """What the certificate of the scores says of the selected rows; nothing where there is none."""
-    judged = judge_selection(stored.lineage, stored.partition, table)
-    if judged is None:
-        return {}
-    return {
-        "certain_rows": judged.certain,
-        "borderline_rows": judged.table.height - judged.certain,
-        "expected_overlap_with_exact": judged.overlap,
-    }
 
 
 def _all_above(stored: Stored) -> float | None:
@@ -311,38 +298,16 @@ def _all_above(stored: Stored) -> float | None:
 
 
 def score_work(workload: Workload, due: Sequence[str]) -> Amount:
-    """Products of one pass over the datastore, the checks of the scores, and the bytes of the tables."""
+    """Products of one pass over the datastore, and the bytes of the tables."""
     rows, forms = workload.pool_rows, len(workload.project.gradients.forms)
     passes = rows * forms * len(workload.project.checkpoints)
     subtasks = sum(workload.target_sizes[str(task)][2] for task in due)
     columns = 2 * forms * (len(workload.project.checkpoints) + 1)  # two subtask rules; each checkpoint, and their sum
-    checks, tokens = check_work(workload, due)
     return Amount(
         # Tasks that are due together share one pass over the datastore.
-        units={"influence_scores": passes, **checks},
-        tokens=tokens,
-        loads=(len(workload.project.checkpoints) + 1) * len(due) if tokens else 0,
+        units={"influence_scores": passes},
         bytes=rows * (4.0 * columns * subtasks + 24 * len(due)),
     )
-
-
-def check_work(workload: Workload, tasks: Sequence[str]) -> tuple[dict[str, float], float]:
-    """Tokens of the certificates of some tasks, and of the real steps; and both together."""
-    from less_assets.steps.certificates import STEP_TARGETS
-
-    settings, checkpoints = workload.project.gradients, len(workload.project.checkpoints)
-    rules = len(certified_rules(workload.project))
-    found = {CERTIFICATE: 0.0, REAL_STEPS: 0.0}
-    for task in tasks:
-        examples, tokens, _ = workload.target_sizes[str(task)]
-        if settings.certificate_rows and rules:
-            sample = min(settings.certificate_rows, workload.pool_rows) * workload.row_tokens
-            found[CERTIFICATE] += checkpoints * rules * (sample + tokens)
-        if settings.real_step_rows:
-            steps = min(settings.real_step_rows, workload.pool_rows)
-            looked_at = tokens / max(1, -(-examples // STEP_TARGETS))
-            found[REAL_STEPS] += steps * (looked_at + workload.row_tokens)
-    return {name: tokens for name, tokens in found.items() if tokens}, sum(found.values())
 
 
 def selection_work(workload: Workload, due: Sequence[str], asset: str = "selected_subset") -> Amount:

@@ -26,7 +26,14 @@ from less_assets.reading.certificates import (
     steps_plan,
 )
 from less_assets.reading.files import SUBSET
-from less_assets.running.runner import RANGE_END_TAG, RANGE_START_TAG, GraphRunner, Request, register_shards
+from less_assets.running.runner import (
+    CHECKS_TAG,
+    RANGE_END_TAG,
+    RANGE_START_TAG,
+    GraphRunner,
+    Request,
+    register_shards,
+)
 from less_assets.steps import certificates as fidelity
 from less_assets.steps.registry import ASSETS, open_lineage, open_store
 from less_assets.store.tables import read_parquet
@@ -56,9 +63,10 @@ def evaluations(instance) -> dict[str, dg.AssetCheckEvaluation]:
     return {each.check_name: each for each in found if each.asset_key == dg.AssetKey("influence_scores")}
 
 
-def selected_metadata(instance, key: str) -> dict[str, dg.MetadataValue]:
+def shown_of(instance, asset: str, key: str) -> dict[str, dg.MetadataValue]:
+    """Metadata of a partition's last materialization."""
     records = instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=dg.AssetKey("selected_subset"), asset_partitions=[key]), limit=1
+        dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), asset_partitions=[key]), limit=1
     ).records
     return records[0].asset_materialization.metadata
 
@@ -66,7 +74,7 @@ def selected_metadata(instance, key: str) -> dict[str, dg.MetadataValue]:
 def test_a_run_certifies_its_scores_and_labels_what_it_selects(tiny_project, instance):
     # More dimensions than parameters: the sketch only permutes and signs, so sketched scores are exact.
     tiny_project.settings["gradients"] |= {"dimension": 4096, "storage": "float16", **CHECKED}
-    lineage = run(tiny_project, instance)
+    lineage = run(tiny_project, instance, Request(tasks=("sums",), until="selection_report"))
     faithful, reality = (evaluations(instance)[name] for name in ("sketch_is_faithful", "influence_is_real"))
     assert faithful.passed
     assert faithful.partition == "sums"
@@ -79,10 +87,10 @@ def test_a_run_certifies_its_scores_and_labels_what_it_selects(tiny_project, ins
     for form in ("adamw", "marginal"):
         sketched, exact = (sample[f"{kind}.{form}.mean_cosine"].to_numpy() for kind in ("sketched", "exact"))
         np.testing.assert_allclose(sketched, exact, atol=2e-3)
-    shown = selected_metadata(instance, "less|sums")
+    shown = shown_of(instance, "selection_report", "less|sums")
     assert shown["certain_rows"].value + shown["borderline_rows"].value == 8
     assert shown["certain_rows"].value >= 5
-    assert "certain_rows" not in selected_metadata(instance, "random-seed0|sums")
+    assert "certain_rows" not in shown_of(instance, "selection_report", "random-seed0|sums")
 
     steps = lineage.store.current(steps_plan(lineage, "sums").pointer)
     assert steps.summary["rows"] == 16
@@ -109,7 +117,7 @@ def test_subsets_made_by_one_run_are_described_and_checked_each(tiny_project, in
     assert all("Lost, say." in each.description for each in found if each.check_name == "no_subtask_dominates")
     for key in keys:
         subset = read_parquet(lineage.folder("selected_subset", key), SUBSET)
-        shown = selected_metadata(instance, key)
+        shown = shown_of(instance, "selected_subset", key)
         assert shown["rows"].value == subset.height, key
         assert shown["path"].value.endswith(str(lineage.folder("selected_subset", key).root)), key
     assert made.is_success
@@ -124,8 +132,8 @@ def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project
     assert "rescore: exact" in check.description
     assert check.metadata["one_over_root_k"].value == pytest.approx(8**-0.5, abs=1e-5)
     assert "No real steps are asked for" in evaluations(instance)["influence_is_real"].description
-    judged = judge_selection(lineage, "less|sums", read_parquet(lineage.folder("selected_subset", "less|sums"), SUBSET))
-    assert judged.certain < 8
+    subset = read_parquet(lineage.folder("selected_subset", "less|sums"), SUBSET)
+    assert judge_selection(lineage, "less|sums", subset).certain < 8
 
     def broken(*_, **__):
         raise LessAssetsError("Out of memory, say.")
@@ -140,7 +148,6 @@ def test_a_coarse_sketch_is_told_and_errors_of_a_check_stop_nothing(tiny_project
         assert not check.passed
         assert "Out of memory, say." in check.description
     assert read_certificate(lineage, "sums") is None, "a certificate of other scores must not count"
-    assert "certain_rows" not in selected_metadata(instance, "less|sums")
 
 
 def test_scores_whose_run_was_killed_before_their_checks_are_checked_by_the_next(tiny_project, instance):
@@ -171,7 +178,9 @@ def test_tasks_that_share_a_pass_over_the_pool_are_certified_each(tiny_project, 
         assert read_certificate(lineage, task) is not None, task
     assert "Skipping" not in capfd.readouterr().err, "the run makes the checks itself"
     assert {dg.AssetKey("influence_scores")} in [made.asset_selection for made in instance.get_runs()]
-    assert all(made.asset_selection for made in instance.get_runs()), "the list of runs in the UI shows what they made"
+    runs = instance.get_runs()
+    assert all(made.asset_selection or made.tags[CHECKS_TAG] for made in runs), "the UI's list of runs says what for"
+    assert [made.tags["dagster/partition"] for made in reversed(runs) if CHECKS_TAG in made.tags] == ["sums", "sky"]
     damaged = read_certificate(lineage, "sky").path(SAMPLE)
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])

@@ -57,7 +57,7 @@ def test_from_an_empty_folder_to_a_plan(environment, tiny_model, tmp_path):
     assert str(environment.parent) in imported.stdout.decode(), "not the wheel's package"
     assert less_assets("--version") == "less-assets 0.2.0\n"
     data = ("--pool", "pool.jsonl", "--examples", "sums.jsonl", "--held-out", "kept.jsonl")
-    assert "are usable: 1 sources, 1 tasks" in less_assets("init", *data, "--model", str(tiny_model))
+    assert "are usable: 1 source, 1 task, " in less_assets("init", *data, "--model", str(tiny_model))
     assert "are usable" in less_assets("check")
     planned = less_assets("plan", "--no-calibrate")
     assert "artifacts to make" in planned

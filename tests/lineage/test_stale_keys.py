@@ -97,6 +97,7 @@ STALE: dict[str, set[str]] = {
     "compute.address": NOTHING,
     "compute.gpus_per_worker": NOTHING,
     "compute.workers": NOTHING,
+    "tracking.mlflow": NOTHING,
 }
 # Other values, or more than one change at once, where those of `test_project.py` do not fit this project.
 VALUES: dict[str, object] = {"model.base": "model2", "gradients.forms": ["marginal", "adamw", "sgd"]}

@@ -98,15 +98,20 @@ def test_checks_and_explanations_are_part_of_the_time(planned):
     planned.run()
     found, last = planned.rates(), rates._MEMORY
     for name, asset in {
-        "fidelity_certificate": "influence_scores",
-        "real_steps": "influence_scores",
+        "fidelity_certificate": "certificates",
+        "real_steps": "certificates",
         "token_attribution": "token_attribution",
     }.items():
         assert found.get(name).source == "measured"
         measured = found.get(name).units / (1 + last) * 2  # of two equal tasks, the first one weighs a little less
         assert expected[asset].amount.units[name] == pytest.approx(measured, rel=0.1), name
-    planned.tiny.settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0, "dimension": 128}
-    assert set(by_asset(planned.estimate())["influence_scores"].amount.units) == {"influence_scores"}
+    planned.tiny.settings["gradients"]["dimension"] = 128
+    assert by_asset(planned.estimate())["certificates"].due == 2
+    left_out = by_asset(planned.estimate(extras=False))
+    assert left_out.keys().isdisjoint(("certificates", "token_attribution", "selection_report"))
+    assert set(left_out["influence_scores"].amount.units) == {"influence_scores"}
+    planned.tiny.settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0}
+    assert "certificates" not in by_asset(planned.estimate())
 
 
 def test_where_a_speed_is_not_known_that_of_gradients_serves_as_often_as_a_token_takes_it():

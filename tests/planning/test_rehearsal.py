@@ -10,7 +10,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from support.graph import run
+from support.graph import EVERYTHING, run
 from support.tiny import TinyProject, question, write_rows
 
 from less_assets.compute.models import ModelLoader, cache_folder
@@ -34,9 +34,9 @@ class Finished:
         self.tiny = tiny
         self.instance = dg.DagsterInstance.local_temp(str(home))
 
-    def run(self) -> Artifacts:
+    def run(self, request: Request = EVERYTHING) -> Artifacts:
         """Bring it up to date; what was materialized."""
-        made = run(self.tiny.path, self.instance).materialized
+        made = run(self.tiny.path, self.instance, request).materialized
         return {(asset, partition) for asset, partitions in made.items() for partition in partitions}
 
     def plan(self) -> tuple[Artifacts, Artifacts, Artifacts]:
@@ -279,6 +279,17 @@ def test_a_plan_fails_as_the_run_would_where_rows_of_the_frozen_sample_are_gone(
         finished.plan()
     with pytest.raises(LessAssetsError, match="warm-up examples are not in the pool any more"):
         finished.run()
+
+
+def test_certificates_left_out_of_a_run_are_planned_alone_until_they_are_made(finished):
+    add_task(finished)
+    finished.run(Request(extras=False))
+    due, perhaps, computed = finished.plan()
+    assert {asset for asset, _ in due} == {"certificates", "token_attribution", "selection_report"}
+    assert ("certificates", "sea") in due
+    assert computed >= {("fidelity_certificate", "sea")}
+    assert not perhaps
+    assert finished.run() == due
 
 
 def test_a_plan_leaves_the_store_as_it_is(finished):

@@ -95,6 +95,19 @@ def test_everything_is_every_partition_in_topological_order(small):
     assert order[-3:] == ["leaderboard", "token_attribution", "selection_report"], "no training waits for explanations"
 
 
+def test_certificates_come_after_the_models_and_before_reports_unless_extras_are_left_out(small):
+    def order(**request) -> list[str]:
+        asked = Request(**request)
+        return small.runner.stages(small.runner.needed(asked), asked)
+
+    assert order()[-4:] == ["leaderboard", "certificates", "token_attribution", "selection_report"]
+    assert order(until="influence_scores")[-1] == "certificates"
+    for request in ({"extras": False}, {"recipes": ("random-seed0",)}, {"until": "train_gradients"}):
+        assert "certificates" not in order(**request), request
+    small.settings["gradients"] = {"certificate_rows": 0, "real_step_rows": 0}
+    assert "certificates" not in order()
+
+
 def test_random_selection_needs_no_gradients(small):
     needed = small.needed(recipes=("random-seed0",))
     assert set(needed) == {

@@ -88,6 +88,7 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
     "compute.gpus_per_worker": (2.0, set()),
     "compute.cpus_per_worker": (2.0, set()),
     "compute.workers": (2, set()),
+    "tracking.mlflow": ("http://127.0.0.1:1", set()),
 }
 
 

@@ -531,7 +531,12 @@ def _conversations(path: str) -> Iterator[tuple[str, Conversation, str]]:
         try:
             messages, tools = normalize(record)
         except UnusableRowError as problem:
-            raise TargetFormatError(f"An example cannot be used: {problem.status}: {problem}", where=where) from problem
+            raise TargetFormatError(
+                f"An example cannot be used: {problem.status}: {problem}",
+                where=where,
+                fix="give each row a form of docs/row-formats.md, such as fields `prompt` and `completion`; "
+                "of target examples none is left out",
+            ) from problem
         if messages[-1]["role"] != "assistant" or len(messages) < 2 or messages[-2]["role"] not in ("user", "tool"):
             raise TargetFormatError(
                 "The last two turns must be the user's or a tool's, and the assistant's.", where=where
