@@ -187,7 +187,7 @@ def plan(
 ) -> None:
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with _told():
-        if found := _nothing_to_do(project, task, recipe, until):
+        if found := _nothing_to_do(project, task, recipe, until, extras):
             from less_assets.planning.estimate import nothing_due
 
             lineage, _, needed = found
