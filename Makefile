@@ -40,6 +40,7 @@ dev: env demo/project.yaml
 bench: env
 	$(PIP) --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/prefilter.py
 
 # Hours: kills, storage faults, strange inputs. Interrupted, it goes on where it was.
 soak: env

@@ -222,6 +222,7 @@ def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     settings["recipes"] = [less, {"name": "base", "strategy": "none"}, {"name": "rds", "strategy": "rds", "rows": 4}]
     settings["recipes"].append({"name": "bm25", "strategy": "bm25", "rows": 4, "quotas": {"plus": 0.5}})
     settings["exclude"] = ["left-out.jsonl"]
+    settings["prefilter"] = {"strategy": "bm25", "keep": 0.7, "sample_rows": 1000}
     (tiny_project.folder / "left-out.jsonl").write_text("")
     project = load_project(tiny_project.path)
     store = open_store(project)

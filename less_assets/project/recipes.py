@@ -19,6 +19,9 @@ from less_assets.project.sections import (
 )
 from less_assets.project.strategies import STRATEGIES, Strategy
 
+PREFILTER = "prefilter"
+"""Key of the prefilter on the recipe axis, where it has scores as a recipe has."""
+
 
 @dataclass(frozen=True)
 class Budget:

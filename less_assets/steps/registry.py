@@ -18,6 +18,7 @@ from less_assets.steps import (
     gradients,
     pool,
     preconditioning,
+    prefilter,
     rescoring,
     selection,
     targets,
@@ -26,7 +27,7 @@ from less_assets.steps import (
 from less_assets.steps.asset import Asset
 from less_assets.store.artifacts import ArtifactStore
 
-_SELECTING = (baselines, preconditioning, external, selection, rescoring)
+_SELECTING = (baselines, prefilter, preconditioning, external, selection, rescoring)
 _MODULES = (pool, warmup, targets, gradients, *_SELECTING, finetuning, evaluation, explanations)
 _DECLARED: dict[str, Asset] = {asset.name: asset for module in _MODULES for asset in module.ASSETS}
 _READS = {name: [read.asset for read in asset.inputs] for name, asset in _DECLARED.items()}

@@ -20,6 +20,7 @@ name: small
 model: {base: someone/some-model}
 pool: {sources: [{name: plus, path: plus.jsonl}]}
 exclude: [left-out.jsonl]
+prefilter: {strategy: rds, keep: 0.9}
 warmup: {epochs: 3}
 gradients: {forms: [adamw, marginal]}
 tasks:
@@ -57,6 +58,10 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("pool_index", None, "instruction_pool", SHARD_KEYS),
     ("pool_index", None, "refused_rows", SHARD_KEYS),
     ("excluded_rows", None, "pool_index", [None]),
+    ("prefiltered_pool", "sky", "pool_index", [None]),
+    ("prefiltered_pool", "sky", "embedding_scores", ["prefilter|sky"]),
+    ("kept_rows", "plus-00001", "pool_index", [None]),
+    ("kept_rows", "plus-00001", "prefiltered_pool", TASKS),
     ("warmup_sample", None, "pool_index", [None]),
     ("warmup_sample", None, "excluded_rows", [None]),
     ("exact_scores", "less|sky", "excluded_rows", [None]),
@@ -67,6 +72,7 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("warmup_checkpoints", "epoch-2", "warmup_sample", [None]),
     ("train_gradients", "epoch-2|plus-00001", "warmup_checkpoints", ["epoch-2"]),
     ("train_gradients", "epoch-2|plus-00001", "instruction_pool", ["plus-00001"]),
+    ("train_gradients", "epoch-2|plus-00001", "kept_rows", ["plus-00001"]),
     ("gradient_datastore", "epoch-2", "train_gradients", [f"epoch-2|{shard}" for shard in SHARD_KEYS]),
     ("gradient_datastore", "epoch-2", "pool_index", [None]),
     ("target_gradients", "epoch-2|sky", "warmup_checkpoints", ["epoch-2"]),
@@ -74,6 +80,7 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("influence_scores", "sky", "gradient_datastore", CHECKPOINTS),
     ("influence_scores", "sky", "target_gradients", [f"{checkpoint}|sky" for checkpoint in CHECKPOINTS]),
     ("influence_scores", "sky", "pool_index", [None]),
+    ("influence_scores", "sky", "kept_rows", SHARD_KEYS),
     ("influence_scores", "both", "target_gradients", [f"{checkpoint}|both" for checkpoint in CHECKPOINTS]),
     ("exact_scores", "less|sky", "influence_scores", ["sky"]),
     ("exact_scores", "less|sky", "recipe_settings", ["less"]),
@@ -145,7 +152,7 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
 ]
 SOME_RECIPES = {
     "exact_scores": ["less"],
-    "embedding_scores": ["rds", "mid"],
+    "embedding_scores": ["prefilter", "rds", "mid"],
     "text_scores": ["bm25", "dsir-seed0"],
     "preconditioned_scores": ["against-pool"],
     "external_scores": ["given"],
@@ -209,7 +216,9 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("selected_subset", "target_examples"): ["as-targets-seed0"],
         ("selected_subset", "preconditioned_scores"): ["against-pool"],
         ("selected_subset", "external_scores"): ["given"],
-        ("embedding_scores", "target_embeddings"): ["rds"],
+        ("embedding_scores", "target_embeddings"): ["prefilter", "rds"],
+        ("embedding_scores", "pool_embeddings"): ["prefilter", *RECIPES],
+        ("embedding_scores", "pool_index"): ["prefilter", *RECIPES],
         ("selection_report", "influence_scores"): ["less", "less-paper"],
         ("selection_report", "token_attribution"): ["less", "less-paper"],
     }
@@ -252,7 +261,7 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
         text = text.replace(b"strategy: " + strategy + b", fraction: 0.1", b"strategy: full")
     text = text.replace(b"strategy: less, fraction: 0.1, precondition: pool", b"strategy: full")
     text = text.replace(b"strategy: external, fraction: 0.1, scores: scores.csv", b"strategy: full")
-    text = text.replace(b"exclude: [left-out.jsonl]\n", b"")
+    text = text.replace(b"exclude: [left-out.jsonl]\n", b"").replace(b"prefilter: {strategy: rds, keep: 0.9}\n", b"")
     text = text.replace(b"match: less, ", b"").replace(b"match: rds, ", b"")
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
     assert dg.AssetKey("influence_scores") not in graph.get(dg.AssetKey("selected_subset")).parent_keys
@@ -314,7 +323,7 @@ def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less
     single = [asset for asset in ASSETS if graph.get(dg.AssetKey(asset)).backfill_policy is not None]
     sharing = ["instruction_pool", "refused_rows", "warmup_checkpoints", "train_gradients", "target_gradients"]
     sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
-    assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset"}
+    assert set(single) == {*sharing, "kept_rows", "gradient_datastore", "recipe_settings", "selected_subset"}
     for asset in single:
         assert graph.get(dg.AssetKey(asset)).backfill_policy == dg.BackfillPolicy.single_run()
 
