@@ -44,6 +44,7 @@ dev: env demo/project.yaml
 bench: env
 	$(PIP) --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/prefilter.py
 
 # A newcomer's way, from an empty folder to rows in their trainer, with the time of each step; needs the network.
 newcomer:

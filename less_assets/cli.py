@@ -211,7 +211,7 @@ def plan(
 
 def _print_planned(planned: "Estimate", lineage: "Lineage", as_json: bool) -> None:
     from less_assets.inspection.plan_words import plan_as_data, print_plan
-    from less_assets.inspection.pool_counts import counts_in_words, pool_counts
+    from less_assets.inspection.pool_counts import counts_in_words, pool_counts, prefilter_in_words
 
     if as_json:
         _print_json(plan_as_data(planned) | {"pool": pool_counts(lineage)})
@@ -219,6 +219,8 @@ def _print_planned(planned: "Estimate", lineage: "Lineage", as_json: bool) -> No
     print_plan(planned)
     if counts := pool_counts(lineage):
         print(f"\n{counts_in_words(counts)}")
+    if said := prefilter_in_words(lineage):
+        print(f"\n{said}")
 
 
 @app.command()

@@ -226,6 +226,7 @@ def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     tournament = {"name": "best", "strategy": "tournament", "candidates": ["rds"], "rows": 4}
     settings["recipes"].append(tournament)
     settings["exclude"] = ["left-out.jsonl"]
+    settings["prefilter"] = {"strategy": "bm25", "keep": 0.7, "sample_rows": 1000}
     (tiny_project.folder / "left-out.jsonl").write_text("")
     project = load_project(tiny_project.path)
     store = open_store(project)

@@ -146,6 +146,15 @@ class Workload:
         samples = self.samples
         return sum(shard.rows * samples[shard.source].usable * samples[shard.source].tokens for shard in shards)
 
+    def kept_share(self, shard: Shard) -> float:
+        """Share of a shard's usable rows that get gradients; before it is known, as if no two tasks kept the same."""
+        prefilter = self.project.prefilter
+        if prefilter is None:
+            return 1.0
+        if (kept := self.known("kept_rows", shard.key, "kept")) is not None:
+            return float((kept + self.known("kept_rows", shard.key, "sampled")) / max(1.0, self.rows([shard])))
+        return min(1.0, prefilter.keep * len(self.project.tasks) + prefilter.sample_rows / max(1.0, self.pool_rows))
+
     @cached_property
     def pool_rows(self) -> float:
         """Usable rows of the pool."""

@@ -36,6 +36,7 @@ from less_assets.reading.rows import (
     target_influence,
 )
 from less_assets.reading.selection_cut import Cuts
+from less_assets.reading.shard_features import PREFILTERED
 from less_assets.reading.tournaments import choice_table
 from less_assets.store.tables import read_parquet
 
@@ -391,6 +392,8 @@ def _row_words(explanation: Mapping[str, Any]) -> str:
         )
         if explanation["status"] != "ok":
             lines.append(f"  it has no score: {explanation['status']}")
+        if explanation["status"] == PREFILTERED:
+            lines.append("  the prefilter ranks it too low for every task, so that it can be selected for none")
         if (reason := explanation["left_out"]) is not None:
             lines.append(f"  left out by `exclude`: {_one_line(reason, TEXT_CHARACTERS) or 'no reason given'}")
     else:

@@ -17,6 +17,7 @@ from less_assets.project.project import Project
 from less_assets.project.yaml_file import Problem
 from less_assets.reading.files import EXAMPLES, score_file
 from less_assets.reading.rows import refused_rows, with_refusals
+from less_assets.reading.shard_features import PREFILTERED
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def _judged(lineage: Lineage) -> Iterator[pl.DataFrame]:
         judged = with_refusals(stored, refused.filter(pl.col("shard") == shard))
         if scored:
             scores = read_parquet(lineage.folder("influence_scores", scored[0]), score_file(shard), ["status"])
+            scores = scores.with_columns(pl.col("status").replace(PREFILTERED, "ok"))  # it could be used
             ranks = judged["status"] == "ok"
             judged = judged.with_columns(pl.when(ranks).then(scores["status"]).otherwise("status").alias("status"))
         line = pl.format("{}:{}", "source_file", "source_row")
@@ -115,6 +117,24 @@ def _counted(parts: Iterable[pl.DataFrame]) -> dict[str, Any]:
     reasons = lost.head(REASONS).select(pl.col("status").alias("reason"), "rows", "for_example", "detail").to_dicts()
     figures = {"rows": total, "usable": total - unused, "quarantined": quarantined, "refused": unused - quarantined}
     return {**figures, "reasons": reasons}
+
+
+def prefilter_in_words(lineage: Lineage) -> str:
+    """What the prefilter keeps, for each task and in all; empty without one, or where that is not known."""
+    shards = lineage.shards() if lineage.status("pool_index").state == "fresh" else []
+    prefilter = lineage.project.prefilter
+    if prefilter is None or not shards or any(lineage.status("kept_rows", key).state != "fresh" for key in shards):
+        return ""
+    rows, kept, sampled = (
+        sum(lineage.summary("kept_rows", shard)[name] for shard in shards) for name in ("rows", "kept", "sampled")
+    )
+    tasks = ", ".join(
+        f"{lineage.summary('prefiltered_pool', task)['kept']:,} rows for {task}" for task in lineage.project.task_names
+    )
+    return (
+        f"Prefilter: {prefilter.strategy} keeps {tasks}; together {kept:,} of {rows:,} distinct rows "
+        f"({kept / max(1, rows):.0%}) have gradients, and {sampled:,} of the others as a sample"
+    )
 
 
 def counts_in_words(counts: dict[str, Any], of: str = "Pool") -> str:

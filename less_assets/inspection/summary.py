@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from less_assets.errors import MissingArtifactError, StaleArtifactError
-from less_assets.inspection.pool_counts import counts_in_words, pool_counts
+from less_assets.inspection.pool_counts import counts_in_words, pool_counts, prefilter_in_words
 from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
 from less_assets.project.project import Project
 from less_assets.reading.files import BOARD, REPORT, SUBSET
+from less_assets.reading.subsets import recall_in_words
 from less_assets.reading.tournaments import choice_table
 from less_assets.steps.registry import open_lineage
 from less_assets.store.artifacts import ArtifactStore
@@ -36,7 +37,7 @@ def results(project: Project, store: ArtifactStore, tasks: Sequence[str] = ()) -
     lineage = open_lineage(project, store)
     counts = pool_counts(lineage)
     parts = [counts_in_words(counts)] if counts else []
-    parts.append(_excluded(lineage))
+    parts += [_excluded(lineage), prefilter_in_words(lineage), _recalls(lineage, tasks or project.task_names)]
     try:
         boards = [lineage.folder("task_results", task) for task in tasks] or [lineage.folder("leaderboard")]
         parts += [_leaderboard(read_parquet(board, BOARD)) for board in boards]
@@ -61,6 +62,16 @@ def _excluded(lineage: Lineage) -> str:
     listed = lineage.summary("excluded_rows")
     unknown = f"; {listed['unknown']:,} ids that the pool does not have" if listed["unknown"] else ""
     return f"Left out by `exclude`: {listed['excluded']:,} rows{unknown}"
+
+
+def _recalls(lineage: Lineage, tasks: Sequence[str]) -> str:
+    """What the prefilter has left of each selection of which that is estimated."""
+    if lineage.project.prefilter is None:
+        return ""
+    keys = [f"{recipe}|{task}" for task in tasks for recipe in lineage.project.recipe_keys]
+    fresh = [key for key in keys if lineage.status("selected_subset", key).state == "fresh"]
+    said = {key.replace("|", " for "): recall_in_words(lineage, key) for key in fresh}
+    return text_table([(name, words) for name, words in said.items() if words])
 
 
 def _pages(lineage: Lineage) -> str:

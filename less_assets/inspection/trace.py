@@ -14,6 +14,7 @@ from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import code_versions
 from less_assets.reading.files import EXAMPLES, FEATURES, SAMPLE, SUBSET, score_file
 from less_assets.reading.rows import find_row
+from less_assets.reading.shard_features import kept_rows
 from less_assets.store.manifest import FORMAT_VERSION
 from less_assets.store.tables import read_parquet
 
@@ -46,7 +47,8 @@ def trace_row(lineage: Lineage, example_id: str) -> dict[str, Any]:
             continue
         array = {"checkpoint": checkpoint, **_artifact(lineage, "train_gradients", f"{checkpoint}|{shard}")}
         if array["state"] == "fresh":
-            array |= {"array": f"{array['path']}/{FEATURES}", "array_row": row, "forms": list(project.gradients.forms)}
+            place, forms = _place(lineage, shard, row), list(project.gradients.forms)
+            array |= {"array": f"{array['path']}/{FEATURES}", "array_row": place, "forms": forms}
         arrays.append(array)
     scores = []
     for task in project.task_names:
@@ -94,6 +96,12 @@ def _artifact(lineage: Lineage, asset: str, partition: str | None) -> dict[str, 
         "data_version": manifest.data_version,
         "made_from": dict(manifest.inputs),
     }
+
+
+def _place(lineage: Lineage, shard: str, row: int) -> int | None:
+    """Where a row of a shard stands in the shard's arrays; None if the prefilter has left it out."""
+    kept = kept_rows(lineage, shard)
+    return row if kept is None else kept["row"].index_of(row)
 
 
 def _in_sample(lineage: Lineage, example_id: str) -> bool | None:
@@ -150,7 +158,9 @@ def _row_words(artifact: Mapping[str, Any], kind: str) -> str:
     """Where the row lies in a stored array or table."""
     if artifact["state"] != "fresh":
         return f"  {_words(artifact)}"
-    return f"  {artifact[kind]}  row {artifact[f'{kind}_row']}  version {artifact['data_version']}"
+    row = artifact[f"{kind}_row"]
+    where = "not there: the prefilter left the row out" if row is None else f"row {row}"
+    return f"  {artifact[kind]}  {where}  version {artifact['data_version']}"
 
 
 def _selection_words(selections: Sequence[Mapping[str, Any]]) -> list[str]:

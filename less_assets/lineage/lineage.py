@@ -16,6 +16,7 @@ from less_assets.errors import CorruptArtifactError, MissingArtifactError, Stale
 from less_assets.lineage.plan import ArtifactPlan, Versions
 from less_assets.lineage.pool_files import PoolFiles
 from less_assets.project.project import Project
+from less_assets.project.recipes import PREFILTER
 from less_assets.store.artifacts import ArtifactFolder, ArtifactStore
 from less_assets.store.manifest import Manifest
 
@@ -37,12 +38,14 @@ class Input:
         read_by: Which recipes, or pilots, read it, by key; None: all. Only for assets with one of these axes.
         of_recipes: The recipes whose partitions a recipe, or pilot, reads, by key; None: its own.
         with_folds: Whether a task's partition reads those of its folds besides its own.
+        of_prefilter: Whether an asset without the axis `recipe` reads the prefilter's partition on it; else all.
     """
 
     asset: str
     read_by: Callable[[Project, str], bool] | None = None
     of_recipes: Callable[[Project, str], Sequence[str]] | None = None
     with_folds: bool = False
+    of_prefilter: bool = False
 
     def is_read(self, project: Project, reader: "Declaration") -> bool:
         """Whether any recipe of the asset that has this input reads it."""
@@ -70,6 +73,7 @@ class Declaration:
         needed_by: The recipes that need the asset, by key; None: it always exists.
         of_folds: Whether a task without one of its folds has it, too.
         of_weightless: Whether a checkpoint whose weight is 0, which changes no score, has it, too.
+        of_prefilter: Whether the prefilter needs it as a recipe of its strategy does (then `needed_by` is asked).
         entry: HTML file of its artifacts that `index.html` in `folder` leads to, whichever is in force; None: none.
     """
 
@@ -85,6 +89,7 @@ class Declaration:
     needed_by: Callable[[Project, str], bool] | None = None
     of_folds: bool = True
     of_weightless: bool = True
+    of_prefilter: bool = False
     entry: str | None = None
 
     def keys(self, partition: str | None) -> Keys:
@@ -96,8 +101,9 @@ class Declaration:
         return "|".join(keys[axis] for axis in self.axes) or None
 
     def recipes(self, project: Project) -> list[str]:
-        """Keys of the recipes that need the asset."""
-        return [key for key in project.recipe_keys if self.needed_by is None or self.needed_by(project, key)]
+        """Keys of the recipes that need the asset, that of the prefilter among them."""
+        keys = [*(project.prefilter_recipe if self.of_prefilter else ()), *project.recipe_keys]
+        return [key for key in keys if self.needed_by is None or self.needed_by(project, key)]
 
     def exists(self, project: Project) -> bool:
         """Whether the project has the asset: it always does, unless no recipe needs it."""
@@ -122,6 +128,8 @@ class Declaration:
         fixed: dict[str, Sequence[str]] = {axis: [key] for axis, key in keys.items() if axis in self.axes}
         if read.with_folds and "task" in fixed:
             fixed["task"] = [keys["task"], *project.folds_of(keys["task"])]
+        if read.of_prefilter:
+            fixed["recipe"] = [PREFILTER]
         if selecting := keys.get("recipe") or keys.get("pilot"):
             if read.read_by is not None and not read.read_by(project, selecting):
                 return []
@@ -132,18 +140,22 @@ class Declaration:
         return self._product(project, keys_of, fixed)
 
     def _product(self, project: Project, keys_of: AxisKeys, fixed: Mapping[str, Sequence[str]]) -> list[str | None]:
-        left_out = {
-            "recipe": set(project.recipe_keys) - set(self.recipes(project)),
-            "task": set() if self.of_folds else set(project.folds),
-        }
-        choices = [
-            [key for key in (fixed[axis] if axis in fixed else keys_of(axis)) if key not in left_out.get(axis, ())]
-            for axis in self.axes
-        ]
         if not self.exists(project):
             return []
-        combined = (keys for keys in product(*choices) if project.combines(dict(zip(self.axes, keys, strict=True))))
-        return ["|".join(keys) or None for keys in combined]
+        recipes = self.recipes(project)
+        choices = {axis: recipes if axis == "recipe" else keys_of(axis) for axis in self.axes} | dict(fixed)
+        combined = (dict(zip(self.axes, keys, strict=True)) for keys in product(*(choices[axis] for axis in self.axes)))
+        return [self.partition(keys) for keys in combined if self._has(project, recipes, keys)]
+
+    def _has(self, project: Project, recipes: Sequence[str], keys: Keys) -> bool:
+        """Whether the asset has a partition, given the recipes that need it."""
+        recipe = keys.get("recipe")
+        if recipe is not None and recipe not in recipes:
+            return False
+        # What the prefilter keeps for a task serves its folds, too.
+        if keys.get("task") in project.folds and (not self.of_folds or recipe == PREFILTER):
+            return False
+        return project.combines(keys)
 
 
 def axis_keys(project: Project, shards: Callable[[], Sequence[str]]) -> AxisKeys:

@@ -12,6 +12,7 @@ import dagster as dg
 
 from less_assets.lineage.lineage import Declaration, Input, axis_keys
 from less_assets.project.project import Project
+from less_assets.project.recipes import PREFILTER
 from less_assets.steps.registry import ASSETS
 
 SHARDS = dg.DynamicPartitionsDefinition(name="shard")
@@ -61,8 +62,12 @@ class Axes:
         return [
             dg.AssetDep(read.asset, partition_mapping=self._mapping(asset, read))
             for read in asset.inputs
-            if ASSETS[read.asset].exists(self.project) and read.is_read(self.project, asset)
+            if self._exists(read) and read.is_read(self.project, asset)
         ]
+
+    def _exists(self, read: Input) -> bool:
+        recipes = ASSETS[read.asset].recipes(self.project)
+        return ASSETS[read.asset].exists(self.project) and (not read.of_prefilter or PREFILTER in recipes)
 
     def _mapping(self, asset: Declaration, read: Input) -> dg.PartitionMapping | None:
         """How partitions of an asset read those of an input; None where Dagster infers it."""

@@ -17,7 +17,7 @@ from less_assets.errors import ProjectFileError
 from less_assets.method import DEFAULT_DATE, DRAW_VERSION, SKETCH_VERSION
 from less_assets.project.keys import Section, explain, nearest, setting, shown_path
 from less_assets.project.model_files import template_writes_day
-from less_assets.project.recipes import Pilot, ResolvedRecipe, candidates_of, pilots_of, resolve
+from less_assets.project.recipes import PREFILTER, Pilot, ResolvedRecipe, candidates_of, pilots_of, resolve
 from less_assets.project.rules import rules_between_sections
 from less_assets.project.sections import (
     Compute,
@@ -25,6 +25,7 @@ from less_assets.project.sections import (
     Lora,
     Model,
     Pool,
+    Prefilter,
     Recipe,
     Report,
     Source,
@@ -80,6 +81,9 @@ class Project(Section):
     )
     warmup: Warmup = setting(
         {}, "Step 1: a short training on a random part of the pool, or imported checkpoints", validate_default=True
+    )
+    prefilter: Prefilter | None = setting(
+        None, "Take gradients for a part of the pool only, chosen by a cheaper strategy; null: for the whole pool"
     )
     gradients: Gradients = setting({}, "Steps 2 and 3: the features of pool and target examples", validate_default=True)
     tasks: list[Task] = setting(..., "What the selected data shall teach", min_length=1)
@@ -173,6 +177,14 @@ class Project(Section):
             return not self.folds_of(task)
         return task not in self.folds or "recipe" not in keys or self.recipe(keys["recipe"]).tournament is None
 
+    @cached_property
+    def prefilter_recipe(self) -> dict[str, ResolvedRecipe]:
+        """What the prefilter ranks the pool by, under its key: a recipe that nothing is trained on."""
+        if self.prefilter is None:
+            return {}
+        stated = Recipe(name=PREFILTER, strategy=self.prefilter.strategy, fraction=self.prefilter.keep)
+        return {resolved.key: resolved for resolved in resolve(stated, self.gradients.forms)}
+
     def task(self, name: str) -> Task:
         """The task of a key of the task axis; of a fold, the task without evaluation.
 
@@ -184,14 +196,14 @@ class Project(Section):
         return _by_name("task", {task.name: task for task in self.tasks}, name, self.path)
 
     def recipe(self, key: str) -> ResolvedRecipe:
-        """What a recipe key stands for, or the key of a pilot: a candidate with a smaller budget.
+        """What a recipe key stands for, that of the prefilter included, or the key of a pilot: a candidate's with less.
 
         Raises:
             ProjectFileError: There is none.
         """
-        if key in self.recipe_keys or key not in self.pilots:
-            return _by_name("recipe", self.recipe_keys, key, self.path)
-        return self.pilots[key].recipe
+        if key in self.pilots and key not in self.recipe_keys:
+            return self.pilots[key].recipe
+        return _by_name("recipe", self.prefilter_recipe | self.recipe_keys, key, self.path)
 
     def source(self, name: str) -> Source:
         """The pool source of a name.

@@ -21,6 +21,8 @@ from less_assets.project.strategies import STRATEGIES, Strategy
 
 TRIAL_SEEDS = (0, 1)
 """Seeds of pilots where the file names none."""
+PREFILTER = "prefilter"
+"""Key of the prefilter on the recipe axis, where it has scores as a recipe has."""
 
 
 @dataclass(frozen=True)

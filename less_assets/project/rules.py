@@ -10,8 +10,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from less_assets.project.keys import BrokenRule, Section, nearest
-from less_assets.project.recipes import resolve
-from less_assets.project.sections import Gradients, Recipe, Source
+from less_assets.project.recipes import PREFILTER, resolve
+from less_assets.project.sections import Gradients, Prefilter, Recipe, Source
 from less_assets.project.strategies import STRATEGIES
 from less_assets.project.task_sections import Task
 from less_assets.project.yaml_file import KeyPath
@@ -34,7 +34,8 @@ def rules_between_sections(data: Mapping[str, object], context: dict[str, Path])
     yield from _taken(("recipes",), keys, "recipe key")
     all_names = _stated("name", data.get("tasks"))
     yield from _names_of_folds(tasks)
-    if "target_tuning" in data and "target_tuned" not in _stated("strategy", data.get("recipes")):
+    strategies = _stated("strategy", data.get("recipes")) | _stated("strategy", [data.get("prefilter")])
+    if "target_tuning" in data and "target_tuned" not in strategies:
         what = "has no meaning: no recipe has strategy target_tuned"
         yield BrokenRule(("target_tuning",), what, "leave it out, or add such a recipe")
     groups = {task.name for task in tasks.values() if task.members}
@@ -56,6 +57,8 @@ def rules_between_sections(data: Mapping[str, object], context: dict[str, Path])
     named = _stated("name", data.get("recipes"))
     yield from _names_in_recipes(recipes, stated, named)
     yield from _tournaments(recipes, named, tasks)
+    for prefilter in _valid_parts(Prefilter, [data.get("prefilter")], context).values():
+        yield from _recipes_beside(prefilter, recipes)
 
 
 def _names_of_folds(tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
@@ -65,6 +68,17 @@ def _names_of_folds(tasks: Mapping[int, Task]) -> Iterator[BrokenRule]:
         parent, separator, number = task.name.rpartition(".fold-")
         if separator and number.isdigit() and parent in folded:
             yield BrokenRule(("tasks", index, "name"), f"is what a fold of {parent!r} is called", "choose another name")
+
+
+def _recipes_beside(prefilter: Prefilter, recipes: Mapping[int, Recipe]) -> Iterator[BrokenRule]:
+    """Recipes must not be called as the prefilter is, nor choose more by influence than it keeps."""
+    for index, recipe in recipes.items():
+        if recipe.name == PREFILTER:
+            yield BrokenRule(("recipes", index, "name"), "is what the prefilter is called", "choose another name")
+        by_influence = STRATEGIES[recipe.strategy].scores == "influence"
+        if by_influence and recipe.fraction is not None and recipe.fraction > prefilter.keep:
+            what = f"is more than the prefilter keeps, {prefilter.keep:g}"
+            yield BrokenRule(("recipes", index, "fraction"), what, "keep more, several times the fraction")
 
 
 def _stated(key: str, parts: object) -> set[str]:

@@ -32,8 +32,10 @@ Perplexities = Literal["mid", "top"]
 FeatureStorage = Literal["float16", "int8", "int4", "int1"]
 if TYPE_CHECKING:
     StrategyName = str
+    PrefilterName = str
 else:
     StrategyName = Literal[tuple(STRATEGIES)]
+    PrefilterName = Literal[tuple(name for name, strategy in STRATEGIES.items() if strategy.prefilters)]
 Unit = Literal["fraction", "rows", "tokens"]
 BUDGETS: tuple[Unit, ...] = get_args(Unit)
 PAPER = "LESS"
@@ -331,6 +333,25 @@ def _chosen_storage(above: dict[str, Any]) -> tuple[str, int]:
     from less_assets.method.gradients.quantization import choose_storage
 
     return choose_storage(above["bytes_per_row"], above["forms"])
+
+
+class Prefilter(Section):
+    """Gradients are taken for the best part of the pool only, as a cheaper strategy ranks it for each task."""
+
+    strategy: PrefilterName = setting(..., "How the pool is ranked, as a recipe of this strategy ranks it by default")
+    keep: float = setting(
+        0.2,
+        "Share of the pool's distinct examples that is kept for each task; a row is kept if any task keeps it",
+        gt=0,
+        lt=1,
+    )
+    sample_rows: int = setting(
+        512,
+        "About so many random rows of those left out get gradients, too, to estimate how much of each selection is "
+        "lost; they are never selected. 0: none, and no estimate",
+        unit="rows",
+        ge=0,
+    )
 
 
 class Mix(Section):

@@ -66,6 +66,11 @@ class Strategy:
         """Whether `length_matched` may imitate its selection: it ranks by a score and draws nothing."""
         return self.scores is not None and not self.draws
 
+    @property
+    def prefilters(self) -> bool:
+        """Whether a prefilter may rank by it: it scores without gradients and without a file, and draws nothing."""
+        return self.scores not in (None, "influence", "external") and not self.draws
+
     def load(self) -> Callable[..., Any]:
         """The function that `function` names."""
         assert self.function is not None

@@ -8,6 +8,9 @@ EXAMPLES = "examples.parquet"
 INDEX = "index.parquet"
 EXCLUDED = "excluded.parquet"
 REFUSED = "refused.parquet"
+# prefilter
+KEPT = "kept.parquet"
+PREFILTER_SAMPLE = "prefilter_sample.parquet"
 # warmup
 SAMPLE = "sample.parquet"
 # targets

@@ -14,8 +14,8 @@ from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.data.conversations import Conversation, stated, with_all_fields
 from less_assets.project.warmup_steps import few_steps
-from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, REFUSED, TARGET_FEATURES, score_file
-from less_assets.store.features import FeatureReader, open_features
+from less_assets.reading.files import EXAMPLES, INDEX, REFUSED, TARGET_FEATURES, score_file
+from less_assets.reading.shard_features import ShardFeatures
 from less_assets.store.tables import read_parquet
 
 SHORTEST_PREFIX = 6
@@ -248,11 +248,6 @@ def features_of(
         Places (from the column `place`) and features float32 (·, k).
     """
     for (shard,), part in rows.sort("shard", "row").group_by("shard", maintain_order=True):
-        reader = feature_reader(lineage, checkpoint, str(shard))
+        features = ShardFeatures.of(lineage, checkpoint, str(shard))
         for piece in part.iter_slices(ROWS_AT_ONCE):
-            yield piece["place"].to_list(), reader.take(form, piece["row"].to_list())
-
-
-def feature_reader(lineage: Lineage, checkpoint: str, shard: str) -> FeatureReader:
-    """Features of a shard at a checkpoint."""
-    return open_features(lineage.folder("train_gradients", f"{checkpoint}|{shard}"), FEATURES)
+            yield piece["place"].to_list(), features.take(form, piece["row"].to_numpy())

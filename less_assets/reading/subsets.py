@@ -1,6 +1,6 @@
 """The subsets that recipes have selected, as they stand: what a report compares with.
 
-Belongs here: finding them. What they hold is read by whoever shows it.
+Belongs here: finding them, and what a prefilter has left of them. What they hold is read by whoever shows it.
 """
 
 from less_assets.lineage.lineage import Lineage
@@ -19,3 +19,19 @@ def other_subsets(lineage: Lineage, recipe: str, task: str) -> dict[str, Pointer
     others = [key for key in lineage.project.recipe_keys if key != recipe and chooses_rows(lineage.project, key)]
     pointers = {key: lineage.store.pointer(folder.format(recipe=key, task=task)) for key in others}
     return {key: pointer for key, pointer in pointers.items() if pointer is not None}
+
+
+def recall_in_words(lineage: Lineage, partition: str) -> str | None:
+    """How much of a selection a prefilter has left, by its estimate; None where there is none.
+
+    Args:
+        lineage: Reads `selected_subset`.
+        partition: `recipe|task`.
+    """
+    found = lineage.summary("selected_subset", partition)
+    if "recall" not in found:
+        return None
+    estimate, low, high = (f"{100 * found[name]:.0f}" for name in ("recall", "recall_low", "recall_high"))
+    return (
+        f"The prefilter left about {estimate} % ({low} to {high} %) of the rows that the whole pool's gradients select."
+    )

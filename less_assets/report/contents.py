@@ -27,7 +27,7 @@ from less_assets.reading.excluded import excluded_reasons
 from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
 from less_assets.reading.rows import checkpoint_weights, few_warmup_steps, subtask_label
 from less_assets.reading.selection_cut import Cuts
-from less_assets.reading.subsets import other_subsets
+from less_assets.reading.subsets import other_subsets, recall_in_words
 from less_assets.reading.tournaments import choice_table
 from less_assets.report.comparison import compared
 from less_assets.report.row_details import Explanations, JsonObject, page_conversation, rounded, row_details
@@ -130,7 +130,11 @@ def report_contents(
         "cuts": {label: rounded(value) for label, value in cuts.by_label().items()} if cuts else {},
         "composition": composition,
         "overlap": _overlap(lineage, subset, others),
-        "notes": [*_warmup_notes(lineage, recipe), *_notes(selected, composition, rows, judgement, scored)],
+        "notes": [
+            *_warmup_notes(lineage, recipe),
+            *map(_note, filter(None, [recall_in_words(lineage, key)])),
+            *_notes(selected, composition, rows, judgement, scored),
+        ],
         "near_duplicate": NEAR_DUPLICATE,
         "targets": _targets(lineage, task) if scored else [],
         "turns": [queue.subtask or queue.task for queue in queues] if len(queues) > 1 else [],
@@ -272,6 +276,7 @@ def _look_through(
         if best_labels is not None:
             labels = next(best_labels)
             table = table.join(labels, on="row", how="left", maintain_order="left")
+            table = table.with_columns(pl.coalesce("tokens", _estimated_tokens()))  # rows that a prefilter left out
         else:
             table = table.with_columns(_estimated_tokens().alias("tokens"), pl.lit(None, pl.String).alias("best"))
         turns = assistant_turns(pl.col("messages"))

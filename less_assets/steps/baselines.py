@@ -230,6 +230,7 @@ ASSETS = (
         settings=_model_settings,
         shared_settings=lambda project: {"model": project.model_settings()},
         needed_by=lambda project, recipe: project.recipe(recipe).traits.scores in ("embeddings", "tuning"),
+        of_prefilter=True,
         compute=embed_shard,
         describe=one_table(EMBEDDINGS),
         in_ranges=True,
@@ -251,6 +252,7 @@ ASSETS = (
         shared_settings=lambda project: {"model": project.model_settings()},
         determined_by=embedded_content,
         needed_by=_compares_embeddings,
+        of_prefilter=True,
         compute=embed_targets,
         describe=one_table(EMBEDDINGS),
         loads_model=True,
@@ -277,6 +279,7 @@ ASSETS = (
         shared_folder="selection/{task}/embedding",
         settings=_strategy,
         needed_by=_ranks_by("embeddings"),
+        of_prefilter=True,
         compute=score_embeddings,
     ),
     Asset(
@@ -291,6 +294,7 @@ ASSETS = (
         settings=_strategy,
         determined_by=_scored_text,
         needed_by=_ranks_by("text"),
+        of_prefilter=True,
         compute=score_texts,
     ),
 )

@@ -13,6 +13,7 @@ from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage, split
 from less_assets.method.evaluation import LOSSES
 from less_assets.method.evaluation.leaderboard import in_words
+from less_assets.reading.subsets import recall_in_words
 from less_assets.steps.asset import Check
 from less_assets.steps.judging_examples import answers_of_another_form
 from less_assets.steps.shown import Picture, Table, Verdict
@@ -27,6 +28,9 @@ OVERLAP_LIMIT = 0.7
 """Expected overlap with the exact selection below which sketches are too coarse; LESS's own storage reaches 0.6."""
 CORRELATION_LIMIT = 0.5
 """Correlation of predicted with real influence below which first-order influence says little about this model."""
+
+RECALL_LIMIT = 0.8
+"""Share of a selection that a prefilter should leave."""
 
 SHORT_LIMIT = 0.5
 """Share of very short answers in a selection above which it is worth a look ..."""
@@ -141,6 +145,17 @@ def check_short_rows(lineage: Lineage, key: str, models: ModelLoader, log: Log) 
     )
 
 
+def check_recall(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
+    """Whether the prefilter has left most of a selection (partition key `recipe|task`)."""
+    said = recall_in_words(lineage, key)
+    if said is None:
+        return Verdict(True, "No prefilter, or a recipe of which its loss is not estimated.", {})
+    found = lineage.summary("selected_subset", key)
+    figures = {name: found[name] for name in ("recall", "recall_low", "recall_high")}
+    passed = found["recall"] >= RECALL_LIMIT
+    return Verdict(passed, said if passed else f"{said} A larger `prefilter.keep` leaves more.", figures)
+
+
 def check_sketch_fidelity(lineage: Lineage, task: str, models: ModelLoader, log: Log) -> Verdict:
     """Certify a task's scores, unless that was done, and tell how far they can be trusted."""
     from less_assets.reading.certificates import certified_recipes
@@ -237,6 +252,11 @@ trained_on_every_row = Check(
     "trained_on_every_row",
     "The model that is trained refuses no selected row: its chat template and length take them all.",
     check_trained_rows,
+)
+prefilter_loses_little = Check(
+    "prefilter_loses_little",
+    "Most of the rows that gradients of the whole pool would select are left by the prefilter.",
+    check_recall,
 )
 not_worse_than_base = Check(
     "not_worse_than_base",

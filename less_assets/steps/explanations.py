@@ -24,12 +24,12 @@ from less_assets.reading.rows import (
     ROWS_AT_ONCE,
     checkpoint_weights,
     conversations_by_id,
-    feature_reader,
     features_of,
     subtask_label,
     target_influence,
 )
 from less_assets.reading.scores import candidates_of, exact_scores_of
+from less_assets.reading.shard_features import ShardFeatures
 from less_assets.reading.subsets import chooses_rows, other_subsets
 from less_assets.report.page import page_digest
 from less_assets.steps.asset import Asset
@@ -209,10 +209,12 @@ def find_neighbours(lineage: Lineage, recipe: ResolvedRecipe, task: str, rows: p
     index = read_parquet(lineage.folder("pool_index"), INDEX)
     for shard in lineage.shards():
         canonical = index.filter((pl.col("shard") == shard) & pl.col("canonical"))["row"].to_numpy()
-        reader = feature_reader(lineage, heaviest, shard)
-        usable = (reader.status == 0) & np.isin(np.arange(reader.rows), canonical)
-        for first, block in reader.blocks(form, ROWS_AT_ONCE):
-            nearest.offer(offsets[shard] + first, block, usable[first : first + len(block)])
+        stored = ShardFeatures.of(lineage, heaviest, shard)
+        numbers = np.arange(stored.rows) if stored.numbers is None else stored.numbers
+        usable = (stored.reader.status == 0) & np.isin(numbers, canonical)
+        for first, block in stored.reader.blocks(form, ROWS_AT_ONCE):
+            within = slice(first, first + len(block))
+            nearest.offer(offsets[shard] + numbers[within], block, usable[within])
     ids = {offsets[shard] + row: (name, shard, row) for name, shard, row in _named(index, nearest.neighbours, offsets)}
     near_rows = [
         [

@@ -5,6 +5,7 @@ Belongs here: wiring only. The mathematics is `method/gradients/features.py`, th
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.reading.files import BATCHING, FEATURES, TARGET_FEATURES, TARGETS
 from less_assets.reading.rows import conversations_of
+from less_assets.reading.shard_features import kept_rows
 from less_assets.steps.asset import Asset
 from less_assets.steps.shown import Shown, Stored, Table, one_table
 from less_assets.store.features import FeatureWriter, open_features
@@ -39,7 +41,8 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
     checkpoint, shard = split(work.partition)
     settings = work.project.gradients
     loaded = work.models.checkpoint(work.lineage, checkpoint)
-    examples = encode_shard(work, shard)
+    kept = kept_rows(work.lineage, shard)
+    examples = encode_shard(work, shard, None if kept is None else kept["row"].to_list())
     writer = FeatureWriter(
         work.folder.path(FEATURES),
         settings.forms,
@@ -243,12 +246,13 @@ def _without_the_fold(work: StepInputs, checkpoint: str, task: str, table: pl.Da
     return _stored_targets(work, kept, known["tokens"], known["sketch_digest"], units=0)
 
 
-def encode_shard(work: StepInputs, shard: str) -> list[Any]:
-    """A shard's rows as tokens; None for a quarantined one."""
+def encode_shard(work: StepInputs, shard: str, rows: list[int] | None = None) -> list[Any]:
+    """A shard's rows, or some of them by number, as tokens; None for a quarantined one."""
     encoder = work.models.encoder()
+    conversations = conversations_of(work.lineage, shard)
     return [
         encoder.row(name, messages, tools) if name else None
-        for name, messages, tools in conversations_of(work.lineage, shard).iter_rows()
+        for name, messages, tools in (conversations if rows is None else conversations[rows]).iter_rows()
     ]
 
 
@@ -286,8 +290,10 @@ def train_gradient_work(workload: Workload, due: Sequence[str]) -> Amount:
     settings = workload.project.gradients
     shards = [workload.lineage.pool_files.shard(split(key)[1]) for key in due]
     row = len(settings.forms) * (bytes_per_row(settings.storage, settings.dimension) + 8) + 9
-    stored = sum(_stored_rows(shard.rows, settings.block_rows) * row for shard in shards)
-    tokens = workload.tokens(shards)
+    kept = [workload.kept_share(shard) for shard in shards]
+    rows = [math.ceil(share * shard.rows) for share, shard in zip(kept, shards, strict=True)]
+    stored = sum(_stored_rows(count, settings.block_rows) * row for count in rows)
+    tokens = sum(share * workload.tokens([shard]) for share, shard in zip(kept, shards, strict=True))
     loads = len({split(key)[0] for key in due})
     # Ray's workers share the shards; a speed is one worker's.
     units = tokens / (workload.project.compute.workers or 1)
@@ -333,7 +339,7 @@ ASSETS = (
             "Sketched Adam directions of every example of a shard at a checkpoint, with exact norms and losses."
         ),
         axes=("checkpoint", "shard"),
-        inputs=(Input("warmup_checkpoints"), Input("instruction_pool")),
+        inputs=(Input("warmup_checkpoints"), Input("instruction_pool"), Input("kept_rows")),
         folder="gradients/train/{checkpoint}/{shard}",
         of_weightless=False,
         settings=_settings,

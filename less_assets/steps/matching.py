@@ -12,9 +12,8 @@ import polars as pl
 from less_assets.compute.step import StepInputs
 from less_assets.errors import ProjectFileError
 from less_assets.project.recipes import ResolvedRecipe
-from less_assets.reading.files import FEATURES
 from less_assets.reading.rows import checkpoint_weights
-from less_assets.store.features import open_features
+from less_assets.reading.shard_features import vectors_of_rows
 
 if TYPE_CHECKING:
     from less_assets.method.selection.selection import Budget, Candidates, Selection
@@ -102,7 +101,6 @@ def _candidates(scored: "list[Candidates]", wanted: set[str]) -> pl.DataFrame:
 
 def _vectors(work: StepInputs, recipe: ResolvedRecipe, rows: pl.DataFrame) -> np.ndarray:
     """Folded directions of rows, float32 (n, d), in their order."""
-    from less_assets.method.selection.influence import similarity_vectors
     from less_assets.method.selection.matching import vector_dimension
 
     weights = checkpoint_weights(work.lineage)
@@ -110,10 +108,7 @@ def _vectors(work: StepInputs, recipe: ResolvedRecipe, rows: pl.DataFrame) -> np
     progress = work.progress(rows.height, "candidates")
     vectors: np.ndarray | None = None
     for (shard,), part in rows.with_row_index("place").sort("shard", "row").group_by("shard", maintain_order=True):
-        sources = {
-            name: open_features(work.lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in weights
-        }
-        found = similarity_vectors(sources, weights, str(recipe.form), part["row"].to_numpy(), dimension)
+        found = vectors_of_rows(work.lineage, weights, str(recipe.form), str(shard), part["row"].to_numpy(), dimension)
         if vectors is None:
             vectors = np.empty((rows.height, found.shape[1]), dtype=np.float32)
         vectors[part["place"].to_numpy()] = found

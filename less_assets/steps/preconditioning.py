@@ -14,12 +14,12 @@ from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.project.project import Project
-from less_assets.reading.files import EXAMPLES, FEATURES, INDEX, PLACES
+from less_assets.reading.files import INDEX, PLACES, score_file
 from less_assets.reading.rows import checkpoint_weights
+from less_assets.reading.shard_features import ShardFeatures, kept_rows
 from less_assets.steps.asset import Asset
 from less_assets.steps.baselines import write_scores
 from less_assets.steps.selection import directions_of
-from less_assets.store.features import open_features
 from less_assets.store.tables import read_parquet, write_json
 
 STREAM = "precondition"
@@ -28,7 +28,7 @@ STREAM = "precondition"
 
 def score_preconditioned(work: StepInputs) -> StepResult:
     """Score the pool for a recipe and a task, shard by shard, by preconditioned target directions."""
-    from less_assets.method.selection.influence import row_statuses, score_shard
+    from less_assets.method.selection.influence import score_shard
     from less_assets.method.selection.preconditioning import precondition
 
     lineage = work.lineage
@@ -48,14 +48,14 @@ def score_preconditioned(work: StepInputs) -> StepResult:
     rows = scored = 0
     progress = work.progress(lineage.summary("pool_index")["usable"], "rows")
     for shard in lineage.shards():
-        features = {
-            name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in checkpoints
-        }
-        pool = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
-        status = row_statuses(pool["status"].to_list(), {name: reader.status for name, reader in features.items()})
-        scores = score_shard(features, directions, weights, [form])[task][f"{form}.{rule}"]
-        table = pool.with_columns(pl.Series("status", status))
-        write_scores(work, shard, table, scores)
+        features = {name: ShardFeatures.of(lineage, name, shard) for name in checkpoints}
+        readers = {name: stored.reader for name, stored in features.items()}
+        scores = score_shard(readers, directions, weights, [form])[task][f"{form}.{rule}"]
+        # The same rows have a score as for recipes that do not precondition.
+        table = read_parquet(
+            lineage.folder("influence_scores", task), score_file(shard), ["example_id", "source", "status"]
+        )
+        write_scores(work, shard, table, features[checkpoints[0]].spread(scores))
         rows, scored = rows + table.height, scored + int((table["status"] == "ok").sum())
         progress(table.height)
     group = work.project.task(task).members is not None
@@ -71,16 +71,27 @@ def _sample(lineage: Lineage) -> pl.DataFrame:
     from less_assets.method.selection.selection import Budget, select_at_random
 
     index = read_parquet(lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
+    if lineage.project.prefilter:
+        index = _with_gradients(lineage, index)
     drawn = select_at_random(lambda: [index], Budget("rows", SAMPLE_ROWS), 0, stream=STREAM).table
     return drawn.select("shard", "row").sort("shard", "row")
+
+
+def _with_gradients(lineage: Lineage, index: pl.DataFrame) -> pl.DataFrame:
+    """The rows of the index that a prefilter has kept."""
+    kept = []
+    for shard in lineage.shards():
+        rows = kept_rows(lineage, shard)
+        assert rows is not None
+        kept.append(rows.filter(~pl.col("sampled")).select(pl.lit(shard).alias("shard"), "row"))
+    return index.join(pl.concat(kept), on=["shard", "row"], how="semi", maintain_order="left")
 
 
 def _features(lineage: Lineage, checkpoint: str, form: str, sample: pl.DataFrame) -> np.ndarray:
     """Features of the sampled rows at a checkpoint, float32 (n, k)."""
     parts = []
     for (shard,), part in sample.group_by("shard", maintain_order=True):
-        reader = open_features(lineage.folder("train_gradients", f"{checkpoint}|{shard}"), FEATURES)
-        parts.append(reader.take(form, part["row"].to_list()))
+        parts.append(ShardFeatures.of(lineage, checkpoint, str(shard)).take(form, part["row"].to_numpy()))
     return np.concatenate(parts)
 
 

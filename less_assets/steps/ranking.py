@@ -15,13 +15,13 @@ from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.excluded import mark_excluded
-from less_assets.reading.files import FEATURES, INDEX, PLACES, score_file
+from less_assets.reading.files import INDEX, PLACES, score_file
 from less_assets.reading.rows import checkpoint_weights, conversations_of
 from less_assets.reading.scores import candidates_of, exact_scores_of
+from less_assets.reading.shard_features import vectors_of_rows
 from less_assets.steps.gradients import encode_targets
 from less_assets.steps.matching import select_by_matching
 from less_assets.store.artifacts import ArtifactFolder
-from less_assets.store.features import open_features
 from less_assets.store.tables import read_json, read_parquet
 
 SCORE_ASSETS = {
@@ -39,13 +39,18 @@ class Pool:
 
     Args:
         work: Reads the pool.
+        exclude: Whether rows that the project leaves out are no candidates.
     """
 
-    def __init__(self, work: StepInputs) -> None:
-        self._work = work
+    def __init__(self, work: StepInputs, *, exclude: bool = True) -> None:
+        self._work, self._exclude = work, exclude
         index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
-        self._index = mark_excluded(work.lineage, index)
+        self._index = self.mark_excluded(index)
         self._tokens: dict[str, pl.Series] = {}
+
+    def mark_excluded(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Rows with the status `excluded` where the project leaves them out."""
+        return mark_excluded(self._work.lineage, rows) if self._exclude else rows
 
     def shards(self, *, tokens: bool) -> Callable[[], Iterator[pl.DataFrame]]:
         """Rows of the index, "ok" or "excluded", shard by shard, and their loss tokens if asked for."""
@@ -177,7 +182,7 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
                 joined = table.with_columns(pl.Series("score", scores, dtype=kind)).join(
                     rows, on="row", how="left", maintain_order="left"
                 )
-                yield mark_excluded(work.lineage, joined.with_columns(pl.col("canonical").fill_null(False)))
+                yield pool.mark_excluded(joined.with_columns(pl.col("canonical").fill_null(False)))
 
         return read
 
@@ -247,8 +252,6 @@ def quotas_of(recipe: ResolvedRecipe) -> Restraints:
 
 def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Restraints:
     """A recipe's quotas, and its near-duplicates by the cosine of gradient features."""
-    from less_assets.method.selection.influence import similarity_vectors
-
     if recipe.near_duplicates is None:
         return quotas_of(recipe)
     lineage, weights = work.lineage, checkpoint_weights(work.lineage)
@@ -256,11 +259,8 @@ def restraints_of(work: StepInputs, recipe: ResolvedRecipe) -> Restraints:
     def vectors(rows: pl.DataFrame) -> np.ndarray:
         """Vectors of rows that come sorted by shard and row."""
         parts = []
-        for (shard,), here in rows.group_by("shard", maintain_order=True):
-            sources = {
-                name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in weights
-            }
-            parts.append(similarity_vectors(sources, weights, str(recipe.form), here["row"].to_numpy()))
+        for (shard,), within in rows.group_by("shard", maintain_order=True):
+            parts.append(vectors_of_rows(lineage, weights, str(recipe.form), str(shard), within["row"].to_numpy()))
         return np.concatenate(parts)
 
     return Restraints(recipe.quotas, recipe.near_duplicates, vectors)

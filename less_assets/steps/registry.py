@@ -18,6 +18,7 @@ from less_assets.steps import (
     gradients,
     pool,
     preconditioning,
+    prefilter,
     rescoring,
     selection,
     target_tuning,
@@ -28,7 +29,7 @@ from less_assets.steps import (
 from less_assets.steps.asset import Asset
 from less_assets.store.artifacts import ArtifactStore
 
-_SELECTING = (baselines, target_tuning, preconditioning, external, selection, rescoring)
+_SELECTING = (baselines, target_tuning, prefilter, preconditioning, external, selection, rescoring)
 _MODULES = (pool, warmup, targets, gradients, *_SELECTING, finetuning, evaluation, tournament, explanations)
 _DECLARED: dict[str, Asset] = {asset.name: asset for module in _MODULES for asset in module.ASSETS}
 _READS = {name: [read.asset for read in asset.inputs] for name, asset in _DECLARED.items()}

@@ -20,9 +20,9 @@ from less_assets.lineage.plan import Versions, digest
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.files import (
-    FEATURES,
     PASSED_OVER,
     POOL_SCORES,
+    PREFILTER_SAMPLE,
     SUBSET,
     SUBSET_JSONL,
     SUBTASKS,
@@ -30,6 +30,7 @@ from less_assets.reading.files import (
     score_file,
 )
 from less_assets.reading.rows import checkpoint_weights, conversations_of, pool_rows
+from less_assets.reading.shard_features import PREFILTERED, ShardFeatures
 from less_assets.reading.subsets import chooses_rows
 from less_assets.reading.tournaments import selecting_recipe
 from less_assets.steps.asset import ROW_COLUMNS, Asset
@@ -37,12 +38,13 @@ from less_assets.steps.checks import (
     influence_is_real,
     no_subtask_dominates,
     not_only_very_short_rows,
+    prefilter_loses_little,
     sketch_is_faithful,
 )
 from less_assets.steps.gradients import require_same_sketch
+from less_assets.steps.prefilter import estimated_recall, prefilter_counts, sampled_rows
 from less_assets.steps.ranking import SCORE_ASSETS, Pool, aggregate_of, scored_pool, select_rows
 from less_assets.steps.shown import TABLE_ROWS, Command, Picture, ReportLink, ReportLinks, Shown, Stored, Table
-from less_assets.store.features import open_features
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
 RANKING_SECONDS = 2e-5
@@ -66,21 +68,28 @@ def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
             directions[name] |= found[name]
     scored = rows = 0
     progress = works[0].progress(lineage.summary("pool_index")["usable"], f"rows for {len(works)} tasks")
+    samples: dict[str, list[pl.DataFrame]] = {work.partition: [] for work in works}
     for shard in lineage.shards():
-        features = {
-            name: open_features(lineage.folder("train_gradients", f"{name}|{shard}"), FEATURES) for name in checkpoints
-        }
+        features = {name: ShardFeatures.of(lineage, name, shard) for name in checkpoints}
         pool = pool_rows(lineage, shard, ["example_id", "source", "status"])
-        status = row_statuses(pool["status"].to_list(), {name: reader.status for name, reader in features.items()})
+        status = row_statuses(pool["status"].to_list(), {name: stored.status for name, stored in features.items()})
         table = pool.with_columns(
             pl.lit(shard).alias("shard"),
             pl.int_range(pl.len(), dtype=pl.Int64).alias("row"),
             pl.Series("status", status),
-            pl.Series("loss_tokens", features[checkpoints[0]].loss_tokens),
+            features[checkpoints[0]].loss_tokens,
         )
-        scores = score_shard(features, directions, weights, forms)
+        scores = score_shard({name: stored.reader for name, stored in features.items()}, directions, weights, forms)
+        spread = {
+            task: {name: features[checkpoints[0]].spread(column) for name, column in columns.items()}
+            for task, columns in scores.items()
+        }
+        if sampled := sampled_rows(lineage, shard):
+            for task, parts in samples.items():
+                parts.append(score_table(table, spread[task])[sampled])
+            table = table.with_columns(table["status"].scatter(sampled, PREFILTERED))
         for work in works:
-            write_parquet(work.folder, score_file(shard), score_table(table, scores[work.partition]))
+            write_parquet(work.folder, score_file(shard), score_table(table, spread[work.partition]))
         rows, usable = rows + table.height, table.filter(pl.col("status") == "ok").height
         scored += usable
         progress(usable)
@@ -89,6 +98,10 @@ def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
         own = labels[work.partition]
         write_json(work.folder, SUBTASKS, own)  # type: ignore[arg-type]
         summary = {"rows": rows, "scored": scored, "subtasks": own, "weights": weights, "forms": list(forms)}
+        if project.prefilter:
+            summary["prefilter"] = prefilter_counts(lineage)
+            if parts := samples[work.partition]:
+                write_parquet(work.folder, PREFILTER_SAMPLE, pl.concat(parts))
         # One pass for all: counted once.
         units = scored * len(forms) * len(checkpoints) if not results else 0
         results.append(StepResult(summary, units=units))
@@ -162,6 +175,8 @@ def store_selection(
         }
         if explained and (recipe.quotas or recipe.near_duplicates is not None):
             write_parquet(work.folder, PASSED_OVER, selection.passed_over)
+        if recall := estimated_recall(work.lineage, recipe, task, selection.table):
+            counts |= {"recall": recall.estimate, "recall_low": recall.low, "recall_high": recall.high}
     write_parquet(work.folder, SUBSET, table)
     lines = [
         json.dumps(row | for_trainers(messages, tools), ensure_ascii=False)
@@ -386,7 +401,12 @@ ASSETS = (
         kinds=frozenset({"numpy", "parquet"}),
         description="Influence of every pool row on every subtask, per direction form, subtask rule and checkpoint.",
         axes=("task",),
-        inputs=(Input("pool_index"), Input("gradient_datastore"), Input("target_gradients")),
+        inputs=(
+            Input("pool_index"),
+            Input("kept_rows"),
+            Input("gradient_datastore"),
+            Input("target_gradients"),
+        ),
         folder="selection/{task}/influence",
         compute_together=score_pool,
         describe=describe_scores,
@@ -431,7 +451,7 @@ ASSETS = (
         outside=_tokenizer_files,
         compute=select_subset,
         describe=describe_subset,
-        checks=(no_subtask_dominates, not_only_very_short_rows),
+        checks=(no_subtask_dominates, not_only_very_short_rows, prefilter_loses_little),
         leads_to_reports=True,
         in_ranges=True,
         amount=selection_work,

@@ -118,6 +118,9 @@ EXTRA: dict[str, dict[str, object]] = {
     "recipes[].precondition": {"recipes[].rescore": "none"},
     "recipes[].damping": {"recipes[].rescore": "none", "recipes[].precondition": "pool"},
     "exclude": {"exclude": ["other-left-out.jsonl"]},
+    "prefilter.strategy": {"prefilter": {"strategy": "rds", "keep": 0.4}},
+    "prefilter.keep": {"prefilter": {"strategy": "bm25", "keep": 0.4}},
+    "prefilter.sample_rows": {"prefilter": {"strategy": "bm25", "keep": 0.4}},
     "compute.backend": {"compute": {"backend": "ray"}},
     "compute.address": {"compute": {"backend": "ray"}},
     "compute.gpus_per_worker": {"compute": {"backend": "ray"}},
@@ -145,6 +148,9 @@ STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     "recipes[].scores": ("other.jsonl", {"external_scores"}, NOTHING),
     "warmup.import": (["import"], {"warmup_sample"}, NOTHING),
     "exclude": (["left-out.jsonl"], {"excluded_rows"}, NOTHING),
+    "prefilter.strategy": ("bm25", {"prefiltered_pool"}, NOTHING),
+    "prefilter.keep": (0.5, {"prefiltered_pool"}, NOTHING),
+    "prefilter.sample_rows": (9, {"kept_rows"}, NOTHING),
     "warmup.mean_learning_rates": ([2e-5], {"warmup_checkpoints"}, NOTHING),
     "tasks[].evaluation.harness": ("bbh", {"target_examples"}, NOTHING),
     "tasks[].evaluation.held_out": ("other.jsonl", {"target_examples"}, NOTHING),
@@ -185,7 +191,7 @@ class Planned:
         axes, found = Axes(lineage.project), []
         with dg.DagsterInstance.ephemeral() as instance:
             instance.add_dynamic_partitions("shard", lineage.pool_files.shard_keys())
-            for name, asset in ASSETS.items():
+            for name, asset in ((name, asset) for name, asset in ASSETS.items() if asset.exists(lineage.project)):
                 definition = axes.of(asset)
                 keys = definition.get_partition_keys(dynamic_partitions_store=instance) if definition else []
                 found += [(name, key) for key in (keys if asset.axes else [None])]

@@ -45,6 +45,7 @@ def test_dagster_depends_on_what_the_plan_reads(tiny_model, tmp_path, recipes, g
     tiny.settings["recipes"] = recipes
     if recipes is RECIPES:
         tiny.settings["exclude"] = ["left-out.jsonl"]
+        tiny.settings["prefilter"] = {"strategy": "rds", "keep": 0.5}
     project = load_project(tiny.path)
     store = open_store(project)
     with dg.DagsterInstance.ephemeral() as instance:

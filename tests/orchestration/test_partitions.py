@@ -20,6 +20,7 @@ name: small
 model: {base: someone/some-model}
 pool: {sources: [{name: plus, path: plus.jsonl}]}
 exclude: [left-out.jsonl]
+prefilter: {strategy: rds, keep: 0.9}
 warmup: {epochs: 3}
 gradients: {forms: [adamw, marginal]}
 tasks:
@@ -66,6 +67,10 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("pool_index", None, "instruction_pool", SHARD_KEYS),
     ("pool_index", None, "refused_rows", SHARD_KEYS),
     ("excluded_rows", None, "pool_index", [None]),
+    ("prefiltered_pool", "sky", "pool_index", [None]),
+    ("prefiltered_pool", "sky", "embedding_scores", ["prefilter|sky"]),
+    ("kept_rows", "plus-00001", "pool_index", [None]),
+    ("kept_rows", "plus-00001", "prefiltered_pool", TASKS),
     ("warmup_sample", None, "pool_index", [None]),
     ("warmup_sample", None, "excluded_rows", [None]),
     ("exact_scores", "less|sky", "excluded_rows", [None]),
@@ -76,6 +81,7 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("warmup_checkpoints", "epoch-2", "warmup_sample", [None]),
     ("train_gradients", "epoch-2|plus-00001", "warmup_checkpoints", ["epoch-2"]),
     ("train_gradients", "epoch-2|plus-00001", "instruction_pool", ["plus-00001"]),
+    ("train_gradients", "epoch-2|plus-00001", "kept_rows", ["plus-00001"]),
     ("gradient_datastore", "epoch-2", "train_gradients", [f"epoch-2|{shard}" for shard in SHARD_KEYS]),
     ("gradient_datastore", "epoch-2", "pool_index", [None]),
     ("target_gradients", "epoch-2|sky", "warmup_checkpoints", ["epoch-2"]),
@@ -83,6 +89,7 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("influence_scores", "sky", "gradient_datastore", CHECKPOINTS),
     ("influence_scores", "sky", "target_gradients", [f"{checkpoint}|sky" for checkpoint in CHECKPOINTS]),
     ("influence_scores", "sky", "pool_index", [None]),
+    ("influence_scores", "sky", "kept_rows", SHARD_KEYS),
     ("influence_scores", "both", "target_gradients", [f"{checkpoint}|both" for checkpoint in CHECKPOINTS]),
     ("exact_scores", "less|sky", "influence_scores", ["sky"]),
     ("exact_scores", "less|sky", "recipe_settings", ["less"]),
@@ -189,7 +196,7 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
 ]
 SOME_RECIPES = {
     "exact_scores": ["less"],
-    "embedding_scores": ["rds", "mid"],
+    "embedding_scores": ["prefilter", "rds", "mid"],
     "text_scores": ["bm25", "dsir-seed0"],
     "preconditioned_scores": ["against-pool"],
     "external_scores": ["given"],
@@ -266,7 +273,9 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("selected_subset", "preconditioned_scores"): ["against-pool"],
         ("selected_subset", "external_scores"): ["given"],
         ("selected_subset", "target_tuned_scores"): ["tuned", "as-tuned-seed0"],
-        ("embedding_scores", "target_embeddings"): ["rds"],
+        ("embedding_scores", "target_embeddings"): ["prefilter", "rds"],
+        ("embedding_scores", "pool_embeddings"): ["prefilter", *RECIPES],
+        ("embedding_scores", "pool_index"): ["prefilter", *RECIPES],
         ("selection_report", "influence_scores"): ["less", "less-paper"],
         ("selection_report", "token_attribution"): ["less", "less-paper"],
     }
@@ -310,7 +319,7 @@ def test_a_project_without_a_recipe_that_reads_scores_has_no_such_dependency():
         text = text.replace(b"strategy: " + strategy + b", fraction: 0.1", b"strategy: full")
     text = text.replace(b"strategy: less, fraction: 0.1, precondition: pool", b"strategy: full")
     text = text.replace(b"strategy: external, fraction: 0.1, scores: scores.csv", b"strategy: full")
-    text = text.replace(b"exclude: [left-out.jsonl]\n", b"")
+    text = text.replace(b"exclude: [left-out.jsonl]\n", b"").replace(b"prefilter: {strategy: rds, keep: 0.9}\n", b"")
     text = text.replace(b"strategy: target_tuned, fraction: 0.1", b"strategy: full")
     text = text.replace(b"match: less, ", b"").replace(b"match: rds, ", b"").replace(b"match: tuned, ", b"")
     graph = build_definitions(parse_project(text)).resolve_asset_graph()
@@ -398,7 +407,14 @@ def test_range_runs_are_for_the_assets_that_share_a_model_or_a_pass_or_cost_less
     sharing = ["instruction_pool", "refused_rows", "warmup_checkpoints", "train_gradients", "target_gradients"]
     sharing += ["target_tuned_losses"]
     sharing += ["influence_scores", "pool_embeddings"]  # scores: one pass over the datastore for all tasks
-    assert set(single) == {*sharing, "gradient_datastore", "recipe_settings", "selected_subset", "pilot_subset"}
+    assert set(single) == {
+        *sharing,
+        "gradient_datastore",
+        "recipe_settings",
+        "selected_subset",
+        "kept_rows",
+        "pilot_subset",
+    }
     for asset in single:
         assert graph.get(dg.AssetKey(asset)).backfill_policy == dg.BackfillPolicy.single_run()
 

@@ -19,6 +19,7 @@ from less_assets.project.project import Project, load_project, parse_project
 from less_assets.project.recipes import Budget
 from less_assets.project.reference_page import describe_project_file
 from less_assets.project.sections import Gradients, Lora, TargetTuning, Training, Warmup
+from less_assets.project.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = ROOT / "projects"
@@ -920,3 +921,36 @@ def test_every_key_is_described():
     for path, field in all_keys(Project).items():
         assert field.description, path
         assert not field.description.endswith("."), path
+
+
+# ---- the prefilter ----
+
+
+@pytest.mark.parametrize("strategy", ["less", "random", "dsir", "full", "none", "length_matched", "external", "bm52"])
+def test_a_prefilter_that_needs_gradients_or_a_file_or_draws_is_refused(strategy: str):
+    with pytest.raises(ProjectFileError, match=r"prefilter\.strategy"):
+        project(f"prefilter: {{strategy: {strategy}}}\n")
+
+
+def test_every_strategy_that_may_prefilter_has_scores_that_a_prefilter_reads():
+    from less_assets.steps.ranking import SCORE_ASSETS
+    from less_assets.steps.registry import ASSETS
+
+    filtering = [strategy for strategy in STRATEGIES.values() if strategy.prefilters]
+    assert {"bm25", "rds", "perplexity"} <= {strategy.name for strategy in filtering}
+    for strategy in filtering:
+        found = project(f"prefilter: {{strategy: {strategy.name}, keep: 0.3}}\n")
+        scores = ASSETS[SCORE_ASSETS[str(strategy.scores)]]
+        assert scores.recipes(found)[0] == "prefilter", f"{scores.name} needs of_prefilter=True"
+        read = {each.asset for each in ASSETS["prefiltered_pool"].inputs if each.of_prefilter}
+        assert scores.name in read
+        assert found.recipe("prefilter").budget == Budget("fraction", 0.3)
+        assert "prefilter" not in found.recipe_keys
+
+
+def test_recipes_beside_a_prefilter_have_another_name_and_choose_less_than_it_keeps():
+    above = MINIMAL[: MINIMAL.index("recipes:")]
+    recipes = "recipes: [{name: prefilter, strategy: full}, {name: less, strategy: less, fraction: 0.3}]\n"
+    said = problems_of(f"{above}{recipes}prefilter: {{strategy: bm25, keep: 0.2}}\n")
+    assert "recipes[0].name" in said
+    assert "recipes[1].fraction" in said

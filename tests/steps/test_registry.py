@@ -23,6 +23,8 @@ NEEDED_BY = {
     "excluded_rows": [],
     "exact_scores": ["exact"],
     "text_scores": ["bm25"],
+    "prefiltered_pool": [],
+    "kept_rows": [],
     "preconditioned_scores": ["against-pool"],
     "external_scores": ["given"],
     "pool_embeddings": ["rds", "mid", "tuned"],

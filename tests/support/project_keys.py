@@ -94,6 +94,9 @@ CHANGES: dict[str, tuple[object, set[str]]] = {
 
 STRUCTURE = {
     "exclude",
+    "prefilter.strategy",
+    "prefilter.keep",
+    "prefilter.sample_rows",
     "pool.sources[].name",
     "tasks[].name",
     "tasks[].members",

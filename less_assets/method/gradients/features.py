@@ -45,6 +45,7 @@ class RowStatus(IntEnum):
     TEMPLATE_REFUSES = 6  # `EncodedExample.problem` says why, here and in the next two
     TEMPLATE_DROPS_TEXT = 7
     UNSUPPORTED_FIELD = 8
+    PREFILTERED = 9  # not stored: a row that the prefilter left out
     PENDING = 255
 
 

@@ -74,24 +74,23 @@ class NearestRows:
         part = features[:, :COMPARED_DIMENSIONS]
         return part if self._center is None else part - self._center[:COMPARED_DIMENSIONS]
 
-    def offer(self, first: int, block: np.ndarray, usable: np.ndarray) -> None:
+    def offer(self, places: np.ndarray, block: np.ndarray, usable: np.ndarray) -> None:
         """Consider a block of the stream.
 
         Args:
-            first: Place of its first row in the stream.
+            places: Place of each of its rows in the stream, int (b,), ascending.
             block: Features (b, k).
             usable: Which of its rows may be neighbours, bool (b,).
         """
         cosines = self._units @ unit_rows(self._part(block)).T
         cosines[:, ~usable] = -np.inf
-        inside = np.flatnonzero((self._places >= first) & (self._places < first + len(block)))
-        cosines[inside, self._places[inside] - first] = -np.inf
+        cosines[self._places[:, None] == places] = -np.inf
         # Most blocks hold no better neighbour for most rows: only those that do are sorted.
         better = np.flatnonzero(cosines.max(axis=1, initial=-np.inf) > self.cosines[:, -1])
         if not len(better):
             return
         joined = np.concatenate([self.cosines[better], cosines[better]], axis=1)
-        stream = np.broadcast_to(np.arange(first, first + len(block)), (len(better), len(block)))
+        stream = np.broadcast_to(places, (len(better), len(block)))
         names = np.concatenate([self.neighbours[better], stream], axis=1)
         best = best_places(joined, self._count)
         self.cosines[better] = np.take_along_axis(joined, best, axis=1)

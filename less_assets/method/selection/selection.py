@@ -214,7 +214,6 @@ def select_at_random(
         restraints: What to pass over.
     """
     usable, removed = _count(shards)
-    key = draw_key(seed, stream)
 
     def best_rows(reach: Limit) -> list[list[BestRows]]:
         best = BestRows(reach)
@@ -222,7 +221,7 @@ def select_at_random(
             rows = _usable(table)
             ids = rows["example_id"].to_list()
             if log_weights is None:
-                keys = np.asarray([_random_key(example_id, key) for example_id in ids], dtype=np.uint64)
+                keys = draw_numbers(ids, seed, stream)
             else:
                 keys = with_gumbel_noise(log_weights(rows), ids, seed, stream).astype(np.float64)
             best.offer(rows, keys, None, None)
@@ -239,9 +238,11 @@ def select_all(shards: Shards) -> Selection:
     return selection_of(pl.concat(frames), usable, removed, pl.DataFrame(schema=PASSED_OVER_SCHEMA))
 
 
-def _random_key(example_id: str, key: bytes) -> int:
-    digest = hashlib.blake2b(example_id.encode(), digest_size=8, key=key).digest()
-    return int.from_bytes(digest, "big")
+def draw_numbers(ids: Sequence[str], seed: int, stream: str) -> np.ndarray:
+    """A random number for each id, uint64 (n,): a keyed hash, so that it depends on no other id."""
+    key = draw_key(seed, stream)
+    digests = (hashlib.blake2b(example_id.encode(), digest_size=8, key=key).digest() for example_id in ids)
+    return np.asarray([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)
 
 
 def _count(shards: Shards) -> tuple[int, Counter[str]]:
