@@ -129,6 +129,8 @@ class Declaration:
         if read.with_folds and "task" in fixed:
             fixed["task"] = [keys["task"], *project.folds_of(keys["task"])]
         if read.of_prefilter:
+            if PREFILTER not in self.recipes(project):
+                return []
             fixed["recipe"] = [PREFILTER]
         if selecting := keys.get("recipe") or keys.get("pilot"):
             if read.read_by is not None and not read.read_by(project, selecting):
