@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 FENCE = re.compile(r"^```(\w*)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:\.venv/bin/)?(less-assets|make|python)(?![-/\w])(.*)")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ +)*(?:\.venv/bin/)?(less-assets|make|python)((?: .*)?)")
 MESSAGES = str(MESSAGES_TYPE)
 
 

@@ -71,6 +71,20 @@ def test_the_prefilter_keeps_what_a_recipe_of_its_strategy_selects_and_only_that
         assert scores["adamw.mean_cosine"].is_not_null().to_list() == (scores["status"] == "ok").to_list()
 
 
+def test_a_short_training_on_the_targets_may_choose_what_gets_gradients(tmp_path, tiny_model):
+    project = tiny(tmp_path, tiny_model, strategy="target_tuned")
+    project.settings["target_tuning"] = {"epochs": 1}
+    tuned = {"name": "tuned", "strategy": "target_tuned", "fraction": KEEP}
+    with dg.DagsterInstance.ephemeral() as instance:
+        StoredSubsets(project, instance, SUBSETS).run()
+        project.settings["recipes"] = [*RECIPES[:1], tuned]
+        stored = StoredSubsets(project, instance, SUBSETS)
+        made = stored.run()
+        assert set(made) == {"recipe_settings", "selected_subset"}, "its scores were there already"
+        best = read_parquet(stored.lineage.folder("prefiltered_pool", "sums"), KEPT)["example_id"].to_list()
+        assert best == stored.subset("tuned|sums")["example_id"].to_list()
+
+
 def test_a_sample_of_all_dropped_rows_gives_the_true_recall(filtered, tmp_path, tiny_model):
     whole = tiny(tmp_path, tiny_model)
     whole.settings["tasks"] = whole.settings["tasks"][:1]
