@@ -3,12 +3,10 @@
 Belongs here: arguments, printing, exit codes. What runs and in which order is `running/runner.py`.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ import typer
 
 from less_assets.compute.progress import counted, duration
 from less_assets.errors import LessAssetsError
+from less_assets.running.terminal import KEPT, print_answer, print_json, print_warning, say, termination_as_ctrl_c, told
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from less_assets.running.request import Request
     from less_assets.running.runner import GraphRunner, Outcome, Warned
     from less_assets.store.artifacts import ArtifactStore
-
-KEPT = "what is finished is kept, the same command goes on from there"
 
 app = typer.Typer(
     name="less-assets",
@@ -90,7 +87,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented project file for your data, and check it; what no option says is asked for in a terminal."""
-    with _told():
+    with told():
         from less_assets.project.new_file import Answers, write_project_file
 
         pool = pool or [_asked("--pool", "Instruction rows (file, folder or pattern)")]
@@ -121,7 +118,7 @@ def demo(
     run_it: Annotated[bool, typer.Option("--run/--no-run", help="Run it, or only write it.")] = True,
 ) -> None:
     """Write a small pool of questions with two tasks into a folder, and run everything on it: minutes on a CPU."""
-    with _told():
+    with told():
         from less_assets.demo import write_demo
 
         project = write_demo(folder)
@@ -143,7 +140,7 @@ def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False)
     )
     from less_assets.project.project import load_project
 
-    with _told():
+    with told():
         loaded = load_project(project)
         unknown: dict[str, Counter[str]] = {}
         problems, sample = check_data(loaded, unknown), None
@@ -154,7 +151,7 @@ def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False)
         if as_json:
             named = [{"where": problem.where, "what": problem.what, "fix": problem.fix} for problem in problems]
             verdict = {"project": loaded.name, "usable": not problems, "problems": named}
-            _print_json(verdict | {"notes": notes, "sample": sample})
+            print_json(verdict | {"notes": notes, "sample": sample})
             raise typer.Exit(1 if problems else 0)
         sampled = [counts_in_words(sample, "Sample of the pool")] if sample else []
         for line in (*problems, *notes, *sampled):
@@ -186,14 +183,14 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
-    with _told():
+    with told():
         if found := _nothing_to_do(project, task, recipe, until, extras):
             from less_assets.planning.estimate import nothing_due
 
             lineage, _, needed = found
             _print_planned(nothing_due(needed), lineage, as_json)
             return
-    with _told(), _opened(project) as (loaded, store, instance, runner):
+    with told(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.compute.models import ModelLoader, cache_folder
         from less_assets.planning.estimate import estimate
         from less_assets.running.runner import register_shards
@@ -203,7 +200,7 @@ def plan(
         models = ModelLoader(loaded, cache_folder(store))
         request = _request(task, recipe, until, extras, loaded)
         lineage = open_lineage(loaded, store)
-        planned = estimate(runner, lineage, models, request, calibrate=calibrate, log=_say)
+        planned = estimate(runner, lineage, models, request, calibrate=calibrate, log=say)
         _print_planned(planned, lineage, as_json)
     if not planned.due:
         _remember_recorded(loaded, store, request)
@@ -214,7 +211,7 @@ def _print_planned(planned: "Estimate", lineage: "Lineage", as_json: bool) -> No
     from less_assets.inspection.pool_counts import counts_in_words, pool_counts, prefilter_in_words
 
     if as_json:
-        _print_json(plan_as_data(planned) | {"pool": pool_counts(lineage)})
+        print_json(plan_as_data(planned) | {"pool": pool_counts(lineage)})
         return
     print_plan(planned)
     if counts := pool_counts(lineage):
@@ -243,16 +240,16 @@ def run(
 ) -> None:
     """Make what is missing or stale, in order, through Dagster; what is done stays done if it is interrupted."""
     started = time.monotonic()
-    with _told(as_json), _termination_as_ctrl_c():
+    with told(as_json), termination_as_ctrl_c():
         if not (verify or resample_warmup) and (found := _nothing_to_do(project, task, recipe, until, extras)):
             lineage, request, needed = found
             fresh = sum(map(len, needed.values()))
             _say_finished(lineage.project, lineage.store, request, 0, fresh, (), started, as_json)
             return
     with (
-        _told(as_json),
-        _termination_as_ctrl_c(),
-        _opened(project, lambda line: _warn(line, as_json)) as (loaded, store, instance, runner),
+        told(as_json),
+        termination_as_ctrl_c(),
+        _opened(project, lambda line: print_warning(line, as_json)) as (loaded, store, instance, runner),
     ):
         from less_assets.lineage.warmup_draw import draw_sample_again
         from less_assets.project.data_check import check_data
@@ -400,7 +397,7 @@ def explain(
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Say why a row scores as it does for a task. Computes nothing, unless --text gives a new row."""
-    with _told(), _read(project) as lineage:
+    with told(), _read(project) as lineage:
         from less_assets.compute.models import ModelLoader, cache_folder
         from less_assets.inspection.explain import explain_row, explain_text, in_words, selected_id
 
@@ -414,7 +411,7 @@ def explain(
             explanation = explain_text(lineage, models, task, sys.stdin.read() if text == "-" else text)
         else:
             explanation = explain_row(lineage, task, example_id or selected_id(lineage, task, recipe, rank))
-        _print(explanation, in_words, as_json)
+        print_answer(explanation, in_words, as_json)
 
 
 @app.command()
@@ -424,10 +421,10 @@ def trace(
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Follow a row: back to its file, arrays, settings and code, forward to all that selected it. Computes nothing."""
-    with _told(), _read(project) as lineage:
+    with told(), _read(project) as lineage:
         from less_assets.inspection.trace import in_words, trace_row
 
-        _print(trace_row(lineage, example_id), in_words, as_json)
+        print_answer(trace_row(lineage, example_id), in_words, as_json)
 
 
 @app.command()
@@ -443,7 +440,7 @@ def export(
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Write selected rows for others: data set, card, files for TRL, axolotl and LLaMA-Factory, the adapter."""
-    with _told(), _read(project) as lineage:
+    with told(), _read(project) as lineage:
         from less_assets.inspection.export import export_selection, planned_uploads, upload
 
         if dry_run and not push:
@@ -472,7 +469,7 @@ def dev(
 
     Beside it a page shows the project's reports, to which links of the UI lead.
     """
-    with _told():
+    with told():
         from less_assets.project.project import load_project
         from less_assets.running.dagster_home import WORKSPACE, prepare_home
         from less_assets.running.report_server import URL_VARIABLE, reports_served
@@ -512,7 +509,7 @@ def gc(
     from less_assets.steps.registry import open_store
     from less_assets.store.garbage import collect_garbage, collect_scratch
 
-    with _told():
+    with told():
         store = open_store(load_project(project))
         removed = collect_garbage(store, dry_run=dry_run)
         removed += collect_scratch(scratch_folder(cache_folder(store)), dry_run=dry_run)
@@ -536,37 +533,6 @@ def _request(task: list[str], recipe: list[str], until: str, extras: bool, proje
 
 
 @contextmanager
-def _told(as_json: bool = False) -> Iterator[None]:
-    """Print a user's problem without a traceback, as an event too if asked, and leave with status 1."""
-    try:
-        yield
-    except LessAssetsError as error:
-        if as_json:
-            _print_json({"event": "error", "what": error.what, "where": error.where, "fix": error.fix}, indent=None)
-        print(f"\nerror: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except OSError as error:  # of a disk or folder that nobody above has named better
-        print(f"\nerror: {error}\n  to do: check free space and permissions; {KEPT}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {KEPT}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _termination_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM (of `kill`, Slurm, Kubernetes) end a run as Ctrl-C does: with closed records and a last word."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _read(path: Path) -> Iterator["Lineage"]:
     """What is stored of a project, to be read only."""
     from less_assets.project.project import load_project
@@ -574,14 +540,6 @@ def _read(path: Path) -> Iterator["Lineage"]:
 
     loaded = load_project(path)
     yield open_lineage(loaded, open_store(loaded))
-
-
-def _print_json(data: Mapping[str, Any], indent: int | None = 1) -> None:
-    print(json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False), flush=True)
-
-
-def _print(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    _print_json(answer) if as_json else print(in_words(answer))
 
 
 @contextmanager
@@ -608,19 +566,7 @@ def _opened(
     store = open_store(loaded)
     definitions = build_definitions(loaded, reports_url=reports_url(loaded, store, dagster_home(store)))
     with opened_records(store) as instance:
-        yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, _say)
-
-
-def _warn(line: str, as_json: bool) -> None:
-    if as_json:
-        event = {"event": "message", "time": round(time.time(), 3), "level": "warning", "message": line}
-        _print_json(event, indent=None)
-    else:
-        _say(f"warning: {line}")
-
-
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr)
+        yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, say)
 
 
 def main() -> None:

@@ -185,7 +185,7 @@ def _comparison(lineage: Lineage, recipe: ResolvedRecipe, task: str) -> str:
 
 def source_licences(lineage: Lineage, subset: pl.DataFrame) -> dict[str, str | None]:
     """Licence of each source that has selected rows, where a `README.md` beside its files states one; else None."""
-    from less_assets.method.training.models import card_licence
+    from less_assets.method.training.licences import card_licence
 
     files = _files_of(lineage, subset)
     licences: dict[str, str | None] = {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import warnings
@@ -23,7 +22,6 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
-import yaml
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -42,6 +40,7 @@ from less_assets.method.training.files import (
     whole_folder,
     write_tensors,
 )
+from less_assets.method.training.licences import card_licence, package_licence
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -95,7 +94,7 @@ class BaseModel:
     def licence(self) -> str | None:
         """SPDX name or what the author calls it; None if it is not stated."""
         if self.base.startswith("gguf:"):
-            return _package_licence(self.base.removeprefix("gguf:").partition("/")[0])
+            return package_licence(self.base.removeprefix("gguf:").partition("/")[0])
         return card_licence(self.folder)
 
 
@@ -574,31 +573,6 @@ def _without_future_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-def card_licence(folder: Path) -> str | None:
-    """Licence in the front matter of a model's or data set's card (`README.md`); None if there is none."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    with contextlib.suppress(yaml.YAMLError):
-        front = yaml.safe_load(parts[1])
-        if isinstance(front, dict) and front.get("license"):
-            return str(front["license"])
-    return None
-
-
-def _package_licence(package: str) -> str | None:
-    """Licence of the distribution that a package came with."""
-    for distribution in importlib.metadata.packages_distributions().get(package, []):
-        fields = importlib.metadata.metadata(distribution)
-        for field in ("License-Expression", "License"):
-            if field in fields and "\n" not in fields[field]:
-                return fields[field]
-    return None
 
 
 def _cpu_has_bfloat16() -> bool:

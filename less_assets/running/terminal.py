@@ -1,0 +1,74 @@
+"""How a command speaks to its terminal, and how it ends: problems without a traceback, signals, JSON.
+
+Belongs here: what all commands share. What each of them prints is its own.
+"""
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from less_assets.errors import LessAssetsError
+
+KEPT = "what is finished is kept, the same command goes on from there"
+
+
+@contextmanager
+def told(as_json: bool = False) -> Iterator[None]:
+    """Print a user's problem without a traceback, as an event too if asked, and leave with status 1."""
+    try:
+        yield
+    except LessAssetsError as error:
+        if as_json:
+            print_json({"event": "error", "what": error.what, "where": error.where, "fix": error.fix}, indent=None)
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except OSError as error:  # of a disk or folder that nobody above has named better
+        print(f"\nerror: {error}\n  to do: check free space and permissions; {KEPT}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {KEPT}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def termination_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM (of `kill`, Slurm, Kubernetes) end a run as Ctrl-C does: with closed records and a last word."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def print_json(data: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Print an object as JSON, on one line with `indent` None."""
+    print(json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False), flush=True)
+
+
+def print_answer(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    """Print what was asked for, as JSON or in words."""
+    print_json(answer) if as_json else print(in_words(answer))
+
+
+def print_warning(line: str, as_json: bool) -> None:
+    """Print a warning, or tell it as an event."""
+    if as_json:
+        event = {"event": "message", "time": round(time.time(), 3), "level": "warning", "message": line}
+        print_json(event, indent=None)
+    else:
+        say(f"warning: {line}")
+
+
+def say(line: str) -> None:
+    """Print a line with the time to standard error."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr)
