@@ -111,7 +111,7 @@ def test_from_a_backfill_of_one_task_to_why_its_best_row_was_chosen(page, dev):
 
     page.goto("/assets/selected_subset")
     sync_api.expect(page.get_by_text("less-assets explain sums --recipe less").first).to_be_visible(timeout=PATIENCE)
-    random = page.get_by_role("link", name="random-seed0").first
+    random = page.get_by_role("link", name="random-seed0", exact=True).first
     assert random.get_attribute("href").endswith("/selection/sums/reports/random-seed0/index.html")
 
 
