@@ -239,9 +239,9 @@ class ModelLoader:
         from less_assets.method.training.models import count_parameters
 
         model = self._project.model
-        trusted = model.trust_remote_code and base == model.base
+        trust_remote_code = model.trust_remote_code and base == model.base
         try:
-            return count_parameters(base, cache_dir=self._cache, trust_remote_code=trusted)
+            return count_parameters(base, cache_dir=self._cache, trust_remote_code=trust_remote_code)
         except ModelLoadError:
             return None
 

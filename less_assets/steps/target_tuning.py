@@ -140,10 +140,6 @@ def _shared_training_settings(project: Project) -> Mapping[str, Any]:
     return {"model": project.model_settings(), **project.target_tuning_settings()}
 
 
-def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
-    return {"model": lineage.project.model_settings()}
-
-
 def _tunes(project: Project, recipe: str) -> bool:
     return project.recipe(recipe).scores == "tuning"
 
@@ -178,7 +174,6 @@ ASSETS = (
         axes=("shard", "task"),
         inputs=(Input("target_tuned_adapter"), Input("instruction_pool")),
         folder="target_tuning/losses/{task}/{shard}",
-        settings=_model_settings,
         shared_settings=lambda project: {"model": project.model_settings()},
         needed_by=_tunes,
         of_prefilter=True,

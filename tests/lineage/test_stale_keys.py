@@ -128,7 +128,7 @@ EXTRA: dict[str, dict[str, object]] = {
     "compute.cpus_per_worker": {"compute": {"backend": "ray"}},
 }
 TUNED = [{"name": "tuned", "strategy": "target_tuned", "rows": 3}, *BASE["recipes"]]
-EXTRA |= {path: {"recipes": TUNED} for path in CHANGES if path.startswith("target_tuning.")}
+EXTRA |= {path: {"recipes": TUNED} for path in CHANGES if path.startswith(("target_tuning.", "lora."))}
 # Keys that rename an axis: what had the old name is out of the graph, what has the new one was never made.
 STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     # key: (another value, stale, missing)
@@ -157,8 +157,9 @@ STRUCTURAL: dict[str, tuple[object, set[str], set[str]]] = {
     "tasks[].evaluation.num_fewshot": (7, {"target_examples"}, NOTHING),
     "tasks[].evaluation.apply_chat_template": (True, {"target_examples"}, NOTHING),
 }
-# Changed by `test_renaming_a_task…`, `test_another_strategy…` and `test_another_root…`: they need more than one change.
-ELSEWHERE = {"tasks[].name", "recipes[].strategy", "storage.root"}
+# Changed by `test_renaming_a_task…`, `test_another_strategy…` and `test_another_root…`: they need more than one change;
+# and what a tournament's pilots are, by `tests/end_to_end/test_tournaments.py`.
+ELSEWHERE = {"tasks[].name", "recipes[].strategy", "recipes[].pilot", "storage.root"}
 
 
 class Planned:

@@ -46,7 +46,7 @@ def subset(tmp_path):
 
 def test_refused_rows_are_counted_by_reason_and_said(subset):
     work = subset(TURNS, [SYSTEM, *TURNS], LONG, TURNS, [SYSTEM, *TURNS])
-    examples, refused = subset_examples(work, work.tokenizer)
+    examples, refused = subset_examples(work, "selected_subset", work.tokenizer)
     assert [example.example_id for example in examples] == ["row-0", "row-3"]
     assert refused == {"prompt_too_long": 1, "template_refuses": 2}
     (line,) = work.said
@@ -55,14 +55,14 @@ def test_refused_rows_are_counted_by_reason_and_said(subset):
 
 def test_nothing_is_said_where_every_row_is_trained_on(subset):
     work = subset(TURNS)
-    examples, refused = subset_examples(work, work.tokenizer)
+    examples, refused = subset_examples(work, "selected_subset", work.tokenizer)
     assert (len(examples), refused, work.said) == (1, {}, [])
 
 
 def test_a_model_that_refuses_every_row_is_an_error_with_the_first_reason(subset):
     work = subset([SYSTEM, *TURNS])
     with pytest.raises(PoolFormatError, match="can use no selected row; the first says"):
-        subset_examples(work, work.tokenizer)
+        subset_examples(work, "selected_subset", work.tokenizer)
 
 
 @pytest.mark.parametrize(
