@@ -12,7 +12,8 @@ RNG = np.random.default_rng(0)
 def nearest(features, stream, places, usable, count=3, block=7, center=None):
     found = NearestRows(features, places, count, center)
     for first in range(0, len(stream), block):
-        found.offer(first, stream[first : first + block], usable[first : first + block])
+        places = np.arange(first, min(first + block, len(stream)))
+        found.offer(places, stream[places], usable[places])
     return found
 
 
