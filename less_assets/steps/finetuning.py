@@ -5,9 +5,9 @@ Belongs here: wiring only. Training is `method/training/training.py`.
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -24,6 +24,9 @@ from less_assets.steps.checks import trained_on_every_row
 from less_assets.steps.shown import Picture, Shown, Stored
 from less_assets.steps.warmup import copy_files, lora_settings
 from less_assets.store.tables import read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.training.training import TrainingResult, TrainingSettings
 
 
 def finetune(work: StepInputs) -> StepResult:
@@ -43,36 +46,16 @@ def train_on(work: StepInputs, subset: str, values: Mapping[str, Any]) -> StepRe
         subset: Asset whose equal partition holds the rows.
         values: Keyword arguments of `TrainingSettings`.
     """
-    from less_assets.method.training.training import TrainingSettings, steps_per_epoch, train_adapter
+    from less_assets.method.training.training import TrainingSettings
 
-    settings = TrainingSettings(**values)
     recipe = work.project.recipe(split(work.partition)[0])
     commit = work.models.commit_of(recipe.model)
     model, tokenizer = work.models.base(pinned(recipe.model, commit))
     examples, refused = subset_examples(work, subset, tokenizer)
-    scratch = work.models.scratch(work.folder.fingerprint)
-    steps = steps_per_epoch(len(examples), settings.batch_size)
-    progress = work.progress(steps * settings.epochs, "steps")
-    trained: list[int] = []
-
-    def follow(step: Any) -> None:
-        progress(1, step.tokens)
-        trained.append(step.tokens)
-
-    result = train_adapter(
-        model,
-        tokenizer,
-        examples,
-        settings,
-        scratch,
-        lora=lora_settings(work.project),
-        keep="latest",
-        on_progress=follow,
+    settings = TrainingSettings(**values)
+    curve, trained = train(
+        work, model, tokenizer, examples, settings, lambda result: copy_files(result.folder, work.folder)
     )
-    copy_files(result.folder, work.folder)
-    curve = pl.DataFrame([asdict(step) for step in result.curve])
-    write_parquet(work.folder, CURVE, curve)
-    shutil.rmtree(scratch, ignore_errors=True)
     last = curve.filter(pl.col("epoch") == curve["epoch"].max())
     return StepResult(
         {
@@ -85,8 +68,48 @@ def train_on(work: StepInputs, subset: str, values: Mapping[str, Any]) -> StepRe
             **({"refused": refused} if refused else {}),
             **commit,
         },
-        units=sum(trained),
+        units=trained,
     )
+
+
+def train(
+    work: StepInputs,
+    model: Any,
+    tokenizer: Any,
+    examples: list[Any],
+    settings: "TrainingSettings",
+    keep: "Callable[[TrainingResult], object]",
+) -> tuple[pl.DataFrame, int]:
+    """Train an adapter, and store its curve; a killed training goes on after its last whole epoch.
+
+    Args:
+        work: Writes, and says how far it is.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        examples: Encoded for it, each with a loss token.
+        settings: Of the training.
+        keep: Stores what the step keeps of the training, before its scratch folder goes.
+
+    Returns:
+        The curve, a line for each step, and the tokens that were trained on now: those of epochs done before are none.
+    """
+    from less_assets.method.training.training import steps_per_epoch, train_adapter
+
+    scratch = work.models.scratch(work.folder.fingerprint)
+    progress = work.progress(steps_per_epoch(len(examples), settings.batch_size) * settings.epochs, "steps")
+    trained: list[int] = []
+
+    def follow(step: Any) -> None:
+        progress(1, step.tokens)
+        trained.append(step.tokens)
+
+    lora = lora_settings(work.project)
+    result = train_adapter(model, tokenizer, examples, settings, scratch, lora=lora, keep="latest", on_progress=follow)
+    keep(result)
+    curve = pl.DataFrame([asdict(step) for step in result.curve])
+    write_parquet(work.folder, CURVE, curve)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return curve, sum(trained)
 
 
 def subset_examples(work: StepInputs, subset: str, tokenizer: Any) -> tuple[list[Any], dict[str, int]]:

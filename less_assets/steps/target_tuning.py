@@ -4,10 +4,8 @@ Belongs here: wiring only; these assets exist only if a recipe has strategy `tar
 `method/selection/target_tuning.py`, the training `method/training/training.py`.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -17,48 +15,32 @@ from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.project.project import Project
-from less_assets.reading.files import CURVE, EMBEDDINGS, EXAMPLES, LOSSES, PLACES
+from less_assets.reading.files import EMBEDDINGS, EXAMPLES, LOSSES, PLACES
 from less_assets.steps.asset import Asset
 from less_assets.steps.baselines import embedded_content, write_scores
-from less_assets.steps.finetuning import describe_training
+from less_assets.steps.finetuning import describe_training, train
 from less_assets.steps.gradients import encode_shard, encode_targets, total_tokens
 from less_assets.steps.shown import one_table
-from less_assets.steps.warmup import lora_settings
 from less_assets.store.files import storage_trouble
 from less_assets.store.tables import read_parquet, write_json, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.training.training import TrainingResult
 
 
 def train_on_targets(work: StepInputs) -> StepResult:
     """Train an adapter on a task's target examples; a killed training goes on after its last whole epoch."""
     from less_assets.method.training.models import save_adapter
-    from less_assets.method.training.training import TrainingSettings, steps_per_epoch, train_adapter
+    from less_assets.method.training.training import TrainingSettings
+
+    def keep(result: "TrainingResult") -> None:
+        with work.folder.local() as folder, storage_trouble(work.folder.root, "write"):
+            save_adapter(result.model, folder)  # without Adam's moments, which nobody reads
 
     settings = TrainingSettings(**work.project.target_tuning.training_values())
     model, tokenizer = work.models.base()
     examples, _ = encode_targets(work, work.partition)
-    scratch = work.models.scratch(work.folder.fingerprint)
-    progress = work.progress(steps_per_epoch(len(examples), settings.batch_size) * settings.epochs, "steps")
-    trained: list[int] = []
-
-    def follow(step: Any) -> None:
-        progress(1, step.tokens)
-        trained.append(step.tokens)
-
-    result = train_adapter(
-        model,
-        tokenizer,
-        examples,
-        settings,
-        scratch,
-        lora=lora_settings(work.project),
-        keep="latest",
-        on_progress=follow,
-    )
-    with work.folder.local() as folder, storage_trouble(work.folder.root, "write"):
-        save_adapter(result.model, folder)  # without Adam's moments, which nobody reads
-    curve = pl.DataFrame([asdict(step) for step in result.curve])
-    write_parquet(work.folder, CURVE, curve)
-    shutil.rmtree(scratch, ignore_errors=True)
+    curve, trained = train(work, model, tokenizer, examples, settings, keep)
     summary = {
         "examples": len(examples),
         "steps": curve.height,
@@ -66,7 +48,7 @@ def train_on_targets(work: StepInputs) -> StepResult:
         "mean_loss_of_first_epoch": _mean_loss(curve, 1),
         "mean_loss_of_last_epoch": _mean_loss(curve, settings.epochs),
     }
-    return StepResult(summary, units=sum(trained))
+    return StepResult(summary, units=trained)
 
 
 def _mean_loss(curve: pl.DataFrame, epoch: int) -> float:

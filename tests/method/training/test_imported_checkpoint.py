@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pickle
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -279,9 +280,12 @@ def test_constants_of_adam_are_never_guessed(checkpoint):
     assert "betas and eps" in refusal(checkpoint)
 
 
+EXPLOITED = Path(tempfile.gettempdir()) / "less-assets-exploited"
+
+
 class Exploit:
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/less-assets-exploited"),))
+        return (Path.touch, (EXPLOITED,))
 
 
 def test_pickled_code_is_not_run(checkpoint):
@@ -289,7 +293,7 @@ def test_pickled_code_is_not_run(checkpoint):
     refusal(checkpoint)
     torch.save({"state": Exploit(), "param_groups": []}, checkpoint / "optimizer.pt")
     assert "could run code" in refusal(checkpoint)
-    assert not Path("/tmp/less-assets-exploited").exists()
+    assert not EXPLOITED.exists()
 
 
 def test_unknown_learning_rate_is_asked_for(checkpoint, tmp_path):
