@@ -90,7 +90,7 @@ def test_help_is_there_at_once_without_heavy_imports(tmp_path):
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'dagster', 'transformers', 'polars') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
@@ -369,7 +369,7 @@ def test_the_installed_command_works_from_another_folder(command, tmp_path):
         env={**os.environ, "LESS_PROJECT": str(command.project.path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "usable" in done.stdout

@@ -56,7 +56,7 @@ def in_fresh_process(code: str, home: Path, *arguments: str) -> subprocess.Compl
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "DAGSTER_HOME": str(home)}
     environment |= {"LESS_PROJECT": str(REPOSITORY / "projects/template.yaml"), "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, *(["-c", code] if code else []), *arguments]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

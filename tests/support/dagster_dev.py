@@ -12,8 +12,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-READY_SECONDS = 90
-RUN_SECONDS = 120
+READY_SECONDS = 300
+RUN_SECONDS = 600
 BACKFILL_SECONDS = 600
 """Dagster's daemon looks at backfills every 30 s; the rest is for a busy machine."""
 

@@ -20,6 +20,9 @@ FLAGS += ["--disable-background-networking", "--disable-component-update", "--di
 sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
 
+PATIENCE = 120_000
+"""Milliseconds; a busy machine is slow."""
+
 CONTRAST = """selector => {
   const parse = color => color.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(value => value / 255)
@@ -45,6 +48,7 @@ def page_file(project_file: Path, recipe: str) -> Path:
 def browser() -> Iterator:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        sync_api.expect.set_options(timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -56,6 +60,7 @@ def open_page(browser, explained_project):
 
     def opened(recipe: str = "less", **settings):
         context = browser.new_context(**settings)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: trouble.append(message.text))
@@ -263,12 +268,13 @@ def test_the_lines_of_rows_that_are_not_unpacked_yet_fill_in_later(open_page):
       const late = shown[0];
       window.kept = { preview: previews[late], detail: details[late] };
       delete previews[late];
-      unpacking.set(Math.floor(late / perPackage), new Promise(done => setTimeout(() => {
+      unpacking.set(Math.floor(late / perPackage), new Promise(done => window.unpack = () => {
         previews[late] = window.kept.preview; done();
-      }, 200)));
+      }));
       refresh();
     }""")
     assert page.locator(".body .line").first.locator(".prompt").count() == 0
+    page.evaluate("window.unpack()")
     sync_api.expect(page.locator(".body .line").first.locator(".prompt")).to_have_count(1)
 
 
