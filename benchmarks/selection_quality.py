@@ -11,13 +11,15 @@ Each task is judged by two losses. Validation loss: the target examples in folds
 model is trained on them, and its loss on the fold is taken. Answer loss: at least 150 evaluation questions. A score is
 taken where it needs no generation (MMLU).
 
-It goes in stages, the most telling first: 5 % with the main rules, for one training seed after the other; then all
-rules; then 10 %. Each stage is a project file in the work folder, and all of them share one store: interrupted, the
-same command goes on where it stopped. What is finished is written after each task of each stage:
-`benchmarks/results/selection_quality.json`, a list of {task, recipe, budget, draw, training_seed, validation_loss,
-answer_loss, score, tokens}; `selection_quality_losses.parquet`, the loss of every question and example, of which the
-tables are made; and the tables, `selection_quality.md`. Cells that these files hold are not computed again, on
-whichever machine; `--again` forgets them.
+First every rule selects, once: for each budget, each task, and each task without one of its folds. The selected rows
+are written to `benchmarks/results/selection_quality_selected.parquet`. Then models are trained on them, in stages, the
+most telling first: 5 % with the main rules, for one training seed after the other; then all rules; then 10 %. Training
+reads the selected rows as scores of a file (`strategy: external`), so a machine that has this file takes no gradient.
+Each part is a project file in the work folder, and all of them share one store: interrupted, the same command goes on
+where it stopped. What is finished is written after each task of each stage: `selection_quality.json`, a list of {task,
+recipe, budget, draw, training_seed, validation_loss, answer_loss, score, tokens}; `selection_quality_losses.parquet`,
+the loss of every question and example, of which the tables are made; and the tables, `selection_quality.md`. What
+these files hold is not computed again, on whichever machine; `--again` forgets it.
 
 How to read the tables. Both losses are nats a token; lower is better. A difference from random is paired: the same
 questions, the mean over training seeds and over random's draws; its interval covers the luck of all three.
@@ -30,6 +32,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,7 @@ from selection_tables import KEY, LOSSES, tables
 from less_assets.method.evaluation import VALIDATION_LOSS
 from less_assets.project.data_check import check_data
 from less_assets.project.project import Project, load_project
-from less_assets.reading.files import SAMPLES
+from less_assets.reading.files import SAMPLES, SUBSET
 from less_assets.running.runner import GraphRunner, Request, open_instance, register_shards
 from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
@@ -60,6 +63,8 @@ TESTS = {"gsm8k": "gsm8k/test.jsonl", "bbh": "bbh/test", "tydiqa": "tydiqa/dev",
 QUESTIONS = {"gsm8k": 150, "bbh": 6, "tydiqa": 17, "mmlu": 3}
 """Of each subtask: 150, 162, 153 and 171 in all."""
 FOLDS = {"gsm8k": 2, "bbh": 3, "tydiqa": 3, "mmlu": 2}
+SELECTED = pl.Schema({"recipe": pl.String, "task": pl.String, "example_id": pl.String, "rank": pl.Int32})
+"""`recipe`: the rule and its budget; `task`: the task, or the task without one of its folds."""
 SCORED = ("mmlu",)
 """Tasks whose score needs no generation; of the others one token is generated, and its score is not kept."""
 WARMUP_LEARNING_RATE = 5e-4
@@ -134,17 +139,42 @@ def stages(design: Design) -> list[Stage]:
     ]
 
 
-def recipes(design: Design, stage: Stage) -> list[dict[str, Any]]:
-    """The recipes of a stage."""
-    rules = {**MAIN, "random": {"strategy": "random", "seeds": list(design.draws)}}
+def rules(design: Design, *, more: bool) -> dict[str, dict[str, Any]]:
+    """The rules that select by something of a row, by name: the main ones, or all."""
+    return MAIN | MORE if more and not design.small else MAIN
+
+
+def selecting_name(rule: str, fraction: float) -> str:
+    """Name of a rule's recipe in the project file that selects, where every budget has one of its own."""
+    return f"{rule}-at-{100 * fraction:g}"
+
+
+def selecting_recipes(design: Design) -> list[dict[str, Any]]:
+    """The recipes that select: every rule with every budget."""
+    return [
+        {"name": selecting_name(name, fraction), **settings, "fraction": fraction}
+        for name, settings in rules(design, more=True).items()
+        for fraction in design.fractions
+    ]
+
+
+def trained_recipes(design: Design, stage: Stage, folder: Path) -> list[dict[str, Any]]:
+    """The recipes of a stage: what was selected, by the files of the folder, and the draws at random."""
+    recipes: dict[str, dict[str, Any]] = {
+        name: {"strategy": "external", "scores": str(folder / f"{selecting_name(name, stage.fraction)}.parquet")}
+        for name in rules(design, more=stage.all_recipes)
+    }
+    recipes["random"] = {"strategy": "random", "seeds": list(design.draws)}
     if stage.all_recipes:
-        rules |= MORE | {"as-long": {"strategy": "length_matched", "match": "less", "seeds": list(design.draws)}}
-    budgeted = [{"name": name, **settings, "fraction": stage.fraction} for name, settings in rules.items()]
+        recipes["as-long"] = {"strategy": "length_matched", "match": "less", "seeds": list(design.draws)}
+    budgeted = [{"name": name, **settings, "fraction": stage.fraction} for name, settings in recipes.items()]
     return [{"name": "base", "strategy": "none"}, *budgeted]
 
 
-def project_settings(design: Design, stage: Stage, data: Path, pool: Sequence[Path]) -> dict[str, Any]:
-    """The project file of a stage."""
+def project_settings(
+    design: Design, recipes: Sequence[dict[str, Any]], training_seed: int, data: Path, pool: Sequence[Path]
+) -> dict[str, Any]:
+    """A project file with some recipes."""
     tasks = [
         {
             "name": task,
@@ -162,7 +192,7 @@ def project_settings(design: Design, stage: Stage, data: Path, pool: Sequence[Pa
         for task in design.tasks
     ]
     training = {"batch_size": 4, "max_grad_norm": 1.0}
-    finetuning = {"epochs": design.epochs, "learning_rate": design.learning_rate, "seed": stage.training_seed}
+    finetuning = {"epochs": design.epochs, "learning_rate": design.learning_rate, "seed": training_seed}
     return {
         "name": "selection-quality",
         "storage": {"root": "artifacts"},
@@ -179,7 +209,7 @@ def project_settings(design: Design, stage: Stage, data: Path, pool: Sequence[Pa
             "real_step_rows": 0,
         },
         "tasks": tasks,
-        "recipes": recipes(design, stage),
+        "recipes": list(recipes),
         "finetuning": {**finetuning, **training},
     }
 
@@ -209,18 +239,28 @@ def _characters(line: str) -> int:
     return sum(len(turn["content"]) for turn in json.loads(line)["messages"])
 
 
-def estimate(design: Design, project: Project, stage: Stage, pool: Sequence[Path]) -> float:
-    """Hours that a stage takes by itself, at the stated rates; what an earlier stage has made is not counted twice."""
+def pool_tokens(pool: Sequence[Path]) -> float:
+    """Tokens of the pool, roughly."""
     lines = [line for path in pool for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-    tokens = sum(TEMPLATE_TOKENS + _characters(line) / CHARACTERS_PER_TOKEN for line in lines)
+    return sum(TEMPLATE_TOKENS + _characters(line) / CHARACTERS_PER_TOKEN for line in lines)
+
+
+def estimate(design: Design, project: Project, stage: Stage, tokens: float) -> float:
+    """Hours that a stage takes by itself, at the stated rates; what an earlier stage has made is not counted twice.
+
+    Args:
+        design: The design.
+        project: The stage's project file.
+        stage: The stage.
+        tokens: Of the pool.
+    """
     trained, questions = 0.0, 0
     for recipe in project.recipe_keys.values():
         if recipe.budget and (recipe.name in MORE or recipe.name == "as-long" or not stage.all_recipes):
             selections = 1 if recipe.traits.same_for_every_task else len(project.task_keys)
             trained += selections * stage.fraction * tokens * design.epochs
             questions += sum(_asked(design, task) for task in design.tasks)
-    features = 2 * tokens / GRADIENT_RATE if stage == stages(design)[0] else 0.0
-    return (features + trained / TRAINING_RATE + questions / QUESTION_RATE) / 3600
+    return (trained / TRAINING_RATE + questions / QUESTION_RATE) / 3600
 
 
 def _asked(design: Design, task: str) -> int:
@@ -253,13 +293,43 @@ class Results:
     def __init__(self, path: Path, *, again: bool = False) -> None:
         self.path = path
         self.losses_path = path.with_name(f"{path.stem}_losses.parquet")
+        self.selected_path = path.with_name(f"{path.stem}_selected.parquet")
         self.figures: dict[Cell, dict[str, Any]] = {}
         self.losses = pl.DataFrame(schema=LOSSES)
+        self.selected = pl.DataFrame(schema=SELECTED)
+        if self.selected_path.exists() and not again:
+            self.selected = pl.read_parquet(self.selected_path)
         if path.exists() and self.losses_path.exists() and not again:
             self.losses = pl.read_parquet(self.losses_path)
             for line in json.loads(path.read_text()):
                 cell = Cell(**{name: line[name] for name in KEY})
                 self.figures[cell] = {name: value for name, value in line.items() if name not in KEY}
+
+    def has_selected(self, recipe: str, tasks: Sequence[str]) -> bool:
+        """Whether the rows that a recipe selects for all of some task keys are there."""
+        return set(tasks) <= set(self.selected.filter(recipe=recipe)["task"])
+
+    def add_selected(self, project: Project, recipes: Sequence[str], tasks: Sequence[str]) -> None:
+        """Read which rows some recipes have selected for some task keys."""
+        lineage = open_lineage(project, open_store(project))
+        for recipe in recipes:
+            for task in tasks:
+                key = next(key for key, resolved in project.recipe_keys.items() if resolved.name == recipe)
+                rows = read_parquet(lineage.folder("selected_subset", f"{key}|{task}"), SUBSET, ["example_id", "rank"])
+                described = rows.select(
+                    pl.lit(recipe).alias("recipe"), pl.lit(task).alias("task"), "example_id", "rank"
+                )
+                self.selected = pl.concat([self.selected, described.cast(dict(SELECTED))])
+        self.selected = self.selected.unique(["recipe", "task", "rank"], keep="first", maintain_order=True)
+        self.selected_path.parent.mkdir(parents=True, exist_ok=True)
+        self.selected.write_parquet(self.selected_path, compression="zstd", compression_level=19)
+
+    def write_scores(self, folder: Path) -> None:
+        """Write what each recipe selected as a file of scores, the first row's the highest."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for (recipe,), rows in self.selected.group_by("recipe"):
+            scored = rows.select("task", "example_id", (-pl.col("rank")).cast(pl.Float32).alias("score"))
+            scored.write_parquet(folder / f"{recipe}.parquet")
 
     def add(self, project: Project, stage: Stage, task: str) -> None:
         """Read what a stage has made of a task."""
@@ -303,17 +373,39 @@ class Results:
         self.path.with_suffix(".md").write_text(tables(self.losses))
 
 
-def run(project: Project, stage: Stage, home: Path, results: Results) -> None:
+def select(design: Design, project: Project, home: Path, results: Results) -> None:
+    """Let the rules select for every task and without its folds, the main rules first; write after each task."""
+    for chosen in (MAIN, MORE):
+        names = [
+            selecting_name(rule, fraction)
+            for rule in rules(design, more=True)
+            for fraction in design.fractions
+            if rule in chosen
+        ]
+        for task in project.task_names:
+            tasks = [task, *project.folds_of(task)]
+            due = [name for name in names if not results.has_selected(name, tasks)]
+            if due:
+                keys = tuple(key for key, recipe in project.recipe_keys.items() if recipe.name in due)
+                with opened_runner(project, home) as runner:
+                    runner.run(Request(tasks=tuple(tasks), recipes=keys, until="selected_subset", extras=False))
+                results.add_selected(project, due, tasks)
+
+
+def train(project: Project, stage: Stage, home: Path, results: Results) -> None:
     """Bring a stage up to date task after task, writing what is finished after each."""
+    for task in project.task_names:
+        if any(cell not in results.figures for _, cell in cells(project, stage, task)):
+            with opened_runner(project, home) as runner:
+                runner.run(Request(tasks=(task,), until="task_results", extras=False))
+            results.add(project, stage, task)
+
+
+@contextmanager
+def opened_runner(project: Project, home: Path) -> Iterator[GraphRunner]:
+    """What runs a project's assets, with Dagster's records in a folder of their own."""
     from less_assets.orchestration.definitions import build_definitions
 
-    due = [
-        task
-        for task in project.task_names
-        if any(cell not in results.figures for _, cell in cells(project, stage, task))
-    ]
-    if not due:
-        return
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "dagster.yaml").exists():
         (home / "dagster.yaml").write_text((ROOT / "less_assets/running/dagster.yaml").read_text())
@@ -321,10 +413,7 @@ def run(project: Project, stage: Stage, home: Path, results: Results) -> None:
     store = open_store(project)
     with open_instance(home) as instance:
         register_shards(project, store, instance)
-        runner = GraphRunner(build_definitions(project), project, store, instance, print)
-        for task in due:
-            runner.run(Request(tasks=(task,), until="task_results", extras=False))
-            results.add(project, stage, task)
+        yield GraphRunner(build_definitions(project), project, store, instance, print)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -379,21 +468,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     work = (asked.work / ("small" if asked.small else "full")).absolute()
     pool = draw_pool(design, asked.data.absolute(), work / "pool")
-    hours = 0.0
-    projects = []
+    tokens = pool_tokens(pool)
+    hours = 2 * tokens / GRADIENT_RATE / 3600
+
+    def written_project(name: str, recipes: Sequence[dict[str, Any]], training_seed: int = 0) -> Project:
+        path = work / f"{name}.yaml"
+        settings = project_settings(design, recipes, training_seed, asked.data.absolute(), pool)
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return load_project(path)
+
+    selecting = written_project("select", selecting_recipes(design))
+    if problems := check_data(selecting):
+        sys.exit("\n".join(map(str, problems)))
+    print(f"{selecting.path}: about {hours:.1f} h of gradients (rates: SmolLM2-135M, r 8, one fast CPU core)")
+    trainings = []
     for stage in stages(design):
-        path = work / f"{stage.name}.yaml"
-        path.write_text(yaml.safe_dump(project_settings(design, stage, asked.data.absolute(), pool), sort_keys=False))
-        project = load_project(path)
-        if problems := check_data(project):
-            sys.exit("\n".join(map(str, problems)))
-        hours += (more := estimate(design, project, stage, pool))
-        print(f"{path}: about {more:.1f} h, {hours:.1f} h so far (rates: SmolLM2-135M, r 8, one CPU core)")
-        projects.append((stage, project))
+        recipes = trained_recipes(design, stage, work / "selected")
+        project = written_project(stage.name, recipes, stage.training_seed)
+        hours += (more := estimate(design, project, stage, tokens))
+        print(f"{project.path}: about {more:.1f} h, {hours:.1f} h so far")
+        trainings.append((stage, project))
     if asked.estimate:
         return
-    for stage, project in projects:
-        run(project, stage, work / "dagster" / stage.name, results)
+    select(design, selecting, work / "dagster" / "select", results)
+    results.write_scores(work / "selected")
+    for stage, project in trainings:
+        train(project, stage, work / "dagster" / stage.name, results)
     written = results.path.with_suffix(".md")
     print(f"\n{written.read_text()}\nwritten: {results.path} and {written}")
 

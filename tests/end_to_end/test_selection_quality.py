@@ -77,6 +77,9 @@ def test_the_small_design_runs_and_its_figures_are_complete(
     sources = {path.stem for path in (work / "small/pool").iterdir()}
     assert sources == {"cot", "dolly"}, "GSM8K's own training source is left out"
     assert "to make" in capsys.readouterr().out
+    chosen = pl.read_parquet(tmp_path / "results_selected.parquet")
+    assert set(chosen["task"]) == {"gsm8k", "gsm8k.fold-1", "gsm8k.fold-2"}
+    assert set(chosen["recipe"]) == {f"{name}-at-10" for name in benchmark.MAIN}
 
     # Another training seed makes its own models only, and what is finished is not made again, not even elsewhere.
     shutil.rmtree(work / "small")
@@ -84,6 +87,7 @@ def test_the_small_design_runs_and_its_figures_are_complete(
     assert json.loads(results.read_text()) == found
     assert "to make" not in capsys.readouterr().out, "everything was there already"
     benchmark.main([*options, "--training-seeds", "0", "1"])
+    assert "train_gradients" not in capsys.readouterr().out, "rows that are selected need no gradient again"
     more = json.loads(results.read_text())
     assert more[: len(found)] == found
     assert [(line["recipe"], line["training_seed"]) for line in more[len(found) :]] == [
@@ -147,6 +151,8 @@ def test_the_stages_cover_every_rule_budget_and_training_seed(benchmark):
     stages = benchmark.stages(design)
     assert [stage.name for stage in stages[:3]] == ["main-5-seed0", "main-5-seed1", "all-5-seed0"]
     assert len({stage.name for stage in stages}) == 8
-    main, everything = ({recipe["name"] for recipe in benchmark.recipes(design, stages[i])} for i in (0, 2))
+    main, everything = (
+        {recipe["name"] for recipe in benchmark.trained_recipes(design, stages[i], Path("selected"))} for i in (0, 2)
+    )
     assert main == {"base", "random", *benchmark.MAIN}
     assert main | {"as-long", *benchmark.MORE} == everything
