@@ -22,7 +22,8 @@ the loss of every question and example, of which the tables are made; and the ta
 these files hold is not computed again, on whichever machine; `--again` forgets it.
 
 How to read the tables. Both losses are nats a token; lower is better. A difference from random is paired: the same
-questions, the mean over training seeds and over random's draws; its interval covers the luck of all three.
+questions, the mean over training seeds and over random's draws; its interval covers the luck of all three. A
+tournament's validation loss is its winner's, and its pilots were judged on the same examples: go by its answer loss.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ MORE = {
     "less-adamw-max": {"strategy": "less", "form": "adamw", "aggregate": "max"},
     "dsir": {"strategy": "dsir", "seeds": [0]},
 }
+
+CANDIDATES = ("less", "less-match", "rds", "bm25", "random")
+"""Of the tournament."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,7 @@ def trained_recipes(design: Design, stage: Stage, folder: Path) -> list[dict[str
     recipes["random"] = {"strategy": "random", "seeds": list(design.draws)}
     if stage.all_recipes:
         recipes["as-long"] = {"strategy": "length_matched", "match": "less", "seeds": list(design.draws)}
+        recipes["tournament"] = {"strategy": "tournament", "candidates": list(CANDIDATES)}
     budgeted = [{"name": name, **settings, "fraction": stage.fraction} for name, settings in recipes.items()]
     return [{"name": "base", "strategy": "none"}, *budgeted]
 
@@ -256,7 +261,8 @@ def estimate(design: Design, project: Project, stage: Stage, tokens: float) -> f
     """
     trained, questions = 0.0, 0
     for recipe in project.recipe_keys.values():
-        if recipe.budget and (recipe.name in MORE or recipe.name == "as-long" or not stage.all_recipes):
+        earlier = stage.all_recipes and recipe.name in {*MAIN, "random"}
+        if recipe.budget and not earlier and not recipe.tournament:
             selections = 1 if recipe.traits.same_for_every_task else len(project.task_keys)
             trained += selections * stage.fraction * tokens * design.epochs
             questions += sum(_asked(design, task) for task in design.tasks)
@@ -338,8 +344,11 @@ class Results:
             if cell in self.figures:
                 continue
             answers = read_parquet(lineage.folder("eval_results", f"{key}|{task}"), SAMPLES)
+            # A tournament has no choice of its own without a fold: there its winner stands for it.
+            winner = lineage.summary("selected_subset", f"{key}|{task}").get("selected_as")
+            judged = next((other for other, found in cells(project, stage, task) if found.recipe == winner), key)
             validated = pl.concat(
-                read_parquet(lineage.folder("eval_results", f"{key}|{fold}"), SAMPLES)
+                read_parquet(lineage.folder("eval_results", f"{judged}|{fold}"), SAMPLES)
                 for fold in project.folds_of(task)
             )
             losses = {
