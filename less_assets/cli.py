@@ -184,10 +184,10 @@ def plan(
 ) -> None:
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
     with told():
-        if found := _nothing_to_do(project, task, recipe, until, extras):
+        if idle := _nothing_to_do(project, task, recipe, until, extras):
             from less_assets.planning.estimate import nothing_due
 
-            lineage, _, needed = found
+            lineage, _, needed = idle
             _print_planned(nothing_due(needed), lineage, as_json)
             return
     with told(), _opened(project) as (loaded, store, instance, runner):
@@ -241,8 +241,8 @@ def run(
     """Make what is missing or stale, in order, through Dagster; what is done stays done if it is interrupted."""
     started = time.monotonic()
     with told(as_json), termination_as_ctrl_c():
-        if not (verify or resample_warmup) and (found := _nothing_to_do(project, task, recipe, until, extras)):
-            lineage, request, needed = found
+        if not (verify or resample_warmup) and (idle := _nothing_to_do(project, task, recipe, until, extras)):
+            lineage, request, needed = idle
             fresh = sum(map(len, needed.values()))
             _say_finished(lineage.project, lineage.store, request, 0, fresh, (), started, as_json)
             return
@@ -310,8 +310,8 @@ def _nothing_to_do(
 
     project = load_project(path)
     request = _request(task, recipe, until, extras, project)
-    found = nothing_to_do(project, open_store(project), request)
-    return None if found is None else (found[0], request, found[1])
+    idle = nothing_to_do(project, open_store(project), request)
+    return None if idle is None else (idle[0], request, idle[1])
 
 
 def _remember_recorded(project: "Project", store: "ArtifactStore", request: "Request") -> None:

@@ -123,8 +123,8 @@ class ModelLoader:
         """What the base model is: digest, licence, and where it comes from."""
         from less_assets.method.training.models import find_base
 
-        found = find_base(base, self._cache, trust_remote_code=self._project.model.trust_remote_code)
-        return {"base": base, "digest": found.digest, "revision": found.revision, "licence": found.licence}
+        files = find_base(base, self._cache, trust_remote_code=self._project.model.trust_remote_code)
+        return {"base": base, "digest": files.digest, "revision": files.revision, "licence": files.licence}
 
     def commit_of(self, base: str | None) -> dict[str, Any]:
         """Which commit a run takes of another model than the project's; nothing for a folder or a file."""

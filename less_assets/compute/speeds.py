@@ -151,13 +151,13 @@ def setup_of(project: Project) -> str:
 
 def machine() -> str:
     """This machine's processors and accelerators in words; no library is loaded for it."""
-    found = [platform.machine(), f"{os.cpu_count()} cores", _first_value(Path("/proc/cpuinfo"), "model name")]
-    found += sorted(
+    parts = [platform.machine(), f"{os.cpu_count()} cores", _first_value(Path("/proc/cpuinfo"), "model name")]
+    parts += sorted(
         _first_value(path, "Model") for path in Path("/proc/driver/nvidia/gpus").glob("*/information") if path.is_file()
     )
     if threads := os.environ.get("OMP_NUM_THREADS"):
-        found.append(f"{threads} threads")
-    return ", ".join(part for part in found if part)
+        parts.append(f"{threads} threads")
+    return ", ".join(part for part in parts if part)
 
 
 def _first_value(path: Path, name: str) -> str:
@@ -171,11 +171,11 @@ def _first_value(path: Path, name: str) -> str:
 def _read(store: ArtifactStore) -> dict[str, dict[str, Rate]]:
     try:
         content = json.loads(read_bytes(store.root / RATES_FILE))
-        found = {
+        stored = {
             setup: {name: Rate(**rate) for name, rate in rates.items()} for setup, rates in content["setups"].items()
         }
-        sound = all(rate.seconds > 0 and rate.units > 0 for rates in found.values() for rate in rates.values())
-        return found if sound else {}
+        sound = all(rate.seconds > 0 and rate.units > 0 for rates in stored.values() for rate in rates.values())
+        return stored if sound else {}
     except FileNotFoundError:
         return {}
     except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -88,7 +88,7 @@ def sample_source(project: Project, shards: Sequence[Shard], encoder: "ChatEncod
     from less_assets.method.data.examples import pool_table, read_rows
 
     source = project.source(shards[0].source)
-    places = [shards[len(shards) * place // SAMPLE_PLACES] for place in range(min(SAMPLE_PLACES, len(shards)))]
+    places = [shards[len(shards) * number // SAMPLE_PLACES] for number in range(min(SAMPLE_PLACES, len(shards)))]
     tables = [pool_table([])]
     for shard in places:
         first = shard.segments[0]
@@ -185,23 +185,23 @@ class Workload:
         """A task's target examples, encoded; read from its files."""
         from less_assets.method.data.targets import read_targets
 
-        encoder, found = self._models.encoder(), []
+        encoder, encoded = self._models.encoder(), []
         for member in self.project.member_tasks(task):
             assert member.examples is not None
-            found += [
+            encoded += [
                 encoder.target(example, member.examples.max_length)
                 for example in read_targets(member.examples.format, member.examples.path)
             ]
-        return found
+        return encoded
 
     @cached_property
     def target_sizes(self) -> dict[str, tuple[int, int, int]]:
         """Task → target examples, their tokens, subtasks."""
-        found = {}
+        sizes = {}
         for task in self.project.task_keys:
             encoded = self.targets(task)
-            found[task] = (len(encoded), sum(len(each.input_ids) for each in encoded), len(self._subtasks(task)))
-        return found
+            sizes[task] = (len(encoded), sum(len(example.input_ids) for example in encoded), len(self._subtasks(task)))
+        return sizes
 
     def _subtasks(self, task: str) -> set[tuple[str, str]]:
         from less_assets.method.data.targets import read_targets
@@ -224,6 +224,6 @@ class Workload:
             return float(unique)
         if recipe.budget.unit == "tokens":
             samples = list(self.samples.values())
-            loss_tokens = sum(each.loss_tokens for each in samples) / len(samples)
+            loss_tokens = sum(sample.loss_tokens for sample in samples) / len(samples)
             return float(min(unique, recipe.budget.amount / max(1.0, loss_tokens)))
         return float(unique * recipe.budget.amount if recipe.budget.unit == "fraction" else recipe.budget.amount)

@@ -160,9 +160,9 @@ def kept_columns(lineage: Lineage, subset: pl.DataFrame) -> list[dict[str, Any]]
         places = read_parquet(
             lineage.folder("instruction_pool", str(shard)), EXAMPLES, ["source", "source_file", "source_row"]
         )
-        for place, row in part.select("place", "row").iter_rows():
+        for position, row in part.select("place", "row").iter_rows():
             source, file, number = places.row(row)
-            wanted[source, file][number] = place
+            wanted[source, file][number] = position
     columns: list[dict[str, Any]] = [{} for _ in range(subset.height)]
     for (name, file), numbers in wanted.items():
         source, first = project.source(name), min(numbers)
@@ -171,15 +171,15 @@ def kept_columns(lineage: Lineage, subset: pl.DataFrame) -> list[dict[str, Any]]
         for raw in raw_rows:
             if raw.number not in numbers:
                 continue
-            place = numbers[raw.number]
+            position = numbers[raw.number]
             try:
                 conversation = normalize(raw.record or {}, source.format)
             except UnusableRowError:
                 break
-            if example_id(*conversation) != subset["example_id"][place]:
+            if example_id(*conversation) != subset["example_id"][position]:
                 break
             seen.add(raw.number)
-            columns[place] = other_columns(raw.record or {}, source.format)
+            columns[position] = other_columns(raw.record or {}, source.format)
         if missing := sorted(numbers.keys() - seen):
             raise StaleArtifactError(
                 "A file of the pool has changed since the selection was made: a row says something else now.",
@@ -195,13 +195,13 @@ def _write_rows(folder: Path, subset: pl.DataFrame, kept: Sequence[Mapping[str, 
     own = {*_COLUMNS, "messages", "tools"}
     renamed = {name: f"pool_{name}" if name in own else name for name in names}
     lines, records = [], []
-    for place, row in enumerate(subset.select(*_COLUMNS, "messages", "tools").iter_rows(named=True)):
+    for number, row in enumerate(subset.select(*_COLUMNS, "messages", "tools").iter_rows(named=True)):
         columns = {name: row[name] for name in _COLUMNS}
         said = for_trainers(row["messages"], row["tools"])
         for turn in said["messages"]:
             if turn.get("weight") == 0:
                 turn["train"] = False  # axolotl's word for it
-        others = {renamed[name]: value for name, value in kept[place].items()}
+        others = {renamed[name]: value for name, value in kept[number].items()}
         lines.append(json.dumps({**columns, **said, **others}, ensure_ascii=False, default=str) + "\n")
         messages = [{**turn, "reasoning_content": turn["reasoning"]} for turn in row["messages"]]
         records.append({**columns, "messages": messages, "tools": row["tools"], **others})

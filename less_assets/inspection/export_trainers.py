@@ -229,7 +229,7 @@ def llama_factory_row(messages: Sequence[Message], tools: str | None) -> dict[st
         return "a speaker has a name"
     spoken = turns[1:] if turns[0]["role"] == "system" else turns
     expected = [("user", "tool"), ("assistant",)]
-    if len(spoken) % 2 or any(turn["role"] not in expected[place % 2] for place, turn in enumerate(spoken)):
+    if len(spoken) % 2 or any(turn["role"] not in expected[number % 2] for number, turn in enumerate(spoken)):
         return "user and assistant turns do not alternate"
     converted = []
     for turn in turns:

@@ -136,8 +136,8 @@ def _shares(lineage: Lineage, task: str) -> str:
 def _choices(lineage: Lineage, tasks: Sequence[str]) -> str:
     """What tournaments have chosen, and why."""
     held = [key for key, recipe in lineage.project.recipe_keys.items() if recipe.tournament]
-    found = [(f"{key} for {task}", choice_table(lineage, key, task)) for key in held for task in tasks]
-    rows = [(name, choice[1]) for name, choice in found if choice]
+    choices = [(f"{key} for {task}", choice_table(lineage, key, task)) for key in held for task in tasks]
+    rows = [(name, choice[1]) for name, choice in choices if choice]
     return f"Tournaments\n{text_table(rows)}" if rows else ""
 
 

@@ -47,8 +47,8 @@ def trace_row(lineage: Lineage, example_id: str) -> dict[str, Any]:
             continue
         array = {"checkpoint": checkpoint, **_artifact(lineage, "train_gradients", f"{checkpoint}|{shard}")}
         if array["state"] == "fresh":
-            place, forms = _place(lineage, shard, row), list(project.gradients.forms)
-            array |= {"array": f"{array['path']}/{FEATURES}", "array_row": place, "forms": forms}
+            stored_row, forms = _place(lineage, shard, row), list(project.gradients.forms)
+            array |= {"array": f"{array['path']}/{FEATURES}", "array_row": stored_row, "forms": forms}
         arrays.append(array)
     scores = []
     for task in project.task_names:

@@ -24,9 +24,9 @@ def examples_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if "tool_calls" in turn:
             turn["tool_calls"] = json.loads(turn["tool_calls"])
     tools = json.loads(row["tools"]) if row.get("tools") else None
-    for place, turn in enumerate(turns):
-        if learned[place]:
-            yield {"prompt": turns[:place], "completion": [turn], "tools": tools}
+    for number, turn in enumerate(turns):
+        if learned[number]:
+            yield {"prompt": turns[:number], "completion": [turn], "tools": tools}
 
 
 def load_examples() -> Any:

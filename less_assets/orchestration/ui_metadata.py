@@ -223,7 +223,7 @@ def _place(name: str, value: Any) -> int:
         return len(kinds) + 1
     if isinstance(value, dg.TextMetadataValue | dg.UrlMetadataValue):
         return -1
-    return next((place for place, kind in enumerate(kinds, start=1) if isinstance(value, kind)), 0)
+    return next((rank for rank, kind in enumerate(kinds, start=1) if isinstance(value, kind)), 0)
 
 
 def _figure(value: Any) -> Any:
@@ -237,14 +237,14 @@ def _figure(value: Any) -> Any:
 def _parts(value: Any, prefix: str = "") -> list[str] | None:
     """`name number` of nested counts, largest first, or the words of a list; None for what is neither."""
     if isinstance(value, list):
-        return list(value) if all(isinstance(each, str) for each in value) else None
-    numbers = {name: each for name, each in value.items() if type(each) in (int, float)}
+        return list(value) if all(isinstance(part, str) for part in value) else None
+    numbers = {name: number for name, number in value.items() if type(number) in (int, float)}
     ordered = sorted(numbers.items(), key=lambda item: -item[1])
     parts = [f"{prefix}{name} {_cell(number):,}" for name, number in ordered]
-    for name, each in value.items():
+    for name, part in value.items():
         if name in numbers:
             continue
-        below = _parts(each, f"{prefix}{name}/") if isinstance(each, Mapping) else None
+        below = _parts(part, f"{prefix}{name}/") if isinstance(part, Mapping) else None
         if below is None:
             return None
         parts += below
@@ -283,9 +283,9 @@ def report_url(reports_url: str, report: str, row: str | None = None) -> str:
 def _row_links(reports_url: str, report: str, rows: pl.DataFrame) -> str:
     """A list in Markdown, in the order of the rows; the start of a question is text, whatever stands in it."""
     lines = []
-    for place, (row, messages) in enumerate(rows.select("example_id", "messages").iter_rows(), 1):
+    for rank, (row, messages) in enumerate(rows.select("example_id", "messages").iter_rows(), 1):
         words = MARKDOWN.sub(r"\\\g<0>", _preview(messages, first=True)) or row
-        lines.append(f"{place}. [{words}]({report_url(reports_url, report, row)})")
+        lines.append(f"{rank}. [{words}]({report_url(reports_url, report, row)})")
     return "\n".join(lines)
 
 
@@ -375,8 +375,8 @@ def provenance(
     for source, own in asset.columns_from.items():
         for column, parents in own.items() if source in read else ():
             for name, named_parents in _named(column, parents, names):
-                found = (dg.TableColumnDep(dg.AssetKey(source), each) for each in named_parents)
-                columns.setdefault(name, []).extend(found)
+                depended_on = (dg.TableColumnDep(dg.AssetKey(source), parent) for parent in named_parents)
+                columns.setdefault(name, []).extend(depended_on)
     if columns:
         shown["dagster/column_lineage"] = dg.TableColumnLineage(columns)
     return shown

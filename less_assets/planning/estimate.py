@@ -146,9 +146,9 @@ def estimate(
         unknown = _unknown(rates, rehearsal.computed, lineage.project)
         if calibrate and unknown:
             log(f"measuring the speed of {', '.join(sorted(unknown))}: up to a minute")
-            found = calibration(lineage.project, models, work, unknown)
-            stored_rates.keep_calibrated(lineage.store, lineage.project, found)
-            rates = rates.with_calibrated(found)
+            measured = calibration(lineage.project, models, work, unknown)
+            stored_rates.keep_calibrated(lineage.store, lineage.project, measured)
+            rates = rates.with_calibrated(measured)
         lines = []
         for asset, statuses in rehearsal.statuses.items():
             amount = _amount(work, asset, rehearsal, runner)
@@ -184,13 +184,13 @@ def _sources(rates: Rates, amounts: Sequence[Amount]) -> dict[str, list[str]]:
     names = {name for amount in amounts for name, units in amount.units.items() if units} - {
         name for name, guess in GUESSES.items() if guess.seconds is not None
     }
-    found = {name: rates.get(name) for name in sorted(names)}
+    known = {name: rates.get(name) for name in sorted(names)}
     return {
         **{
-            source: [name for name, rate in found.items() if rate and rate.source == source]
+            source: [name for name, rate in known.items() if rate and rate.source == source]
             for source in ("measured", "similar", "calibrated")
         },
-        "unknown": [name for name, rate in found.items() if rate is None],
+        "unknown": [name for name, rate in known.items() if rate is None],
     }
 
 
@@ -222,12 +222,12 @@ def calibration(project: Project, models: ModelLoader, work: Workload, unknown: 
     from less_assets.planning import trials
     from less_assets.steps.warmup import lora_settings
 
-    found: dict[str, Rate] = {}
+    measured: dict[str, Rate] = {}
     started = time.perf_counter()
     models.describe_base(project.model.base)
-    found["base_model"] = Rate(time.perf_counter() - started, 1, "calibrated")
+    measured["base_model"] = Rate(time.perf_counter() - started, 1, "calibrated")
     model, tokenizer = models.base()
-    found[MODEL_LOAD] = Rate(models.loading_seconds, models.loads, "calibrated")
+    measured[MODEL_LOAD] = Rate(models.loading_seconds, models.loads, "calibrated")
     rows = _mixed([sample.examples for sample in work.samples.values()])
     settings, gradients = TrainingSettings(**project.finetuning.training_values()), project.gradients
     with tempfile.TemporaryDirectory(prefix="less-assets-") as folder:
@@ -240,7 +240,7 @@ def calibration(project: Project, models: ModelLoader, work: Workload, unknown: 
             lora=lora_settings(project),
             limit_seconds=TRAINING_SECONDS,
         )
-    found[TRAINING] = _calibrated(trained.speed)
+    measured[TRAINING] = _calibrated(trained.speed)
     budget = gradients.token_budget or resolve_token_budget(
         trained.model,
         forms=gradients.forms,
@@ -248,7 +248,7 @@ def calibration(project: Project, models: ModelLoader, work: Workload, unknown: 
         longest=max(len(row.input_ids) for row in rows),
         gradient_checkpointing=gradients.gradient_checkpointing,
     )
-    found["train_gradients"] = _calibrated(
+    measured["train_gradients"] = _calibrated(
         trials.try_gradients(
             trained,
             rows,
@@ -262,13 +262,13 @@ def calibration(project: Project, models: ModelLoader, work: Workload, unknown: 
         )
     )
     if "influence_scores" in unknown:
-        found["influence_scores"] = _calibrated(trials.try_scoring(gradients.dimension, gradients.storage, 8))
+        measured["influence_scores"] = _calibrated(trials.try_scoring(gradients.dimension, gradients.storage, 8))
     tasks = [name.removeprefix("eval_results/") for name in unknown if name.startswith("eval_results/")]
     for task in tasks:
-        found[f"eval_results/{task}"] = _try_evaluation(
+        measured[f"eval_results/{task}"] = _try_evaluation(
             project, task, trained.model, tokenizer, ASKING_SECONDS / len(tasks)
         )
-    return found
+    return measured
 
 
 def _try_evaluation(project: Project, task: str, model: Any, tokenizer: Any, limit_seconds: float) -> Rate:
@@ -294,7 +294,7 @@ def _mixed(samples: Sequence[Sequence[Any]]) -> list[Any]:
     """Rows of all sources in turn, those without loss tokens left out."""
     longest = max(map(len, samples), default=0)
     return [
-        rows[place] for place in range(longest) for rows in samples if place < len(rows) and rows[place].loss_tokens
+        rows[number] for number in range(longest) for rows in samples if number < len(rows) and rows[number].loss_tokens
     ]
 
 

@@ -194,4 +194,4 @@ def _one_batch(examples: Sequence[EncodedExample], token_budget: int) -> list[En
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
     """`count` items from all over the sequence."""
-    return [items[len(items) * place // count] for place in range(count)]
+    return [items[len(items) * number // count] for number in range(count)]

@@ -276,9 +276,9 @@ def _validation(project: Project, task: Task) -> Iterator[Problem]:
     assert validation is not None
     path = validation.path or examples.path
     try:
-        found = read_targets(examples.format, path)
+        targets = read_targets(examples.format, path)
         if validation.folds:
-            folds_of([example.subtask for example in found], validation.folds)
+            folds_of([example.subtask for example in targets], validation.folds)
     except _TROUBLE as error:
         yield _told(f"task {task.name}, validation ({project.as_written(path)})", error)
 

@@ -28,10 +28,10 @@ def recall_in_words(lineage: Lineage, partition: str) -> str | None:
         lineage: Reads `selected_subset`.
         partition: `recipe|task`.
     """
-    found = lineage.summary("selected_subset", partition)
-    if "recall" not in found:
+    subset = lineage.summary("selected_subset", partition)
+    if "recall" not in subset:
         return None
-    estimate, low, high = (f"{100 * found[name]:.0f}" for name in ("recall", "recall_low", "recall_high"))
+    estimate, low, high = (f"{100 * subset[name]:.0f}" for name in ("recall", "recall_low", "recall_high"))
     return (
         f"The prefilter left about {estimate} % ({low} to {high} %) of the rows that the whole pool's gradients select."
     )

@@ -34,9 +34,9 @@ def compared(lineage: Lineage, subset: pl.DataFrame, recipe: str, task: str) -> 
         score, question, answer], both texts cut.
     """
     others = other_subsets(lineage, recipe, task)
-    each = min(ROWS_OF_ONE, ROWS_OF_ALL // max(1, len(others)))
+    shown = min(ROWS_OF_ONE, ROWS_OF_ALL // max(1, len(others)))
     ids = set(subset["example_id"])
-    found = []
+    compared = []
     for name, pointer in others.items():
         theirs = with_all_fields(read_parquet(pointer.folder, SUBSET))
         alone = theirs.filter(~pl.col("example_id").is_in(list(ids))).sort("rank")
@@ -44,15 +44,15 @@ def compared(lineage: Lineage, subset: pl.DataFrame, recipe: str, task: str) -> 
         here = subset.filter(~pl.col("example_id").is_in(theirs["example_id"].implode()))
         counts = [dict(part["source"].value_counts().iter_rows()) for part in (here, shared, alone)]
         sources = sorted({*subset["source"], *theirs["source"]})
-        found.append(
+        compared.append(
             {
                 "recipe": name,
                 "sources": [[source, *(count.get(source, 0) for count in counts)] for source in sources],
                 "alone": alone.height,
-                "rows": [_row(row) for row in alone.head(each).iter_rows(named=True)],
+                "rows": [_row(row) for row in alone.head(shown).iter_rows(named=True)],
             }
         )
-    return found
+    return compared
 
 
 def _row(row: dict[str, Any]) -> list[Any]:

@@ -89,12 +89,12 @@ class Explanations:
         """Cosine of each row with the nearest row of the pool."""
         return [rows[0]["cosine"] if rows else None for rows in self.neighbours["rows"].to_list()]
 
-    def detail(self, place: int, example_id: str, places: Mapping[str, int]) -> JsonObject:
+    def detail(self, row: int, example_id: str, places: Mapping[str, int]) -> JsonObject:
         """What the page shows of one row besides its messages; `places` numbers the rows of the page by id."""
-        near = self.neighbours.row(place, named=True)
+        near = self.neighbours.row(row, named=True)
         detail: JsonObject = {
-            "subtasks": [rounded(value, 3) for value in self.totals[place]],
-            "checkpoints": [rounded(value) for value in self.by_checkpoint[place]],
+            "subtasks": [rounded(value, 3) for value in self.totals[row]],
+            "checkpoints": [rounded(value) for value in self.by_checkpoint[row]],
             "targets": [[target["target"], rounded(target["cosine"])] for target in near["targets"]],
             "near": [
                 {
@@ -157,9 +157,9 @@ def row_details(
         others: Ids that each other recipe selected.
     """
     conversations = conversations_by_id(lineage, rows)
-    places = {example_id: place for place, example_id in enumerate(rows["example_id"])}
+    places = {example_id: number for number, example_id in enumerate(rows["example_id"])}
     details = []
-    for place, row in enumerate(rows.iter_rows(named=True)):
+    for number, row in enumerate(rows.iter_rows(named=True)):
         detail = {
             **page_conversation(*conversations[row["example_id"]]),
             "file": row["source_file"],
@@ -170,7 +170,7 @@ def row_details(
             "also": [number for number, ids in enumerate(others.values()) if row["example_id"] in ids],
             "chance": rounded(row["chance"], 2),
         }
-        details.append(detail | (explained.detail(place, row["example_id"], places) if explained else {}))
+        details.append(detail | (explained.detail(number, row["example_id"], places) if explained else {}))
     return details
 
 

@@ -133,7 +133,7 @@ class GraphRunner:
             partitions = [partition for partition in partitions if not lineage.is_left_out(asset, partition)]
             due = [partition for partition in partitions if not self._is_current(lineage, asset, partition)]
             if trouble:
-                due = self._not_waiting(lineage, asset, [each for each in due if each not in failed[asset]])
+                due = self._not_waiting(lineage, asset, [key for key in due if key not in failed[asset]])
             if due:
                 first = [asset, *self._never_made_from(asset, due[:1], needed)]
                 self._log(f"{', '.join(first)}: {_count(due, partitions)}")
@@ -147,14 +147,14 @@ class GraphRunner:
                     failures.add(_span(chunk), error)
                     if failures.hopeless:
                         failures.raise_first()
-                    for each in together:
-                        failed[each].update(chunk)
+                    for name in together:
+                        failed[name].update(chunk)
                 else:
                     failures.succeeded()
-                    for each in together:
-                        made[each].update(chunk)
-                        self._tell("made", {"asset": each, "partitions": [key for key in chunk if key]})
-                        if each == "selected_subset":
+                    for name in together:
+                        made[name].update(chunk)
+                        self._tell("made", {"asset": name, "partitions": [key for key in chunk if key]})
+                        if name == "selected_subset":
                             self._show_subsets(chunk)
             trouble = trouble or failures.first
             if due:
@@ -173,7 +173,7 @@ class GraphRunner:
         """
         order = list(needed)
         if request.extras and certified_tasks(self._project, needed.get("influence_scores", ())):
-            last = next((place for place, asset in enumerate(order) if ASSETS[asset].explains), len(order))
+            last = next((number for number, asset in enumerate(order) if ASSETS[asset].explains), len(order))
             order.insert(last, CERTIFICATES)
         return order
 
@@ -221,8 +221,8 @@ class GraphRunner:
         key = dg.AssetKey(asset)
         if partition is None:
             event = self._instance.get_latest_materialization_event(key)
-            found = event.asset_materialization if event else None
-            return (found.tags or {}).get(DATA_VERSION_TAG) if found else None
+            materialized = event.asset_materialization if event else None
+            return (materialized.tags or {}).get(DATA_VERSION_TAG) if materialized else None
         tags = self._instance.event_log_storage.get_latest_tags_by_partition(
             key, DagsterEventType.ASSET_MATERIALIZATION, [DATA_VERSION_TAG], asset_partitions=[partition]
         )
@@ -324,9 +324,9 @@ class GraphRunner:
     def _tell_who_is_waited_for(self, asset: str) -> None:
         """Say so if a pool of the asset is full: the run is going to wait, and nobody else tells."""
         for pool in self._graph.get(dg.AssetKey(asset)).pools or ():
-            found = self._instance.event_log_storage.get_concurrency_info(pool)
-            if found.claimed_slots and len(found.claimed_slots) >= found.slot_count:
-                holders = ", ".join(sorted(slot.run_id[:8] for slot in found.claimed_slots))
+            limit = self._instance.event_log_storage.get_concurrency_info(pool)
+            if limit.claimed_slots and len(limit.claimed_slots) >= limit.slot_count:
+                holders = ", ".join(sorted(slot.run_id[:8] for slot in limit.claimed_slots))
                 self._log(
                     f"{asset}: waiting for the pool {pool}, held by run {holders}. If that run is dead, start "
                     "Dagster (`less-assets dev`): it frees the pool, or do it by hand under Deployment, Concurrency."
@@ -409,7 +409,7 @@ def _row(partition: Partition) -> str:
 
 
 def _span(partitions: Sequence[Partition]) -> str:
-    return " to ".join(dict.fromkeys(each or "" for each in (partitions[0], partitions[-1])))
+    return " to ".join(dict.fromkeys(key or "" for key in (partitions[0], partitions[-1])))
 
 
 def _count(due: Sequence[Partition], every: Sequence[Partition]) -> str:

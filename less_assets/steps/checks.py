@@ -132,12 +132,12 @@ def check_dominance(lineage: Lineage, key: str, models: ModelLoader, log: Log) -
 
 def check_short_rows(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> Verdict:
     """Whether a selection (partition key `recipe|task`) is made of answers of a word or two, and the pool is not."""
-    found = lineage.summary("selected_subset", key)
+    subset = lineage.summary("selected_subset", key)
     shards = [lineage.summary("instruction_pool", shard) for shard in lineage.shards()]
-    if not found["rows"]:
+    if not subset["rows"]:
         return Verdict(True, "Nothing is selected.", {})
-    share = found.get("very_short", 0) / found["rows"]
-    pool = sum(each["very_short"] for each in shards) / max(1, sum(each["usable"] for each in shards))
+    share = subset.get("very_short", 0) / subset["rows"]
+    pool = sum(shard["very_short"] for shard in shards) / max(1, sum(shard["usable"] for shard in shards))
     return Verdict(
         share <= SHORT_LIMIT or share <= SHORT_FACTOR * pool,
         f"{share:.0%} of the selected answers have at most 20 characters, {pool:.0%} of the pool's.",
@@ -150,9 +150,9 @@ def check_recall(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> V
     said = recall_in_words(lineage, key)
     if said is None:
         return Verdict(True, "No prefilter, or a recipe of which its loss is not estimated.", {})
-    found = lineage.summary("selected_subset", key)
-    figures = {name: found[name] for name in ("recall", "recall_low", "recall_high")}
-    passed = found["recall"] >= RECALL_LIMIT
+    subset = lineage.summary("selected_subset", key)
+    figures = {name: subset[name] for name in ("recall", "recall_low", "recall_high")}
+    passed = subset["recall"] >= RECALL_LIMIT
     return Verdict(passed, said if passed else f"{said} A larger `prefilter.keep` leaves more.", figures)
 
 
@@ -200,10 +200,10 @@ def _judge_fidelity(summary: dict[str, Any], recipes: list[Any]) -> Verdict:
     if not recipes:
         return Verdict(True, "The pool is too small for a certificate.", figures)
     columns = ("recipe", "spearman", "overlap", "certain", "band")
-    figures["recipes"] = Table(pl.DataFrame([{name: getattr(each, name) for name in columns} for each in recipes]))
+    figures["recipes"] = Table(pl.DataFrame([{name: getattr(recipe, name) for name in columns} for recipe in recipes]))
     sketched, exact, cut = recipes[0].scores
     figures["sample"] = Picture(agreement_scatter(sketched, exact, cut=cut), "sketched and exact scores")
-    worst = min(recipes, key=lambda each: each.overlap)
+    worst = min(recipes, key=lambda recipe: recipe.overlap)
     figures["expected_overlap"] = worst.overlap  # by itself, so that the UI plots it
     return Verdict(
         worst.overlap >= OVERLAP_LIMIT,

@@ -48,9 +48,9 @@ def evaluate(work: StepInputs) -> StepResult:
         if _takes_validation(work.project, recipe_key, member):
             progress = work.progress(0, "validation examples")
             judged.append(validate(work, member, model, tokenizer, progress))
-        for found in judged:
-            samples.append(found.samples.with_columns(pl.lit(member.name).alias("task")))
-            metrics.append(found.metrics.with_columns(pl.lit(member.name).alias("task")))
+        for judgement in judged:
+            samples.append(judgement.samples.with_columns(pl.lit(member.name).alias("task")))
+            metrics.append(judgement.metrics.with_columns(pl.lit(member.name).alias("task")))
     if not metrics:
         return StepResult({"evaluated": False})
     write_parquet(work.folder, SAMPLES, pl.concat(samples))

@@ -33,10 +33,10 @@ def _look_for_evaluation(lineage: Lineage, _: str, models: ModelLoader, log: Log
     for shard in lineage.shards():
         table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "messages", "status"])
         rows = table.filter(status="ok").select("example_id", "messages").rows()
-        for each in evaluated.values():
-            each.look_up(rows)
-    found = {task: each.found() for task, each in evaluated.items()}
-    bad = {task: overlap for task, overlap in found.items() if overlap.shared}
+        for task_overlap in evaluated.values():
+            task_overlap.look_up(rows)
+    overlaps = {task: task_overlap.found() for task, task_overlap in evaluated.items()}
+    bad = {task: overlap for task, overlap in overlaps.items() if overlap.shared}
     said = "; ".join(
         f"{task}: {overlap.shared:,} pool rows overlap with {overlap.evaluated:,} evaluated ones "
         f"({overlap.exact:,} are the same)"
@@ -46,7 +46,7 @@ def _look_for_evaluation(lineage: Lineage, _: str, models: ModelLoader, log: Log
     table = pl.DataFrame(pairs, schema=["task", "pool_row", "evaluation_row"], orient="row")
     return Verdict(
         not bad,
-        said or f"No overlap with the evaluation of {', '.join(found) or 'any task (none could be read)'}.",
+        said or f"No overlap with the evaluation of {', '.join(overlaps) or 'any task (none could be read)'}.",
         {"overlaps": Table(table.head(TABLE_ROWS))} if bad else {},
     )
 

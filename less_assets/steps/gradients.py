@@ -141,12 +141,12 @@ def close_datastore(work: StepInputs) -> StepResult:
     sketches: dict[str, str] = {}
     for shard in work.lineage.shards():
         key = f"{checkpoint}|{shard}"
-        found = work.lineage.summary("train_gradients", key)
-        require_same_sketch(sketches, f"train_gradients {key}", found["sketch_digest"])
+        shard_summary = work.lineage.summary("train_gradients", key)
+        require_same_sketch(sketches, f"train_gradients {key}", shard_summary["sketch_digest"])
         open_features(work.lineage.folder("train_gradients", key), FEATURES)
-        rows[shard] = found["rows"]
-        usable += found["usable"]
-        loss_tokens += found["loss_tokens"]
+        rows[shard] = shard_summary["rows"]
+        usable += shard_summary["usable"]
+        loss_tokens += shard_summary["loss_tokens"]
     summary = {
         "shards": len(rows),
         "rows": sum(rows.values()),

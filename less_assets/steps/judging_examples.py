@@ -109,8 +109,8 @@ def answers_of_another_form(task: Task) -> str | None:
 
     if task.evaluation is None or task.evaluation.harness is not None or task.examples is None:
         return None
-    targets = median(len(each.completion) for each in read_targets(task.examples.format, task.examples.path))
-    answers = median(len(each.completion) for each in evaluation_examples(task))
+    targets = median(len(example.completion) for example in read_targets(task.examples.format, task.examples.path))
+    answers = median(len(example.completion) for example in evaluation_examples(task))
     ratio = max(targets, answers) / max(1, min(targets, answers))
     if ratio < OTHER_FORM or max(targets, answers) <= SHORT_ANSWER:
         return None

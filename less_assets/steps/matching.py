@@ -42,7 +42,7 @@ def select_by_matching(
 
     reaching = [select_by_score(scored, budget.times(REACH), order) for order in ("mean", "round_robin")]
     summary = reaching[0].summary
-    rows = _candidates(scored, set(pl.concat([found.table["example_id"] for found in reaching])))
+    rows = _candidates(scored, set(pl.concat([subset.table["example_id"] for subset in reaching])))
     limit = budget.rows_of(summary.usable)
     in_tokens = limit is None
     whole = int(budget.amount) if limit is None else limit
@@ -108,10 +108,10 @@ def _vectors(work: StepInputs, recipe: ResolvedRecipe, rows: pl.DataFrame) -> np
     progress = work.progress(rows.height, "candidates")
     vectors: np.ndarray | None = None
     for (shard,), part in rows.with_row_index("place").sort("shard", "row").group_by("shard", maintain_order=True):
-        found = vectors_of_rows(work.lineage, weights, str(recipe.form), str(shard), part["row"].to_numpy(), dimension)
+        stored = vectors_of_rows(work.lineage, weights, str(recipe.form), str(shard), part["row"].to_numpy(), dimension)
         if vectors is None:
-            vectors = np.empty((rows.height, found.shape[1]), dtype=np.float32)
-        vectors[part["place"].to_numpy()] = found
+            vectors = np.empty((rows.height, stored.shape[1]), dtype=np.float32)
+        vectors[part["place"].to_numpy()] = stored
         progress(part.height)
     assert vectors is not None
     return vectors

@@ -55,7 +55,7 @@ class Measurement:
             name, _, _ = works[0].name.partition(" ")
             together = replace(works[0], name=f"{name} {', '.join(new)}")
             tables, units = self.measure(together, new)
-        found = {}
+        results = {}
         for work in works:
             task, rows = work.partition, samples[work.partition].select("example_id")
             measured = new[task].height if task in new else 0
@@ -65,8 +65,8 @@ class Measurement:
                 [table for table in (known[task], tables.get(task)) if table is not None and table.height]
             )
             values = rows.join(every, on="example_id", how="left", maintain_order="left")
-            found[task] = (values, units.get(task, 0))
-        return found
+            results[task] = (values, units.get(task, 0))
+        return results
 
     def _known(self, work: StepInputs) -> pl.DataFrame:
         """The rows that the last artifact of a task has measured in just this way."""

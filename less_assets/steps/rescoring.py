@@ -130,12 +130,12 @@ def score_rows_exactly(
         every = [example for encoded, _ in targets.values() for example in encoded]
         batching = loaded.batching(settings, max(len(example.input_ids) for example in [*examples, *every]))
         for tasks in _fitting_together(targets, settings.directions_limit // (4 * loaded.parameters)):
-            wanted = sorted({place for task in tasks for place in places[task]})
+            wanted = sorted({row for task in tasks for row in places[task]})
             labels = [(task, subtask) for task in tasks for subtask in targets[task][1]]
             for rule in rules:
-                found, influence = exact_influence(
+                compared, influence = exact_influence(
                     loaded.model,
-                    [examples[place] for place in wanted],
+                    [examples[row] for row in wanted],
                     [example for task in tasks for example in targets[task][0]],
                     labels,
                     rule=rule,
@@ -148,12 +148,12 @@ def score_rows_exactly(
                 )
                 for task in tasks:
                     own_rows = np.searchsorted(wanted, places[task])
-                    columns = [column for column, (name, _) in enumerate(found) if name == task]
+                    columns = [column for column, (name, _) in enumerate(compared) if name == task]
                     for form in forms:
                         scores[task][form, rule][checkpoint] = influence[form][own_rows][:, columns]
     exact = {}
     for task, (encoded, subtasks) in targets.items():
-        row_tokens = total_tokens(examples[place] for place in places[task])
+        row_tokens = total_tokens(examples[row] for row in places[task])
         passed = len(rules) * row_tokens + target_passes * total_tokens(encoded)
         tokens = len(weights) * passed
         exact[task] = ExactScores(sorted(set(subtasks)), weights, scores[task], row_tokens, tokens)

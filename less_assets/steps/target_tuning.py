@@ -61,13 +61,13 @@ def measure_losses(work: StepInputs) -> StepResult:
 
     shard, task = split(work.partition)
     examples = encode_shard(work, shard)
-    places = [place for place, example in enumerate(examples) if example and example.loss_tokens]
-    usable = [examples[place] for place in places]
+    places = [number for number, example in enumerate(examples) if example and example.loss_tokens]
+    usable = [examples[number] for number in places]
     model = work.models.tuned_on_targets(work.lineage, task)
     # As the base model's losses are taken: a fall must not come from another way of batching.
-    found = embed(model, usable, on_progress=work.progress(len(usable), "rows")).losses
+    measured = embed(model, usable, on_progress=work.progress(len(usable), "rows")).losses
     losses = np.full(len(examples), np.nan, dtype=np.float32)
-    losses[places] = found
+    losses[places] = measured
     ids = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id"])
     write_parquet(work.folder, LOSSES, ids.with_columns(pl.Series("loss", losses)))
     tokens = total_tokens(usable)
@@ -75,7 +75,7 @@ def measure_losses(work: StepInputs) -> StepResult:
         "rows": len(examples),
         "usable": len(usable),
         "tokens": tokens,
-        "mean_loss": float(found.mean()) if usable else None,
+        "mean_loss": float(measured.mean()) if usable else None,
     }
     return StepResult(summary, units=tokens)
 

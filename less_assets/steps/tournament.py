@@ -215,7 +215,7 @@ def judging_number(random_pilots: Sequence[pl.DataFrame], guessing: Mapping[str,
     from less_assets.method.selection.tournament import can_tell_apart
 
     scores = [_values(table, VALIDATION_SCORE) for table in random_pilots]
-    if any(len(found) < table.height for found, table in zip(scores, random_pilots, strict=True)):
+    if any(len(graded) < table.height for graded, table in zip(scores, random_pilots, strict=True)):
         return VALIDATION_LOSS
     chance = float(np.mean([guessing[task] for task in random_pilots[0]["task"]]))
     return VALIDATION_SCORE if can_tell_apart(np.stack(scores), chance) else VALIDATION_LOSS

@@ -139,17 +139,17 @@ def adopt_checkpoint(work: StepInputs) -> StepResult:
     from less_assets.method.training.imported_checkpoint import import_checkpoint
 
     settings = work.project.warmup
-    place = work.project.checkpoints.index(work.partition)
+    number = work.project.checkpoints.index(work.partition)
     rates = settings.mean_learning_rates
     model, _ = work.models.base()
-    source = Path(settings.imported[place])  # type: ignore[index]
+    source = Path(settings.imported[number])  # type: ignore[index]
     with tempfile.TemporaryDirectory(prefix="less-assets-") as temporary:
         checkpoint = import_checkpoint(
             source,
             model,
             Path(temporary) / work.partition,
-            epoch=place + 1,
-            mean_learning_rate=rates[place] if rates else None,
+            epoch=number + 1,
+            mean_learning_rate=rates[number] if rates else None,
         )
         imported = read_state(checkpoint.folder)["imported"]
         copy_files(checkpoint.folder, work.folder)

@@ -365,7 +365,7 @@ class ChatTemplate:
             alone = _Skeleton(("",), ())
         last = alone.segments[-1]
         shared = self._common(segment, last)
-        ends = [found.end() for found in self._first_special.finditer(segment, offset) if found.end() <= shared]
+        ends = [token.end() for token in self._first_special.finditer(segment, offset) if token.end() <= shared]
         if ends:
             return ends[-1]
         first = self._first_special.search(segment, offset)
@@ -378,9 +378,9 @@ class ChatTemplate:
         length = next(
             (i for i, (one, two) in enumerate(zip(text, other, strict=False)) if one != two), min(len(text), len(other))
         )
-        for found in self._first_special.finditer(text):
-            if found.start() < length < found.end():
-                return found.start()
+        for token in self._first_special.finditer(text):
+            if token.start() < length < token.end():
+                return token.start()
         return length
 
 

@@ -29,7 +29,7 @@ def folds_of(subtasks: Sequence[str], folds: int) -> np.ndarray:
             where="validation.folds",
             fix=f"ask for at most {len(subtasks)} folds" if len(subtasks) > 1 else "give a file of validation examples",
         )
-    found = np.empty(len(subtasks), dtype=np.int64)
+    fold_of = np.empty(len(subtasks), dtype=np.int64)
     # Counting goes on from one subtask to the next: with one example each, they are spread over the folds.
-    found[np.argsort(np.asarray(subtasks), kind="stable")] = np.arange(len(subtasks)) % folds
-    return found
+    fold_of[np.argsort(np.asarray(subtasks), kind="stable")] = np.arange(len(subtasks)) % folds
+    return fold_of

@@ -99,5 +99,5 @@ def scores_of_rows(scores: ExternalScores, rows: pl.DataFrame) -> np.ndarray:
         float32 (n,); NaN, which never ranks, for rows that the file does not score.
     """
     keys = rows.select(pl.col("example_id", "source"), pl.col("row").cast(pl.Int64)).select(scores.key)
-    found = keys.join(scores.table, on=list(scores.key), how="left", maintain_order="left")
-    return found["score"].fill_null(float("nan")).to_numpy()
+    matched = keys.join(scores.table, on=list(scores.key), how="left", maintain_order="left")
+    return matched["score"].fill_null(float("nan")).to_numpy()

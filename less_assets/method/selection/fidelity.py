@@ -388,8 +388,8 @@ def step_effects(
     rows_of = [np.flatnonzero(np.array(task_of) == task) for task in tasks]
 
     def losses() -> np.ndarray:
-        found, _ = held_out_loss(model, every, token_budget=batching.token_budget)
-        return np.array([found[rows].mean() for rows in rows_of])
+        losses, _ = held_out_loss(model, every, token_budget=batching.token_budget)
+        return np.array([losses[rows].mean() for rows in rows_of])
 
     real = np.empty((len(examples), len(tasks)))
     with _trainable_adapter(model, moments) as step:
@@ -403,11 +403,11 @@ def step_effects(
     norms = np.linalg.norm(mean, axis=1)
     return {
         task: StepEffects(
-            real[:, place],
-            predicted[:, place],
-            {form: exact.cosines(form)[:, place] / norms[place] for form in forms},
+            real[:, column],
+            predicted[:, column],
+            {form: exact.cosines(form)[:, column] / norms[column] for form in forms},
         )
-        for place, task in enumerate(tasks)
+        for column, task in enumerate(tasks)
     }
 
 

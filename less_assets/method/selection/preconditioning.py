@@ -46,7 +46,7 @@ def precondition(directions: np.ndarray, sample: np.ndarray, damping: float) -> 
     # n·λ = damping, since λ = damping / n.
     gram = (units @ units.T).astype(np.float64) + damping * np.eye(count)
     inside = np.linalg.solve(gram, (units @ directions.T).astype(np.float64))
-    found = directions.astype(np.float64) - inside.T @ units
-    lengths = np.linalg.norm(directions, axis=1, keepdims=True) / np.linalg.norm(found, axis=1, keepdims=True)
-    scaled: np.ndarray = (found * lengths).astype(np.float32)
+    solved = directions.astype(np.float64) - inside.T @ units
+    lengths = np.linalg.norm(directions, axis=1, keepdims=True) / np.linalg.norm(solved, axis=1, keepdims=True)
+    scaled: np.ndarray = (solved * lengths).astype(np.float32)
     return scaled

@@ -86,8 +86,8 @@ def estimate_recall(
     taken = select_from_sample(competing, queues, len(selected))
     missed = int((taken["example_id"].cast(pl.Int64) >= len(selected)).sum())
     fewest, most = _interval(missed, dropped, sampled)
-    found = (1 - rows / len(selected) for rows in (missed, min(most, len(selected)), fewest))
-    return Recall(*found)
+    shares = (1 - rows / len(selected) for rows in (missed, min(most, len(selected)), fewest))
+    return Recall(*shares)
 
 
 def _interval(missed: int, dropped: int, sampled: int) -> tuple[float, float]:
