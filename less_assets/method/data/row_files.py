@@ -229,6 +229,14 @@ def dialect_of(path: str, dialect: SourceDialect = "auto") -> DialectName | None
     return "comma" if kind == "csv" else "tab"
 
 
+def row_rule(path: str, dialect: SourceDialect = "auto") -> str | None:
+    """What decides where the rows of a text file begin; None for other files, which say it themselves.
+
+    A file that was looked at under another rule must be looked at again.
+    """
+    return dialect_of(path, dialect) or ("any line end" if _KINDS.get(_suffix(path)) == "jsonl" else None)
+
+
 def count_rows(path: str, dialect: SourceDialect = "auto") -> int:
     """Return the number of physical rows of a file, blank and broken ones included, as `read_raw` yields them.
 
@@ -260,8 +268,8 @@ def read_raw(
 ) -> Iterator[RawRow]:
     r"""Yield the rows `first_row`, … of a file, in order, holding a few rows in memory at a time.
 
-    Lines of JSON end at `\n` only: U+2028 and its kin inside strings are data. In CSV files the first record is the
-    header, a quoted field may span lines, and a `\r` outside quotes ends a record, too.
+    Lines end at `\n`, `\r\n` or `\r`: in JSON none of them stands inside a string, while U+2028 and its kin there are
+    data. In CSV files the first record is the header, and a quoted field may span lines.
 
     Args:
         path: Local path or fsspec URL; `.jsonl`, `.ndjson`, `.json` (one object a line), `.csv`, `.tsv`, `.parquet`,

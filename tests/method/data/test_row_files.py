@@ -62,26 +62,52 @@ def range_digests(path: str, ranges: list[tuple[int, int]]) -> list[str]:
 # ---- JSON lines ----
 
 json_line = st.one_of(
-    st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")),
+    st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"").replace(b"\r", b"")),
     st.dictionaries(st.text(max_size=3), st.text(max_size=8), max_size=3).map(
         lambda record: json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
     ),
-    st.sampled_from([b"", b"  ", b"\r", b"{}", b"[1]", b"null", b'{"a": "\xe2\x80\xa8"}', b"[" * 5000]),
+    st.sampled_from([b"", b"  ", b"{}", b"[1]", b"null", b'{"a": "\xe2\x80\xa8"}', b"[" * 5000]),
 )
 
 
-@given(lines=st.lists(json_line, max_size=8), ending=st.sampled_from([b"", b"\n"]))
-def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, ending):
-    assume(not re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\Z)", b"\n".join(lines)))  # one array of objects: refused
-    path = write(folder / "any.jsonl", b"\n".join(lines) + ending)
-    rows = assert_every_range_agrees(path)
-    content = b"\n".join(lines) + ending
-    expected = content.split(b"\n")[: -1 if content.endswith(b"\n") or not content else None]
+@given(
+    lines=st.lists(json_line, max_size=8),
+    line_end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    last_ends=st.booleans(),
+    limit=st.integers(10, 60),
+)
+def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, line_end, last_ends, limit):
+    content = line_end.join(lines) + line_end * last_ends
+    assume(not re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\Z)", content))  # one array of objects: refused
+    path = write(folder / "any.jsonl", content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        rows = assert_every_range_agrees(path)
+    expected = content.split(line_end)[: -1 if content.endswith(line_end) or not content else None]
     assert len(rows) == len(expected)
     expected[:1] = [first.removeprefix(b"\xef\xbb\xbf") for first in expected[:1]]
     for row, line in zip(rows, expected, strict=True):
-        assert (row.status == "blank") == (not line.strip())
-        assert (row.record is not None) == (row.status == "ok")
+        if row.status != "too_large":
+            assert (row.status == "blank") == (not line.strip())
+            assert (row.record is not None) == (row.status == "ok")
+
+
+@given(st.lists(st.sampled_from([b'{"a": 1}', b"\r", b"\n", b"{", b"\xff"]), max_size=12), st.integers(10, 30))
+def test_mixed_line_ends_in_jsonl_give_the_lines_of_an_editor(folder, parts, limit):
+    path = write(folder / "mixed.jsonl", b"".join(parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        rows = assert_every_range_agrees(path)
+    lines = b"".join(parts).splitlines()
+    assert len(rows) == len(lines)
+    good = {number for number, line in enumerate(lines, start=1) if line == b'{"a": 1}'}
+    assert {row.number for row in rows if row.record is not None} == good
+
+
+def test_jsonl_with_bare_carriage_returns_is_read_and_counts_its_lines(folder):
+    rows = assert_every_range_agrees(write(folder / "mac.jsonl", b'{"a": "x\\ry"}\r\r{"a": \r{"a": 2}\r'))
+    assert [(row.number, row.status) for row in rows] == [(1, "ok"), (2, "blank"), (3, "invalid_json"), (4, "ok")]
+    assert rows[0].record == {"a": "x\ry"}
 
 
 def test_separators_inside_strings_are_data_and_broken_lines_keep_their_place(folder):
