@@ -120,12 +120,13 @@ def look_into(path: str) -> FoundFiles:
     A folder that Hugging Face's `save_to_disk` has written is read through the Arrow files that its `state.json` names.
 
     Args:
-        path: A file, a folder (its data files, not those of subfolders) or a glob pattern; local or any fsspec URL such
-            as `s3://…`, `hf://datasets/…` or `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative
-            if given so.
+        path: A file, a folder (its own data files; without any, those of its one subfolder that has some, as in the
+            Hub's `data/`) or a glob pattern; local or any fsspec URL such as `s3://…`, `hf://datasets/…` or
+            `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative if given so.
 
     Raises:
-        PoolFormatError: If there is no such file, none that matches, or if a folder holds several splits.
+        PoolFormatError: If there is no such file, none that matches, or if a folder holds several splits or several
+            subfolders with data.
     """
     with _reading(path):
         filesystem, stripped = fsspec.url_to_fs(path)
@@ -139,16 +140,40 @@ def look_into(path: str) -> FoundFiles:
             paths = glob.glob(f"{glob.escape(path.rstrip('/'))}/*" if is_folder else path, recursive=True)
         shards = _saved_shards(filesystem, stripped) if is_folder else None
         files = sorted(file for file in paths if _is_data(file) and (shards is None or _name(file) in shards))
+        others = sorted(set(paths) - set(files))
         if is_folder:
-            _refuse_several_splits(path, files, sorted(set(paths) - set(files)))
+            below = [] if files else _folders_with_data(filesystem, others)
+            _refuse_several_splits(path, files or below)
+            if len(below) == 1:
+                inner = look_into(below[0])
+                others = [*(other for other in others if other not in below), *inner.skipped]
+                files = inner.files
+            elif below:
+                raise PoolFormatError(
+                    "The folder has no data file of its own, and several subfolders with some.",
+                    where=path,
+                    fix=f"write which one is meant: {', '.join(f'`{folder}`' for folder in below)}; "
+                    "if all are, give each a source of its own",
+                )
         if not files:
             raise PoolFormatError(
                 "No data file found.",
                 where=path,
                 fix="give a .jsonl, .csv, .tsv, .parquet or .arrow file, a folder or a pattern",
             )
-        skipped = sorted(file for file in set(paths) - set(files) if not filesystem.isdir(fsspec.url_to_fs(file)[1]))
+        skipped = sorted(file for file in others if not filesystem.isdir(fsspec.url_to_fs(file)[1]))
     return FoundFiles(files, skipped)
+
+
+def _folders_with_data(filesystem: fsspec.AbstractFileSystem, paths: list[str]) -> list[str]:
+    """Those of the paths that are folders with a data file in them or below; hidden ones do not count."""
+    folders = []
+    for path in paths:
+        stripped = fsspec.url_to_fs(path)[1]
+        if not _name(path).startswith((".", "__")) and filesystem.isdir(stripped):
+            if any(_is_data(file) for file in filesystem.find(stripped)):
+                folders.append(path)
+    return folders
 
 
 def _is_data(path: str) -> bool:
@@ -172,23 +197,21 @@ def _saved_shards(filesystem: fsspec.AbstractFileSystem, folder: str) -> set[str
     return {str(shard["filename"]) for shard in shards} if shards else None
 
 
-def _refuse_several_splits(path: str, files: list[str], others: list[str]) -> None:
+def _refuse_several_splits(path: str, names: list[str]) -> None:
     """Refuse a folder whose files, or whose subfolders in place of files, are of several splits."""
-    names = files or [other for other in others if _split(other) and not _suffix(other)]
     splits: dict[str, str] = {}
     for name in names:
         if split := _split(name):
-            splits.setdefault(_SPLITS[split[0]], split[1] + ("/*" if not files else ""))
+            splits.setdefault(_SPLITS[split[0]], split[1])
     unnamed = [_name(name) for name in names if not _split(name)]
     if unnamed and splits.keys() & {"validation", "test"}:  # which of them the pool is, is not known
         splits["files of no split"] = unnamed[0]
-    if len(splits) > 1 or (splits and not files):
+    if len(splits) > 1:
         inner, chain, archive = path.partition("::")
         folder = inner.rstrip("/")
         patterns = ", ".join(f"`{folder}/{pattern}{chain}{archive}`" for _, pattern in sorted(splits.items()))
         raise PoolFormatError(
-            f"The folder holds {'several splits' if len(splits) > 1 else 'a split in a folder of its own'}: "
-            f"{', '.join(sorted(splits))}; a pool is made of one of them.",
+            f"The folder holds several splits: {', '.join(sorted(splits))}; a pool is made of one of them.",
             where=path,
             fix=f"write which one is meant: {patterns}",
         )

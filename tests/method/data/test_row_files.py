@@ -407,22 +407,53 @@ def test_arrow_files_of_both_kinds_give_the_rows_and_digests_of_parquet(tmp_path
     [
         (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-0.parquet"], ["test*", "train*"]),
         (["chat.train.jsonl", "chat.dev.jsonl"], ["chat.dev*", "chat.train*"]),
-        (["train/a.arrow", "validation/a.arrow", "dataset_dict.json"], ["train/*", "validation/*"]),
-        (["train/a.arrow"], ["train/*"]),
+        (["train/a.arrow", "validation/a.arrow", "dataset_dict.json"], ["train", "validation"]),
+        (["data/train-00000-of-00001.parquet", "data/test-0.parquet", "README.md"], ["data/test*", "data/train*"]),
+        (["default/train/0.parquet", "default/test/0.parquet"], ["default/train", "default/test"]),
         (["pool.jsonl", "held-out.jsonl"], ["held-out*", "pool.jsonl"]),
         (["a.jsonl", "test.jsonl"], ["a.jsonl", "test*"]),
     ],
 )
 def test_a_folder_of_several_splits_needs_a_pattern(tmp_path, names, patterns):
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(PoolFormatError, match="split") as refused:
+    with pytest.raises(PoolFormatError, match="several splits") as refused:
         list_files(str(tmp_path))
     for pattern in patterns:
         written = f"{tmp_path}/{pattern}"
         assert f"`{written}`" in refused.value.fix
         assert list_files(written)
+
+
+@pytest.mark.parametrize(
+    ("data", "other"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], ["README.md", "data/notes.txt"]),
+        (["data/train-a.jsonl", "data/train-b.jsonl"], [".cache/old.jsonl", "empty/notes.txt", "dataset_infos.json"]),
+        (["default/train/0000.parquet"], ["default/README.md"]),
+        (["train/a.arrow"], ["dataset_dict.json", "train/dataset_info.json"]),
+    ],
+)
+def test_data_in_the_one_subfolder_that_has_some_are_found(tmp_path, data, other):
+    memory = fsspec.filesystem("memory")
+    for name in [*data, *other]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+        memory.pipe(f"{tmp_path}/{name}", b"{}")
+    for folder in (str(tmp_path), f"memory://{tmp_path}"):
+        look = look_into(folder)
+        assert look.files == [f"{folder}/{name}" for name in data]
+        assert look.skipped == sorted(f"{folder}/{name}" for name in other if name[0] != "." and name[:5] != "empty")
+
+
+def test_data_in_several_subfolders_are_refused_with_the_paths_to_write(tmp_path):
+    for name in ("main/train-0.jsonl", "main/test-0.jsonl", "socratic/train-0.jsonl", "images/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(PoolFormatError, match="several subfolders") as refused:
+        list_files(str(tmp_path))
+    assert f"`{tmp_path}/main`, `{tmp_path}/socratic`; if all" in str(refused.value.fix)
 
 
 def test_a_folder_of_one_split_or_none_is_read_whole_and_names_what_it_skips(tmp_path):
