@@ -1,8 +1,8 @@
-"""Physical rows of data files (JSON lines, CSV, Parquet, Arrow): counting, reading a range, digests.
+"""Physical rows of data files (JSON lines and arrays, CSV, Parquet, Arrow): counting, reading a range, digests.
 
 Belongs here: finding and opening files, ranges of their rows. A broken row is reported with a reason and keeps its
-position. How bytes become rows is `text_rows.py` and `parquet_rows.py`; what a record means (formats, roles, turns)
-is the matter of `examples.py`.
+position. How bytes become rows is `text_rows.py`, `json_array.py` and `parquet_rows.py`; what a record means (formats,
+roles, turns) is the matter of `examples.py`.
 """
 
 import fnmatch
@@ -22,6 +22,7 @@ import fsspec
 import pyarrow as pa
 
 from less_assets.errors import PoolFormatError
+from less_assets.method.data.json_array import ArrayElements
 from less_assets.method.data.parquet_rows import (
     arrow_digests,
     count_arrow_rows,
@@ -30,9 +31,8 @@ from less_assets.method.data.parquet_rows import (
     read_arrow_rows,
     read_parquet_rows,
 )
-from less_assets.method.data.raw_rows import Place, RawRow
+from less_assets.method.data.raw_rows import BLOCK_BYTES, Place, RawRow
 from less_assets.method.data.text_rows import (
-    BLOCK_BYTES,
     BYTE_ORDER_MARK,
     CsvRecord,
     CsvRecords,
@@ -40,7 +40,7 @@ from less_assets.method.data.text_rows import (
     Lines,
     count_lines,
     read_csv_records,
-    read_json_lines,
+    read_json,
     repeated,
 )
 
@@ -170,9 +170,9 @@ def _folders_with_data(filesystem: fsspec.AbstractFileSystem, paths: list[str]) 
     folders = []
     for path in paths:
         stripped = fsspec.url_to_fs(path)[1]
-        if not _name(path).startswith((".", "__")) and filesystem.isdir(stripped):
-            if any(_is_data(file) for file in filesystem.find(stripped)):
-                folders.append(path)
+        hidden = _name(path).startswith((".", "__"))
+        if not hidden and filesystem.isdir(stripped) and any(map(_is_data, filesystem.find(stripped))):
+            folders.append(path)
     return folders
 
 
@@ -277,8 +277,8 @@ def count_rows(path: str, dialect: SourceDialect = "auto") -> int:
         if kind == "arrow":
             return count_arrow_rows(stream)
         if kind == "jsonl":
-            _refuse_json_array(path, stream)
-            return count_lines(stream)
+            lines = _json(path, stream)
+            return count_lines(stream) if isinstance(lines, Lines) else sum(1 for _ in lines)
         return sum(1 for _ in _csv(path, stream, dialect)[0])
 
 
@@ -295,8 +295,9 @@ def read_raw(
     data. In CSV files the first record is the header, and a quoted field may span lines.
 
     Args:
-        path: Local path or fsspec URL; `.jsonl`, `.ndjson`, `.json` (one object a line), `.csv`, `.tsv`, `.parquet`,
-            `.arrow` (IPC stream or file), the text formats also compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
+        path: Local path or fsspec URL; `.jsonl`, `.ndjson`, `.json` (one object a line, or one array of them), `.csv`,
+            `.tsv`, `.parquet`, `.arrow` (IPC stream or file), the text formats also compressed (`.gz`, `.bz2`,
+            `.xz`, `.zst`).
         first_row: Rows to leave out at the start (0-based index of the first row to yield).
         max_rows: At most so many rows; None: all.
         begins: Where `first_row` begins, a `Place` of `scan_ranges`; None: the rows before it are read and left out.
@@ -312,8 +313,7 @@ def read_raw(
         elif kind == "arrow":
             rows = read_arrow_rows(stream, first_row)
         elif kind == "jsonl":
-            _refuse_json_array(path, stream)
-            rows = read_json_lines(stream, first_row, begins)
+            rows = read_json(_json(path, stream), first_row, begins)
         else:
             records, header = _csv(path, stream, dialect)
             rows = read_csv_records(records, header.fields or [] if header else [], first_row, begins)
@@ -340,8 +340,8 @@ def scan_ranges(path: str, ranges: Sequence[tuple[int, int]], dialect: SourceDia
     r"""Return a digest of the content of each range of rows, and where it begins, in one pass over the file.
 
     Equal content gives equal digests wherever the rows stand, so the first range whose digest changed holds the first
-    edited row. JSON lines are hashed as bytes without their `\n`, CSV records as bytes together with the header
-    and the dialect, Parquet and Arrow rows by name and value.
+    edited row. JSON lines are hashed as bytes without their `\n`, elements of an array as bytes, CSV records as bytes
+    together with the header and the dialect, Parquet and Arrow rows by name and value.
 
     Args:
         path: Local path or fsspec URL.
@@ -378,7 +378,7 @@ def _row_digests(path: str, dialect: SourceDialect) -> Iterator[tuple[Iterator[b
         if kind in _BINARY:
             yield (parquet_digests if kind == "parquet" else arrow_digests)(stream), Place
         elif kind == "jsonl":
-            lines = Lines(stream)
+            lines = _json(path, stream)
             yield (line.digest for line in lines), lambda: lines.place
         else:
             records, header = _csv(path, stream, dialect)
@@ -448,12 +448,15 @@ def _csv(path: str, stream: io.BufferedIOBase, dialect: SourceDialect) -> tuple[
     return records, header
 
 
-def _refuse_json_array(path: str, stream: io.BufferedReader) -> None:
-    """Refuse a file that is one array of objects, by its beginning, whatever its name says."""
+def _json(path: str, stream: io.BufferedReader) -> Lines | ArrayElements:
+    """The lines of a file of JSON; the elements of one that is named `.json` and is an array."""
     start = stream.peek(4096).removeprefix(BYTE_ORDER_MARK)
-    if _ARRAY_OF_OBJECTS.match(start) or (_suffix(path) == ".json" and start.lstrip().startswith(b"[")):
+    if _suffix(path) == ".json" and start.lstrip().startswith(b"["):
+        return ArrayElements(stream, path)
+    if _ARRAY_OF_OBJECTS.match(start):
         raise PoolFormatError(
-            "This file is one JSON array; rows cannot be streamed from it.",
+            "This file is one JSON array, though its name says JSON lines.",
             where=path,
-            fix="""write one object a line, e.g. with `jq -c '.[]' file.json > file.jsonl`""",
+            fix="""name it .json, or write one object a line, e.g. with `jq -c '.[]' file.json > file.jsonl`""",
         )
+    return Lines(stream)

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from less_assets.method.data import raw_rows
-from less_assets.method.data.raw_rows import Place, RawRow, too_large
+from less_assets.method.data.json_array import ArrayElements
+from less_assets.method.data.raw_rows import BLOCK_BYTES, Line, Place, RawRow, too_large
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BLOCK_BYTES = 1 << 20
-"""What is read at once where rows do not matter."""
 
 DialectName = Literal["comma", "semicolon", "backslash", "tab", "tab_quoted"]
 
@@ -48,16 +47,6 @@ DIALECTS: dict[DialectName, Dialect] = {
     "tab_quoted": Dialect("\t"),
 }
 _ENDED_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line: its first `MAX_ROW_BYTES`, its size without line end, its quotation marks, the digest of all of it."""
-
-    content: bytes
-    size: int
-    quotes: int
-    digest: bytes
 
 
 class Lines:
@@ -152,9 +141,8 @@ def count_lines(stream: io.BufferedIOBase) -> int:
     return lines + (not last.endswith((b"\n", b"\r")))
 
 
-def read_json_lines(stream: io.BufferedIOBase, first_row: int, begins: tuple[int, int] | None) -> Iterator[RawRow]:
-    """The rows from `first_row` on; `begins` says where that is, if it is known."""
-    lines = Lines(stream)
+def read_json(lines: Lines | ArrayElements, first_row: int, begins: tuple[int, int] | None) -> Iterator[RawRow]:
+    """The rows from `first_row` on, one of each line or element; `begins` says where that is, if it is known."""
     _skip(lines, first_row, begins)
     for index, line in enumerate(lines, start=first_row + 1):
         if line.size > raw_rows.MAX_ROW_BYTES:
@@ -162,10 +150,10 @@ def read_json_lines(stream: io.BufferedIOBase, first_row: int, begins: tuple[int
         elif not line.content.strip():
             yield RawRow(index, None, "blank")
         else:
-            yield _parse_json_line(index, line.content)
+            yield _parse_json(index, line.content)
 
 
-def _skip(rows: Lines | CsvRecords, count: int, begins: tuple[int, int] | None) -> None:
+def _skip(rows: Lines | ArrayElements | CsvRecords, count: int, begins: tuple[int, int] | None) -> None:
     """Leave out so many rows: go to where they end, if that is known."""
     if begins is not None:
         rows.skip_to(begins)
@@ -174,11 +162,11 @@ def _skip(rows: Lines | CsvRecords, count: int, begins: tuple[int, int] | None) 
             pass
 
 
-def _parse_json_line(number: int, line: bytes) -> RawRow:
+def _parse_json(number: int, line: bytes) -> RawRow:
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_equal_names)
     except UnicodeDecodeError as error:
-        return RawRow(number, None, "invalid_utf8", f"byte {line[error.start]:#04x} at byte {error.start} of the line")
+        return RawRow(number, None, "invalid_utf8", f"byte {line[error.start]:#04x} at byte {error.start} of the row")
     except (ValueError, RecursionError) as error:
         return RawRow(
             number, None, "invalid_json", f"{error}" if isinstance(error, ValueError) else "nested too deeply"

@@ -20,7 +20,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from less_assets.errors import PoolFormatError
-from less_assets.method.data import raw_rows
+from less_assets.method.data import json_array, raw_rows
 from less_assets.method.data.row_files import (
     count_rows,
     file_digest,
@@ -172,16 +172,129 @@ def test_memory_does_not_grow_with_the_file(folder):
     assert peak < 5_000_000
 
 
-def test_a_json_array_is_refused_with_advice(folder):
-    path = write(folder / "array.json", b' [{"a": 1}]')
+def test_a_json_array_named_as_json_lines_is_refused_with_advice(folder):
     pretty = write(folder / "pretty.jsonl.gz", gzip.compress(b'\xef\xbb\xbf[\n  {\n "a": 1}\n]'))
     case = CASES / "array-in-jsonl" / "pool.jsonl"
-    for array in (path, pretty, str(case)):
-        for read in (count_rows, lambda name: list(read_raw(name))):
-            with pytest.raises(PoolFormatError, match="one JSON array"):
+    for array in (pretty, str(case)):
+        for read in (count_rows, lambda name: list(read_raw(name)), lambda name: range_digests(name, [(0, 1)])):
+            with pytest.raises(PoolFormatError, match="one JSON array") as refused:
                 read(array)
+            assert "jq -c '.[]'" in str(refused.value.fix)
     assert [row.status for row in read_raw(write(folder / "a.jsonl", b'[1]\n{"a": 2}\n'))] == ["wrong_type", "ok"]
     assert len(list(read_raw(write(folder / "lines.json", b'{"a": 1}\n{"a": 2}\n')))) == 2
+
+
+# ---- JSON arrays ----
+
+json_value = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('ab"\\[]{},\n\u2028é'), max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('a"\\[{,', max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    elements=st.lists(json_value, max_size=6),
+    indent=st.sampled_from([None, 2]),
+    ascii=st.booleans(),
+    block=st.integers(5, 40),
+    limit=st.integers(8, 60),
+    compress=st.booleans(),
+)
+def test_any_json_array_is_read_counted_and_sliced_alike(folder, elements, indent, ascii, block, limit, compress):
+    content = b"\xef\xbb\xbf " + json.dumps(elements, indent=indent, ensure_ascii=ascii).encode() + b" \n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        patch.setattr(json_array, "BLOCK_BYTES", block)
+        written = zstandard.ZstdCompressor().compress(content) if compress else content
+        path = write(folder / f"any.json{'.zst' * compress}", written)
+        rows = assert_every_range_agrees(path)
+        digests = range_digests(path, [(number, 1) for number in range(len(rows))])
+        patch.setattr(json_array, "BLOCK_BYTES", 1 << 20)
+        assert range_digests(path, [(number, 1) for number in range(len(rows))]) == digests
+    assert len(rows) == len(elements)
+    for row, element in zip(rows, elements, strict=True):
+        if row.status != "too_large":
+            assert (row.status, row.record) == (("ok", element) if isinstance(element, dict) else ("wrong_type", None))
+
+
+@given(st.binary(max_size=60), st.integers(3, 20))
+def test_any_bytes_as_a_json_array_are_counted_and_sliced_alike_or_refused(folder, content, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "BLOCK_BYTES", block)
+        path = write(folder / "bytes.json", b"[" + content)
+        try:
+            count_rows(path)
+        except PoolFormatError:
+            with pytest.raises(PoolFormatError):
+                list(read_raw(path))
+        else:
+            assert_every_range_agrees(path)
+
+
+def test_a_broken_element_of_an_array_has_its_reason_and_spoils_no_other(folder):
+    elements = [
+        b'{"a": 1}',
+        b'{"a": }',
+        b'{"a": "\xff"}',
+        b'{"a": 1, "a": 2}',
+        b"7",
+        b"",
+        b'{"a": 2}{"a": 3}',
+        b'{"a": 4}',
+    ]
+    rows = assert_every_range_agrees(write(folder / "broken.json", b"[" + b",\n".join(elements) + b"]"))
+    assert [row.status for row in rows] == [
+        "ok",
+        "invalid_json",
+        "invalid_utf8",
+        "invalid_json",
+        "wrong_type",
+        "blank",
+        "invalid_json",
+        "ok",
+    ]
+    assert assert_every_range_agrees(write(folder / "empty.json", b"[\n]\n")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'[{"a": 1}, {"a": 2}', "element 2 is cut off"),
+        (b'[{"a": 1}, {"a": "2}]', "element 2 is cut off"),
+        (b'[{"a": 1}, {"a": [2}, {"a": 3}]', "element 2 is cut off"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "ends after element 1, and something follows"),
+        (b"[", "element 1 is cut off"),
+    ],
+)
+def test_an_array_that_is_not_whole_is_refused(folder, content, what):
+    path = write(folder / "part.json", content)
+    for read in (count_rows, lambda name: list(read_raw(name)), lambda name: range_digests(name, [(0, 9)])):
+        with pytest.raises(PoolFormatError, match=what):
+            read(path)
+
+
+def test_appended_elements_leave_earlier_ranges_as_they_were(folder):
+    short = write(folder / "short.json", b'[\n {"a": 1},\n {"a": 2}\n]\n')
+    long = write(folder / "long.json", b'[\n {"a": 1},\n {"a": 2},\n {"a": 3}\n]\n')
+    assert range_digests(short, [(0, 2)]) == range_digests(long, [(0, 2)])
+    assert range_digests(short, [(0, 3)]) != range_digests(long, [(0, 3)])
+
+
+def test_memory_does_not_grow_with_an_array(folder):
+    row = json.dumps({"a": "x" * 1000}).encode()
+    giant = b'{"a": "' + b"y" * 12_000_000 + b'"}'
+    path = write(folder / "big.json", b"[" + b", ".join([row] * 5000 + [giant] + [row] * 5000) + b"]")
+    tracemalloc.start()
+    statuses = {}
+    for each in read_raw(path):
+        statuses[each.status] = statuses.get(each.status, 0) + 1
+    digests = range_digests(path, [(0, 5000), (5000, 1), (5001, 5000)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert statuses == {"ok": 10_000, "too_large": 1}
+    assert digests[0] == digests[2] != digests[1]
+    assert peak < 8_000_000
 
 
 # ---- CSV ----
