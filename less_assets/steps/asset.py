@@ -33,6 +33,7 @@ class Check:
         loads_model: Whether it takes the place of an asset that loads a model.
         explains: Whether `less-assets run` makes it after the models, as it does assets that explain. Only checks of
             assets that are made in ranges can wait.
+        needed_by: Which projects it exists in.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Check:
     judge: Callable[[Lineage, str, ModelLoader, Log], Verdict]
     loads_model: bool = False
     explains: bool = False
+    needed_by: Callable[[Project], bool] = lambda project: True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -257,6 +257,7 @@ prefilter_loses_little = Check(
     "prefilter_loses_little",
     "Most of the rows that gradients of the whole pool would select are left by the prefilter.",
     check_recall,
+    needed_by=lambda project: project.prefilter is not None,
 )
 not_worse_than_base = Check(
     "not_worse_than_base",
