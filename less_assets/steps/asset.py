@@ -13,6 +13,7 @@ from less_assets.compute.speeds import Guess
 from less_assets.compute.step import Compute, ComputeTogether, Log
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Declaration, Keys, Lineage
+from less_assets.project.project import Project
 from less_assets.steps.shown import Describe, Verdict, only_figures
 
 ROW_COLUMNS = {"example_id": ["example_id"], "source": ["source"]}
@@ -102,3 +103,7 @@ class Asset(Declaration):
     rehearsal_seconds: Callable[[Lineage, Keys], float | None] | None = None
     known_figures: Callable[[Lineage, Keys], Mapping[str, JsonValue]] = lambda lineage, keys: {}
     columns_from: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+
+    def checks_in(self, project: Project) -> list[Check]:
+        """Its checks that a project has."""
+        return [check for check in self.checks if check.needed_by(project)]

@@ -149,7 +149,7 @@ def check_recall(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> V
     """Whether the prefilter has left most of a selection (partition key `recipe|task`)."""
     said = recall_in_words(lineage, key)
     if said is None:
-        return Verdict(True, "No prefilter, or a recipe of which its loss is not estimated.", {})
+        return Verdict(True, "A recipe of which the prefilter's loss is not estimated.", {})
     found = lineage.summary("selected_subset", key)
     figures = {name: found[name] for name in ("recall", "recall_low", "recall_high")}
     passed = found["recall"] >= RECALL_LIMIT
