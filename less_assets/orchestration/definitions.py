@@ -54,7 +54,7 @@ def build_definitions(project: Project, *, reports_url: str | None = None, **res
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.Definitions(
             assets=[_dagster_asset(asset, axes, versions[asset.name], reports_url) for asset in assets],
-            asset_checks=[_dagster_check(asset, check, axes) for asset in assets for check in asset.checks],
+            asset_checks=[_dagster_check(asset, check, axes) for asset in assets for check in asset.checks_in(project)],
             resources=open_resources(project, reports_url, **resource_overrides),
             sensors=[shard_sensor(project), settings_sensor([asset.name for asset in assets if asset.automatic])],
             loggers={"console": compact_console},

@@ -152,8 +152,9 @@ def materialize(
         if not lineage.is_left_out(asset.name, partition)
     ]
     # A backfill of a partition without neighbours is a range run, of one: its checks know no partition key.
-    checks = [check for check in asset.checks if not (check.explains and CHECKS_LATER_TAG in context.run.tags)]
-    by_dagster = bool(asset.checks) and len(checks) == len(asset.checks) and context.has_partition_key
+    declared = asset.checks_in(lineage.project)
+    checks = [check for check in declared if not (check.explains and CHECKS_LATER_TAG in context.run.tags)]
+    by_dagster = bool(declared) and len(checks) == len(declared) and context.has_partition_key
     if by_dagster and asset.compute:
         yield _materialize_one(asset, context, workspace, lineage, partitions[0])
         return

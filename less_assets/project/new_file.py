@@ -1,7 +1,7 @@
 """A first project file for the data it is pointed at: `less-assets init`.
 
-Belongs here: which settings suit how many rows, and the text with its comments. Whether the result is usable says
-`data_check.py`.
+Belongs here: which settings suit how many rows, and the text with its comments. Those that depend on model and machine
+are `first_settings.py`; whether the result is usable says `data_check.py`.
 """
 
 import json
@@ -12,6 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from less_assets.errors import LessAssetsError, ProjectFileError
+from less_assets.project.first_settings import (
+    checkpointing,
+    gpu_bytes,
+    lora_rank,
+    max_length,
+    parameters_of,
+    row_tokens,
+)
 from less_assets.project.values import is_url
 from less_assets.project.warmup_steps import FEWEST_STEPS
 
@@ -54,7 +62,8 @@ def project_text(answers: Answers, path: Path) -> str:
         PoolFormatError: A file of the pool cannot be read.
     """
     folder = path.absolute().parent
-    rows = sum(_usable_rows(source) for source in answers.pool)
+    tokens = [count for source in answers.pool for count in _tokens(source)]
+    rows = len(tokens)
     if not rows:
         raise ProjectFileError(
             "The pool has no usable row.",
@@ -65,6 +74,18 @@ def project_text(answers: Answers, path: Path) -> str:
     warmup_fraction, selected_fraction = _fraction(WARMUP_ROWS, rows), _fraction(SELECTED_ROWS, rows)
     batch = _batch_size(round(rows * warmup_fraction) * WARMUP_EPOCHS // FEWEST_STEPS)
     finetuning_batch = _batch_size(round(rows * selected_fraction) // 4)
+    length = max_length(tokens, answers.model)
+    parameters = parameters_of(answers.model)
+    rank, twice = lora_rank(parameters), checkpointing(parameters, length.value)
+    again = ", gradient_checkpointing: true" if twice else ""
+    gradients = (
+        f"gradients: {{gradient_checkpointing: true}}   # {twice}"
+        if twice
+        else "# gradients: {bytes_per_row: 4 KiB}      # for a pool of millions; the defaults suit a model of any size"
+    )
+    machine = (
+        "" if gpu_bytes() else "\n# This machine has no CUDA GPU: `less-assets plan` says how long it takes without."
+    )
     names = _source_names(answers.pool)
     sources = "\n".join(
         f"    - {{name: {name}, path: {_quoted(_from(folder, source))}}}"
@@ -78,23 +99,24 @@ def project_text(answers: Answers, path: Path) -> str:
     return f"""\
 # Written by `less-assets init` for {counted} usable rows. Relative paths are meant from this file's folder.
 # Keys that are left out have their defaults; all of them: docs/project-file.md of less-assets.
-# Next: `less-assets check`, then `less-assets plan` (what it costs), then `less-assets run`.
+# Next: `less-assets check`, then `less-assets plan` (what it costs), then `less-assets run`.{machine}
 
 name: {_name(folder.name, "project")}
 storage: {{root: artifacts}}             # everything that is computed; or s3://bucket/prefix
 model:
   base: {_quoted(_model(folder, answers.model))}
-  max_length: {_longest(answers.model)}                      # tokens; longer rows are cut from the right
-lora: {{rank: 128, alpha: 512}}          # the adapter whose gradients are compared; a lower rank is faster
-                                       # target_modules: [q_proj, k_proj, v_proj, o_proj] unless you name others
+  max_length: {length.value}   # tokens; longer rows are cut from the right ({length.why})
+# The adapter whose gradients are compared; target_modules: [q_proj, k_proj, v_proj, o_proj] unless you name others.
+lora: {{rank: {rank.value}, alpha: {4 * rank.value}}}   # {rank.why}
+{gradients}
 
 pool:                                  # what to select from
   sources:
 {sources}
 
 # A short training on a random part of the pool. It needs {FEWEST_STEPS} optimizer steps or more, so that Adam's moments
-# mean something: fraction × rows × epochs / batch_size.
-warmup: {{fraction: {warmup_fraction}, epochs: {WARMUP_EPOCHS}, learning_rate: 2e-5, batch_size: {batch}}}
+# mean something: fraction × rows × epochs / batch_size. Each epoch is a checkpoint, each costs a pass over the pool.
+warmup: {{fraction: {warmup_fraction}, epochs: {WARMUP_EPOCHS}, learning_rate: 2e-5, batch_size: {batch}{again}}}
 
 tasks:                                 # what the selected rows shall teach
   - name: {_name(answers.task, "task")}
@@ -112,21 +134,22 @@ recipes:                               # ways to choose rows; each is trained an
   # - {{name: less-large, strategy: less, fraction: {selected_fraction}, model: owner/large-model}}
   # - {{name: base-large, strategy: none, model: owner/large-model}}
 
-finetuning: {{epochs: 4, learning_rate: 2e-5, batch_size: {finetuning_batch}}}
+finetuning: {{epochs: 4, learning_rate: 2e-5, batch_size: {finetuning_batch}{again}}}
 """
 
 
-def _usable_rows(source: str) -> int:
+def _tokens(source: str) -> list[float]:
+    """About how many tokens each usable row has, of so many rows as are counted."""
     from less_assets.method.data.examples import read_rows
     from less_assets.method.data.row_files import list_files
 
-    usable = 0
+    tokens: list[float] = []
     for file in list_files(source if is_url(source) else os.path.abspath(os.path.expanduser(source))):
-        for table in read_rows(file, "rows", max_rows=COUNTED_ROWS - usable):
-            usable += table["status"].to_list().count("ok")
-        if usable >= COUNTED_ROWS:
+        for table in read_rows(file, "rows", max_rows=COUNTED_ROWS - len(tokens)):
+            tokens.extend(row_tokens(table))
+        if len(tokens) >= COUNTED_ROWS:
             break
-    return usable
+    return tokens
 
 
 def _fraction(at_least: int, rows: int) -> float:
@@ -137,15 +160,6 @@ def _fraction(at_least: int, rows: int) -> float:
 def _batch_size(largest: int) -> int:
     """The largest power of two up to a number."""
     return min(LARGEST_BATCH, 1 << max(0, largest.bit_length() - 1))
-
-
-def _longest(model: str) -> int:
-    """2048 tokens, or what the model can read if it is a folder that says less."""
-    try:
-        positions = json.loads((Path(model).expanduser() / "config.json").read_text())["max_position_embeddings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 2048
-    return min(2048, positions) if isinstance(positions, int) else 2048
 
 
 def _model(folder: Path, model: str) -> str:

@@ -118,8 +118,9 @@ class Source(Section):
     name: Name = setting(..., "Name of the source; part of shard keys and of every selected row", type="name")
     path: Location = setting(
         ...,
-        "File, folder, pattern (`data/*.jsonl`) or fsspec URL (`hf://datasets/…`): JSON lines, CSV or TSV, also "
-        "compressed (`.gz`, `.bz2`, `.xz`, `.zst`), Parquet, or Arrow (also a folder of Hugging Face's `save_to_disk`)",
+        "File, folder, pattern (`data/*.jsonl`) or fsspec URL (`hf://datasets/…`): JSON lines, a JSON array "
+        "(`.json`), CSV or TSV, also compressed (`.gz`, `.bz2`, `.xz`, `.zst`), Parquet, or Arrow (also a folder of "
+        "Hugging Face's `save_to_disk`)",
         type="path or URL",
     )
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"] = setting(
@@ -407,9 +408,9 @@ class Recipe(Section):
     )
     scores: Location | None = setting(
         None,
-        f"File of scores, higher is better ({readers('scores')}): Parquet, JSON lines, CSV or TSV with `score` and "
-        "`example_id`, or `source` and `row` (counted from 0 within the source); with a column `task`, those of each "
-        "task",
+        f"File of scores, higher is better ({readers('scores')}): Parquet, JSON lines or array, CSV or TSV with "
+        "`score` and `example_id`, or `source` and `row` (counted from 0 within the source); with a column `task`, "
+        "those of each task",
         type="path or URL",
     )
     fraction: float | None = setting(

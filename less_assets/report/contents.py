@@ -30,7 +30,14 @@ from less_assets.reading.selection_cut import Cuts
 from less_assets.reading.subsets import other_subsets, recall_in_words
 from less_assets.reading.tournaments import choice_table
 from less_assets.report.comparison import compared
-from less_assets.report.row_details import Explanations, JsonObject, page_conversation, rounded, row_details
+from less_assets.report.row_details import (
+    Explanations,
+    JsonObject,
+    page_conversation,
+    rounded,
+    row_details,
+    tuned_losses,
+)
 from less_assets.store.tables import read_parquet
 
 if TYPE_CHECKING:
@@ -110,6 +117,9 @@ def report_contents(
     explained = Explanations.of(lineage, recipe, task, rows, cuts.scores_of(rows)) if cuts else None
     others = _other_selections(lineage, recipe_key, task)
     details = row_details(lineage, rows, explained, others)
+    if recipe.scores == "tuning":
+        losses = tuned_losses(lineage, task, rows)
+        details = [detail | both for detail, both in zip(details, losses, strict=True)]
     nearest = explained.nearest_cosine() if explained else [None] * rows.height
     rows = rows.with_columns(pl.Series("duplicate", nearest, pl.Float32))
     selected = rows.filter(pl.col("group") == "selected")

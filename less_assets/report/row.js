@@ -211,6 +211,7 @@ function origin(row, detail) {
     ["copies in the pool", whole.format(detail.copies)],
     ["loss tokens", columns.tokens[row] === null ? "–" : whole.format(columns.tokens[row])],
     ["assistant turns", whole.format(columns.turns[row])],
+    ...(detail.losses ? [["loss before and after training on the targets", detail.losses.map((loss) => loss.toPrecision(4)).join(" → ")]] : []),
     ["selected by others", detail.also.map((place) => head.overlap[place].recipe).join(", ") || "none"],
     ["on the command line", `less-assets explain ${head.task} ${columns.id[row]}`],
     ["its whole lineage", `less-assets trace ${columns.id[row]}`],

@@ -17,6 +17,7 @@ from less_assets.method.data.conversations import Conversation, Message, carries
 from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.method.selection.ranking import score_matrix
 from less_assets.project.recipes import ResolvedRecipe
+from less_assets.reading.files import score_file
 from less_assets.reading.rows import checkpoint_weights, conversations_by_id, score_column, scores_of
 from less_assets.store.tables import read_parquet
 
@@ -143,6 +144,16 @@ def _turns(tokens: Mapping[str, Any]) -> list[list[Any]]:
             turns[-1][1].append(text)
             turns[-1][2].append(share)
     return [[turn, texts, [rounded(share) for share in shares]] for turn, texts, shares in turns]
+
+
+def tuned_losses(lineage: Lineage, task: str, rows: pl.DataFrame) -> list[JsonObject]:
+    """Loss of each row before and after the training on a task's targets, as `losses` of what opening it shows."""
+    folder, columns = lineage.folder("target_tuned_scores", task), ["base_loss", "tuned_loss"]
+    tables = {shard: read_parquet(folder, score_file(shard), columns) for shard in rows["shard"].unique()}
+    return [
+        {"losses": [rounded(loss) for loss in tables[shard].row(row)]}
+        for shard, row in rows.select("shard", "row").iter_rows()
+    ]
 
 
 def row_details(

@@ -13,6 +13,7 @@ from less_assets.compute.speeds import Guess
 from less_assets.compute.step import Compute, ComputeTogether, Log
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Declaration, Keys, Lineage
+from less_assets.project.project import Project
 from less_assets.steps.shown import Describe, Verdict, only_figures
 
 ROW_COLUMNS = {"example_id": ["example_id"], "source": ["source"]}
@@ -33,6 +34,7 @@ class Check:
         loads_model: Whether it takes the place of an asset that loads a model.
         explains: Whether `less-assets run` makes it after the models, as it does assets that explain. Only checks of
             assets that are made in ranges can wait.
+        needed_by: Which projects it exists in.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Check:
     judge: Callable[[Lineage, str, ModelLoader, Log], Verdict]
     loads_model: bool = False
     explains: bool = False
+    needed_by: Callable[[Project], bool] = lambda project: True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +103,7 @@ class Asset(Declaration):
     rehearsal_seconds: Callable[[Lineage, Keys], float | None] | None = None
     known_figures: Callable[[Lineage, Keys], Mapping[str, JsonValue]] = lambda lineage, keys: {}
     columns_from: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+
+    def checks_in(self, project: Project) -> list[Check]:
+        """Its checks that a project has."""
+        return [check for check in self.checks if check.needed_by(project)]

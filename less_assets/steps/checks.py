@@ -149,7 +149,7 @@ def check_recall(lineage: Lineage, key: str, models: ModelLoader, log: Log) -> V
     """Whether the prefilter has left most of a selection (partition key `recipe|task`)."""
     said = recall_in_words(lineage, key)
     if said is None:
-        return Verdict(True, "No prefilter, or a recipe of which its loss is not estimated.", {})
+        return Verdict(True, "A recipe of which the prefilter's loss is not estimated.", {})
     subset = lineage.summary("selected_subset", key)
     figures = {name: subset[name] for name in ("recall", "recall_low", "recall_high")}
     passed = subset["recall"] >= RECALL_LIMIT
@@ -257,6 +257,7 @@ prefilter_loses_little = Check(
     "prefilter_loses_little",
     "Most of the rows that gradients of the whole pool would select are left by the prefilter.",
     check_recall,
+    needed_by=lambda project: project.prefilter is not None,
 )
 not_worse_than_base = Check(
     "not_worse_than_base",

@@ -333,6 +333,10 @@ def _by_influence(project: Project, recipe: str) -> bool:
     return project.selects_by_influence(recipe)
 
 
+def _by_tuning(project: Project, recipe: str) -> bool:
+    return project.recipe(recipe).scores == "tuning"
+
+
 ASSETS = (
     Asset(
         name="token_attribution",
@@ -380,6 +384,7 @@ ASSETS = (
             Input("pool_index"),
             Input("excluded_rows"),
             Input("influence_scores", read_by=_by_influence),
+            Input("target_tuned_scores", read_by=_by_tuning),
             Input("token_attribution"),
             Input("tournament_results"),
         ),

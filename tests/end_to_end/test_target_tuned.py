@@ -16,6 +16,7 @@ from less_assets.errors import LessAssetsError
 from less_assets.inspection.explain import explain_row, in_words
 from less_assets.method.training import training
 from less_assets.reading.files import CURVE, EMBEDDINGS, LOSSES, score_file
+from less_assets.report.contents import report_contents
 from less_assets.running.request import Request
 from less_assets.steps.registry import ASSETS
 from less_assets.store.tables import read_parquet
@@ -126,6 +127,23 @@ def test_a_rows_explanation_states_both_losses(made):
     before, after = stated
     said = f"loss {before:.4g} before and {after:.4g} after training on the targets ({after / before - 1:+.1%})"
     assert said in in_words(found)
+
+
+def silent(total: int, unit: str):
+    return lambda done: None
+
+
+def test_the_report_states_both_losses_of_each_row(made):
+    contents = report_contents(made.lineage, "tuned", "sums", silent)
+    table = scores(made).unique("example_id", keep="first")
+    known = {row["example_id"]: (row["base_loss"], row["tuned_loss"]) for row in table.iter_rows(named=True)}
+    subset = made.subset("tuned|sums")["example_id"].to_list()
+    assert len(contents.details) == len(subset) > 0
+    for name, detail in zip(subset, contents.details, strict=True):
+        assert detail["losses"] == pytest.approx(known[name], rel=1e-3)
+    others = report_contents(made.lineage, "as-tuned-seed0", "sums", silent).details
+    assert others
+    assert not any("losses" in detail for detail in others)
 
 
 def test_a_group_is_tuned_on_the_targets_of_all_members(made):

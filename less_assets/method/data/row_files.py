@@ -1,8 +1,8 @@
-"""Physical rows of data files (JSON lines, CSV, Parquet, Arrow): counting, reading a range, digests.
+"""Physical rows of data files (JSON lines and arrays, CSV, Parquet, Arrow): counting, reading a range, digests.
 
 Belongs here: finding and opening files, ranges of their rows. A broken row is reported with a reason and keeps its
-position. How bytes become rows is `text_rows.py` and `parquet_rows.py`; what a record means (formats, roles, turns)
-is the matter of `examples.py`.
+position. How bytes become rows is `text_rows.py`, `json_array.py` and `parquet_rows.py`; what a record means (formats,
+roles, turns) is the matter of `examples.py`.
 """
 
 import fnmatch
@@ -22,6 +22,7 @@ import fsspec
 import pyarrow as pa
 
 from less_assets.errors import PoolFormatError
+from less_assets.method.data.json_array import ArrayElements
 from less_assets.method.data.parquet_rows import (
     arrow_digests,
     count_arrow_rows,
@@ -30,9 +31,8 @@ from less_assets.method.data.parquet_rows import (
     read_arrow_rows,
     read_parquet_rows,
 )
-from less_assets.method.data.raw_rows import Place, RawRow
+from less_assets.method.data.raw_rows import BLOCK_BYTES, Place, RawRow
 from less_assets.method.data.text_rows import (
-    BLOCK_BYTES,
     BYTE_ORDER_MARK,
     CsvRecord,
     CsvRecords,
@@ -40,7 +40,7 @@ from less_assets.method.data.text_rows import (
     Lines,
     count_lines,
     read_csv_records,
-    read_json_lines,
+    read_json,
     repeated,
 )
 
@@ -120,12 +120,13 @@ def look_into(path: str) -> FoundFiles:
     A folder that Hugging Face's `save_to_disk` has written is read through the Arrow files that its `state.json` names.
 
     Args:
-        path: A file, a folder (its data files, not those of subfolders) or a glob pattern; local or any fsspec URL such
-            as `s3://…`, `hf://datasets/…` or `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative
-            if given so.
+        path: A file, a folder (its own data files; without any, those of its one subfolder that has some, as in the
+            Hub's `data/`) or a glob pattern; local or any fsspec URL such as `s3://…`, `hf://datasets/…` or
+            `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative if given so.
 
     Raises:
-        PoolFormatError: If there is no such file, none that matches, or if a folder holds several splits.
+        PoolFormatError: If there is no such file, none that matches, or if a folder holds several splits or several
+            subfolders with data.
     """
     with _reading(path):
         filesystem, stripped = fsspec.url_to_fs(path)
@@ -139,16 +140,40 @@ def look_into(path: str) -> FoundFiles:
             paths = glob.glob(f"{glob.escape(path.rstrip('/'))}/*" if is_folder else path, recursive=True)
         shards = _saved_shards(filesystem, stripped) if is_folder else None
         files = sorted(file for file in paths if _is_data(file) and (shards is None or _name(file) in shards))
+        others = sorted(set(paths) - set(files))
         if is_folder:
-            _refuse_several_splits(path, files, sorted(set(paths) - set(files)))
+            below = [] if files else _folders_with_data(filesystem, others)
+            _refuse_several_splits(path, files or below)
+            if len(below) == 1:
+                inner = look_into(below[0])
+                others = [*(other for other in others if other not in below), *inner.skipped]
+                files = inner.files
+            elif below:
+                raise PoolFormatError(
+                    "The folder has no data file of its own, and several subfolders with some.",
+                    where=path,
+                    fix=f"write which one is meant: {', '.join(f'`{folder}`' for folder in below)}; "
+                    "if all are, give each a source of its own",
+                )
         if not files:
             raise PoolFormatError(
                 "No data file found.",
                 where=path,
                 fix="give a .jsonl, .csv, .tsv, .parquet or .arrow file, a folder or a pattern",
             )
-        skipped = sorted(file for file in set(paths) - set(files) if not filesystem.isdir(fsspec.url_to_fs(file)[1]))
+        skipped = sorted(file for file in others if not filesystem.isdir(fsspec.url_to_fs(file)[1]))
     return FoundFiles(files, skipped)
+
+
+def _folders_with_data(filesystem: fsspec.AbstractFileSystem, paths: list[str]) -> list[str]:
+    """Those of the paths that are folders with a data file in them or below; hidden ones do not count."""
+    folders = []
+    for path in paths:
+        stripped = fsspec.url_to_fs(path)[1]
+        hidden = _name(path).startswith((".", "__"))
+        if not hidden and filesystem.isdir(stripped) and any(map(_is_data, filesystem.find(stripped))):
+            folders.append(path)
+    return folders
 
 
 def _is_data(path: str) -> bool:
@@ -172,23 +197,21 @@ def _saved_shards(filesystem: fsspec.AbstractFileSystem, folder: str) -> set[str
     return {str(shard["filename"]) for shard in shards} if shards else None
 
 
-def _refuse_several_splits(path: str, files: list[str], others: list[str]) -> None:
+def _refuse_several_splits(path: str, names: list[str]) -> None:
     """Refuse a folder whose files, or whose subfolders in place of files, are of several splits."""
-    names = files or [other for other in others if _split(other) and not _suffix(other)]
     splits: dict[str, str] = {}
     for name in names:
         if split := _split(name):
-            splits.setdefault(_SPLITS[split[0]], split[1] + ("/*" if not files else ""))
+            splits.setdefault(_SPLITS[split[0]], split[1])
     unnamed = [_name(name) for name in names if not _split(name)]
     if unnamed and splits.keys() & {"validation", "test"}:  # which of them the pool is, is not known
         splits["files of no split"] = unnamed[0]
-    if len(splits) > 1 or (splits and not files):
+    if len(splits) > 1:
         inner, chain, archive = path.partition("::")
         folder = inner.rstrip("/")
         patterns = ", ".join(f"`{folder}/{pattern}{chain}{archive}`" for _, pattern in sorted(splits.items()))
         raise PoolFormatError(
-            f"The folder holds {'several splits' if len(splits) > 1 else 'a split in a folder of its own'}: "
-            f"{', '.join(sorted(splits))}; a pool is made of one of them.",
+            f"The folder holds several splits: {', '.join(sorted(splits))}; a pool is made of one of them.",
             where=path,
             fix=f"write which one is meant: {patterns}",
         )
@@ -229,6 +252,14 @@ def dialect_of(path: str, dialect: SourceDialect = "auto") -> DialectName | None
     return "comma" if kind == "csv" else "tab"
 
 
+def row_rule(path: str, dialect: SourceDialect = "auto") -> str | None:
+    """What decides where the rows of a text file begin; None for other files, which say it themselves.
+
+    A file that was looked at under another rule must be looked at again.
+    """
+    return dialect_of(path, dialect) or ("any line end" if _KINDS.get(_suffix(path)) == "jsonl" else None)
+
+
 def count_rows(path: str, dialect: SourceDialect = "auto") -> int:
     """Return the number of physical rows of a file, blank and broken ones included, as `read_raw` yields them.
 
@@ -246,8 +277,8 @@ def count_rows(path: str, dialect: SourceDialect = "auto") -> int:
         if kind == "arrow":
             return count_arrow_rows(stream)
         if kind == "jsonl":
-            _refuse_json_array(path, stream)
-            return count_lines(stream)
+            lines = _json(path, stream)
+            return count_lines(stream) if isinstance(lines, Lines) else sum(1 for _ in lines)
         return sum(1 for _ in _csv(path, stream, dialect)[0])
 
 
@@ -260,12 +291,13 @@ def read_raw(
 ) -> Iterator[RawRow]:
     r"""Yield the rows `first_row`, … of a file, in order, holding a few rows in memory at a time.
 
-    Lines of JSON end at `\n` only: U+2028 and its kin inside strings are data. In CSV files the first record is the
-    header, a quoted field may span lines, and a `\r` outside quotes ends a record, too.
+    Lines end at `\n`, `\r\n` or `\r`: in JSON none of them stands inside a string, while U+2028 and its kin there are
+    data. In CSV files the first record is the header, and a quoted field may span lines.
 
     Args:
-        path: Local path or fsspec URL; `.jsonl`, `.ndjson`, `.json` (one object a line), `.csv`, `.tsv`, `.parquet`,
-            `.arrow` (IPC stream or file), the text formats also compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
+        path: Local path or fsspec URL; `.jsonl`, `.ndjson`, `.json` (one object a line, or one array of them), `.csv`,
+            `.tsv`, `.parquet`, `.arrow` (IPC stream or file), the text formats also compressed (`.gz`, `.bz2`,
+            `.xz`, `.zst`).
         first_row: Rows to leave out at the start (0-based index of the first row to yield).
         max_rows: At most so many rows; None: all.
         begins: Where `first_row` begins, a `Place` of `scan_ranges`; None: the rows before it are read and left out.
@@ -281,8 +313,7 @@ def read_raw(
         elif kind == "arrow":
             rows = read_arrow_rows(stream, first_row)
         elif kind == "jsonl":
-            _refuse_json_array(path, stream)
-            rows = read_json_lines(stream, first_row, begins)
+            rows = read_json(_json(path, stream), first_row, begins)
         else:
             records, header = _csv(path, stream, dialect)
             rows = read_csv_records(records, header.fields or [] if header else [], first_row, begins)
@@ -309,8 +340,8 @@ def scan_ranges(path: str, ranges: Sequence[tuple[int, int]], dialect: SourceDia
     r"""Return a digest of the content of each range of rows, and where it begins, in one pass over the file.
 
     Equal content gives equal digests wherever the rows stand, so the first range whose digest changed holds the first
-    edited row. JSON lines are hashed as bytes without their `\n`, CSV records as bytes together with the header
-    and the dialect, Parquet and Arrow rows by name and value.
+    edited row. JSON lines are hashed as bytes without their `\n`, elements of an array as bytes, CSV records as bytes
+    together with the header and the dialect, Parquet and Arrow rows by name and value.
 
     Args:
         path: Local path or fsspec URL.
@@ -347,7 +378,7 @@ def _row_digests(path: str, dialect: SourceDialect) -> Iterator[tuple[Iterator[b
         if kind in _BINARY:
             yield (parquet_digests if kind == "parquet" else arrow_digests)(stream), Place
         elif kind == "jsonl":
-            lines = Lines(stream)
+            lines = _json(path, stream)
             yield (line.digest for line in lines), lambda: lines.place
         else:
             records, header = _csv(path, stream, dialect)
@@ -417,12 +448,15 @@ def _csv(path: str, stream: io.BufferedIOBase, dialect: SourceDialect) -> tuple[
     return records, header
 
 
-def _refuse_json_array(path: str, stream: io.BufferedReader) -> None:
-    """Refuse a file that is one array of objects, by its beginning, whatever its name says."""
+def _json(path: str, stream: io.BufferedReader) -> Lines | ArrayElements:
+    """The lines of a file of JSON; the elements of one that is named `.json` and is an array."""
     start = stream.peek(4096).removeprefix(BYTE_ORDER_MARK)
-    if _ARRAY_OF_OBJECTS.match(start) or (_suffix(path) == ".json" and start.lstrip().startswith(b"[")):
+    if _suffix(path) == ".json" and start.lstrip().startswith(b"["):
+        return ArrayElements(stream, path)
+    if _ARRAY_OF_OBJECTS.match(start):
         raise PoolFormatError(
-            "This file is one JSON array; rows cannot be streamed from it.",
+            "This file is one JSON array, though its name says JSON lines.",
             where=path,
-            fix="""write one object a line, e.g. with `jq -c '.[]' file.json > file.jsonl`""",
+            fix="""name it .json, or write one object a line, e.g. with `jq -c '.[]' file.json > file.jsonl`""",
         )
+    return Lines(stream)

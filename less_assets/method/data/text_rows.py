@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from less_assets.method.data import raw_rows
-from less_assets.method.data.raw_rows import Place, RawRow, too_large
+from less_assets.method.data.json_array import ArrayElements
+from less_assets.method.data.raw_rows import BLOCK_BYTES, Line, Place, RawRow, too_large
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BLOCK_BYTES = 1 << 20
-"""What is read at once where rows do not matter."""
 
 DialectName = Literal["comma", "semicolon", "backslash", "tab", "tab_quoted"]
 
@@ -50,28 +49,16 @@ DIALECTS: dict[DialectName, Dialect] = {
 _ENDED_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line: its first `MAX_ROW_BYTES`, its size without line end, its quotation marks, the digest of all of it."""
-
-    content: bytes
-    size: int
-    quotes: int
-    digest: bytes
-
-
 class Lines:
-    r"""Lines of a stream; of an oversized line only the start is kept.
+    r"""Lines of a stream, ended by `\n`, `\r\n` or `\r`; of an oversized line only the start is kept.
 
     Args:
         stream: Bytes after decompression.
-        carriage_returns: Whether a `\r` without `\n` ends a line too; else lines end at `\n` only.
         escape: What makes a quotation mark after it count for nothing.
     """
 
-    def __init__(self, stream: io.BufferedIOBase, carriage_returns: bool = False, escape: str | None = None) -> None:
+    def __init__(self, stream: io.BufferedIOBase, escape: str | None = None) -> None:
         self._stream, self._offset, self._line = stream, 0, 0
-        self._ends = (b"\n", b"\r") if carriage_returns else (b"\n",)
         self._escaped_quote = f'{escape}"'.encode() if escape else None
         self._read_ahead: deque[bytes] = deque()
 
@@ -102,10 +89,10 @@ class Lines:
         if not self._read_ahead:
             # Two bytes more than the limit: room for `\r\n`.
             block = self._stream.readline(raw_rows.MAX_ROW_BYTES + 2)
-            if len(self._ends) == 1:
+            first = block.find(b"\r")
+            if first < 0 or (first == len(block) - 2 and block.endswith(b"\n")):  # nearly every line there is
                 return block
-            if block.endswith(b"\r"):  # cut off between `\r` and `\n`, perhaps
-                block += self._stream.read(1)
+            block += _to_line_end(self._stream, block)
             self._read_ahead.extend(_ENDED_LINES.findall(block))
         return self._read_ahead.popleft() if self._read_ahead else b""
 
@@ -127,25 +114,35 @@ class Lines:
             quotes += piece.count(b'"')
             if self._escaped_quote:
                 quotes -= piece.count(self._escaped_quote)
-            piece = b"" if piece.endswith(self._ends) else self._piece()
+            piece = b"" if piece.endswith((b"\n", b"\r")) else self._piece()
         self._line += 1
         if is_first:
             kept = kept.removeprefix(BYTE_ORDER_MARK)
         return Line(kept, size, quotes, digest.digest())
 
 
+def _to_line_end(stream: io.BufferedIOBase, block: bytes) -> bytes:
+    r"""What follows a block that ends in `\r`, so that it is not cut off between `\r` and `\n`."""
+    more = b""
+    while (more or block).endswith(b"\r") and (byte := stream.read(1)):
+        more += byte
+    return more
+
+
 def count_lines(stream: io.BufferedIOBase) -> int:
     """Number of lines; the last one need not end."""
     lines, last = 0, b"\n"
     while block := stream.read(BLOCK_BYTES):
+        block += _to_line_end(stream, block)
         lines += block.count(b"\n")
+        if b"\r" in block:
+            lines += block.count(b"\r") - block.count(b"\r\n")
         last = block
-    return lines + (not last.endswith(b"\n"))
+    return lines + (not last.endswith((b"\n", b"\r")))
 
 
-def read_json_lines(stream: io.BufferedIOBase, first_row: int, begins: tuple[int, int] | None) -> Iterator[RawRow]:
-    """The rows from `first_row` on; `begins` says where that is, if it is known."""
-    lines = Lines(stream)
+def read_json(lines: Lines | ArrayElements, first_row: int, begins: tuple[int, int] | None) -> Iterator[RawRow]:
+    """The rows from `first_row` on, one of each line or element; `begins` says where that is, if it is known."""
     _skip(lines, first_row, begins)
     for index, line in enumerate(lines, start=first_row + 1):
         if line.size > raw_rows.MAX_ROW_BYTES:
@@ -153,10 +150,10 @@ def read_json_lines(stream: io.BufferedIOBase, first_row: int, begins: tuple[int
         elif not line.content.strip():
             yield RawRow(index, None, "blank")
         else:
-            yield _parse_json_line(index, line.content)
+            yield _parse_json(index, line.content)
 
 
-def _skip(rows: Lines | CsvRecords, count: int, begins: tuple[int, int] | None) -> None:
+def _skip(rows: Lines | ArrayElements | CsvRecords, count: int, begins: tuple[int, int] | None) -> None:
     """Leave out so many rows: go to where they end, if that is known."""
     if begins is not None:
         rows.skip_to(begins)
@@ -165,11 +162,11 @@ def _skip(rows: Lines | CsvRecords, count: int, begins: tuple[int, int] | None) 
             pass
 
 
-def _parse_json_line(number: int, line: bytes) -> RawRow:
+def _parse_json(number: int, line: bytes) -> RawRow:
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_equal_names)
     except UnicodeDecodeError as error:
-        return RawRow(number, None, "invalid_utf8", f"byte {line[error.start]:#04x} at byte {error.start} of the line")
+        return RawRow(number, None, "invalid_utf8", f"byte {line[error.start]:#04x} at byte {error.start} of the row")
     except (ValueError, RecursionError) as error:
         return RawRow(
             number, None, "invalid_json", f"{error}" if isinstance(error, ValueError) else "nested too deeply"
@@ -213,7 +210,7 @@ class CsvRecords:
         # An unterminated quote ends as an error after so many characters instead of swallowing the rest of the file.
         csv.field_size_limit(raw_rows.MAX_ROW_BYTES)
         self._dialect = DIALECTS[dialect]
-        self._lines = Lines(stream, carriage_returns=True, escape=self._dialect.escape)
+        self._lines = Lines(stream, escape=self._dialect.escape)
         self._reader = csv.reader(
             self._feed(),
             delimiter=self._dialect.delimiter,

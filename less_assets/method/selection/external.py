@@ -14,10 +14,19 @@ import polars as pl
 from less_assets.errors import PoolFormatError
 
 BY_ID, BY_PLACE = ("example_id",), ("source", "row")
+
+
+def _read_json(content: IO[bytes]) -> pl.DataFrame:
+    """The rows of one array of objects, or of one object a line."""
+    text = content.read()
+    return (pl.read_json if text.lstrip().startswith(b"[") else pl.read_ndjson)(io.BytesIO(text))
+
+
 _READERS: dict[str, Callable[[IO[bytes]], pl.DataFrame]] = {
     ".parquet": pl.read_parquet,
     ".jsonl": pl.read_ndjson,
     ".ndjson": pl.read_ndjson,
+    ".json": _read_json,
     ".csv": pl.read_csv,
     ".tsv": lambda content: pl.read_csv(content, separator="\t"),
 }
@@ -40,7 +49,7 @@ def read_scores(path: str, task: str) -> ExternalScores:
     """Read a file of scores.
 
     Args:
-        path: Parquet, JSON lines, CSV or TSV, by its ending; a path or an fsspec URL.
+        path: Parquet, JSON lines, a JSON array (`.json`), CSV or TSV, by its ending; a path or an fsspec URL.
         task: If the table has a column `task`, only its rows of this task count.
 
     Raises:
@@ -49,7 +58,7 @@ def read_scores(path: str, task: str) -> ExternalScores:
     ending = next((ending for ending in _READERS if path.lower().endswith(ending)), None)
     if ending is None:
         raise PoolFormatError(
-            "Scores are read from Parquet, JSON lines, CSV or TSV.",
+            "Scores are read from Parquet, JSON, CSV or TSV.",
             where=path,
             fix=f"give a file whose name ends in {', '.join(_READERS)}",
         )

@@ -20,7 +20,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from less_assets.errors import PoolFormatError
-from less_assets.method.data import raw_rows
+from less_assets.method.data import json_array, raw_rows
 from less_assets.method.data.row_files import (
     count_rows,
     file_digest,
@@ -62,26 +62,52 @@ def range_digests(path: str, ranges: list[tuple[int, int]]) -> list[str]:
 # ---- JSON lines ----
 
 json_line = st.one_of(
-    st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")),
+    st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"").replace(b"\r", b"")),
     st.dictionaries(st.text(max_size=3), st.text(max_size=8), max_size=3).map(
         lambda record: json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
     ),
-    st.sampled_from([b"", b"  ", b"\r", b"{}", b"[1]", b"null", b'{"a": "\xe2\x80\xa8"}', b"[" * 5000]),
+    st.sampled_from([b"", b"  ", b"{}", b"[1]", b"null", b'{"a": "\xe2\x80\xa8"}', b"[" * 5000]),
 )
 
 
-@given(lines=st.lists(json_line, max_size=8), ending=st.sampled_from([b"", b"\n"]))
-def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, ending):
-    assume(not re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\Z)", b"\n".join(lines)))  # one array of objects: refused
-    path = write(folder / "any.jsonl", b"\n".join(lines) + ending)
-    rows = assert_every_range_agrees(path)
-    content = b"\n".join(lines) + ending
-    expected = content.split(b"\n")[: -1 if content.endswith(b"\n") or not content else None]
+@given(
+    lines=st.lists(json_line, max_size=8),
+    line_end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    last_ends=st.booleans(),
+    limit=st.integers(10, 60),
+)
+def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, line_end, last_ends, limit):
+    content = line_end.join(lines) + line_end * last_ends
+    assume(not re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\Z)", content))  # one array of objects: refused
+    path = write(folder / "any.jsonl", content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        rows = assert_every_range_agrees(path)
+    expected = content.split(line_end)[: -1 if content.endswith(line_end) or not content else None]
     assert len(rows) == len(expected)
     expected[:1] = [first.removeprefix(b"\xef\xbb\xbf") for first in expected[:1]]
     for row, line in zip(rows, expected, strict=True):
-        assert (row.status == "blank") == (not line.strip())
-        assert (row.record is not None) == (row.status == "ok")
+        if row.status != "too_large":
+            assert (row.status == "blank") == (not line.strip())
+            assert (row.record is not None) == (row.status == "ok")
+
+
+@given(st.lists(st.sampled_from([b'{"a": 1}', b"\r", b"\n", b"{", b"\xff"]), max_size=12), st.integers(10, 30))
+def test_mixed_line_ends_in_jsonl_give_the_lines_of_an_editor(folder, parts, limit):
+    path = write(folder / "mixed.jsonl", b"".join(parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        rows = assert_every_range_agrees(path)
+    lines = b"".join(parts).splitlines()
+    assert len(rows) == len(lines)
+    good = {number for number, line in enumerate(lines, start=1) if line == b'{"a": 1}'}
+    assert {row.number for row in rows if row.record is not None} == good
+
+
+def test_jsonl_with_bare_carriage_returns_is_read_and_counts_its_lines(folder):
+    rows = assert_every_range_agrees(write(folder / "mac.jsonl", b'{"a": "x\\ry"}\r\r{"a": \r{"a": 2}\r'))
+    assert [(row.number, row.status) for row in rows] == [(1, "ok"), (2, "blank"), (3, "invalid_json"), (4, "ok")]
+    assert rows[0].record == {"a": "x\ry"}
 
 
 def test_separators_inside_strings_are_data_and_broken_lines_keep_their_place(folder):
@@ -146,16 +172,129 @@ def test_memory_does_not_grow_with_the_file(folder):
     assert peak < 5_000_000
 
 
-def test_a_json_array_is_refused_with_advice(folder):
-    path = write(folder / "array.json", b' [{"a": 1}]')
+def test_a_json_array_named_as_json_lines_is_refused_with_advice(folder):
     pretty = write(folder / "pretty.jsonl.gz", gzip.compress(b'\xef\xbb\xbf[\n  {\n "a": 1}\n]'))
     case = CASES / "array-in-jsonl" / "pool.jsonl"
-    for array in (path, pretty, str(case)):
-        for read in (count_rows, lambda name: list(read_raw(name))):
-            with pytest.raises(PoolFormatError, match="one JSON array"):
+    for array in (pretty, str(case)):
+        for read in (count_rows, lambda name: list(read_raw(name)), lambda name: range_digests(name, [(0, 1)])):
+            with pytest.raises(PoolFormatError, match="one JSON array") as refused:
                 read(array)
+            assert "jq -c '.[]'" in str(refused.value.fix)
     assert [row.status for row in read_raw(write(folder / "a.jsonl", b'[1]\n{"a": 2}\n'))] == ["wrong_type", "ok"]
     assert len(list(read_raw(write(folder / "lines.json", b'{"a": 1}\n{"a": 2}\n')))) == 2
+
+
+# ---- JSON arrays ----
+
+json_value = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('ab"\\[]{},\n\u2028é'), max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('a"\\[{,', max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    elements=st.lists(json_value, max_size=6),
+    indent=st.sampled_from([None, 2]),
+    ascii=st.booleans(),
+    block=st.integers(5, 40),
+    limit=st.integers(8, 60),
+    compress=st.booleans(),
+)
+def test_any_json_array_is_read_counted_and_sliced_alike(folder, elements, indent, ascii, block, limit, compress):
+    content = b"\xef\xbb\xbf " + json.dumps(elements, indent=indent, ensure_ascii=ascii).encode() + b" \n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
+        patch.setattr(json_array, "BLOCK_BYTES", block)
+        written = zstandard.ZstdCompressor().compress(content) if compress else content
+        path = write(folder / f"any.json{'.zst' * compress}", written)
+        rows = assert_every_range_agrees(path)
+        digests = range_digests(path, [(number, 1) for number in range(len(rows))])
+        patch.setattr(json_array, "BLOCK_BYTES", 1 << 20)
+        assert range_digests(path, [(number, 1) for number in range(len(rows))]) == digests
+    assert len(rows) == len(elements)
+    for row, element in zip(rows, elements, strict=True):
+        if row.status != "too_large":
+            assert (row.status, row.record) == (("ok", element) if isinstance(element, dict) else ("wrong_type", None))
+
+
+@given(st.binary(max_size=60), st.integers(3, 20))
+def test_any_bytes_as_a_json_array_are_counted_and_sliced_alike_or_refused(folder, content, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "BLOCK_BYTES", block)
+        path = write(folder / "bytes.json", b"[" + content)
+        try:
+            count_rows(path)
+        except PoolFormatError:
+            with pytest.raises(PoolFormatError):
+                list(read_raw(path))
+        else:
+            assert_every_range_agrees(path)
+
+
+def test_a_broken_element_of_an_array_has_its_reason_and_spoils_no_other(folder):
+    elements = [
+        b'{"a": 1}',
+        b'{"a": }',
+        b'{"a": "\xff"}',
+        b'{"a": 1, "a": 2}',
+        b"7",
+        b"",
+        b'{"a": 2}{"a": 3}',
+        b'{"a": 4}',
+    ]
+    rows = assert_every_range_agrees(write(folder / "broken.json", b"[" + b",\n".join(elements) + b"]"))
+    assert [row.status for row in rows] == [
+        "ok",
+        "invalid_json",
+        "invalid_utf8",
+        "invalid_json",
+        "wrong_type",
+        "blank",
+        "invalid_json",
+        "ok",
+    ]
+    assert assert_every_range_agrees(write(folder / "empty.json", b"[\n]\n")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b'[{"a": 1}, {"a": 2}', "element 2 is cut off"),
+        (b'[{"a": 1}, {"a": "2}]', "element 2 is cut off"),
+        (b'[{"a": 1}, {"a": [2}, {"a": 3}]', "element 2 is cut off"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "ends after element 1, and something follows"),
+        (b"[", "element 1 is cut off"),
+    ],
+)
+def test_an_array_that_is_not_whole_is_refused(folder, content, what):
+    path = write(folder / "part.json", content)
+    for read in (count_rows, lambda name: list(read_raw(name)), lambda name: range_digests(name, [(0, 9)])):
+        with pytest.raises(PoolFormatError, match=what):
+            read(path)
+
+
+def test_appended_elements_leave_earlier_ranges_as_they_were(folder):
+    short = write(folder / "short.json", b'[\n {"a": 1},\n {"a": 2}\n]\n')
+    long = write(folder / "long.json", b'[\n {"a": 1},\n {"a": 2},\n {"a": 3}\n]\n')
+    assert range_digests(short, [(0, 2)]) == range_digests(long, [(0, 2)])
+    assert range_digests(short, [(0, 3)]) != range_digests(long, [(0, 3)])
+
+
+def test_memory_does_not_grow_with_an_array(folder):
+    row = json.dumps({"a": "x" * 1000}).encode()
+    giant = b'{"a": "' + b"y" * 12_000_000 + b'"}'
+    path = write(folder / "big.json", b"[" + b", ".join([row] * 5000 + [giant] + [row] * 5000) + b"]")
+    tracemalloc.start()
+    statuses = {}
+    for each in read_raw(path):
+        statuses[each.status] = statuses.get(each.status, 0) + 1
+    digests = range_digests(path, [(0, 5000), (5000, 1), (5001, 5000)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert statuses == {"ok": 10_000, "too_large": 1}
+    assert digests[0] == digests[2] != digests[1]
+    assert peak < 8_000_000
 
 
 # ---- CSV ----
@@ -381,22 +520,53 @@ def test_arrow_files_of_both_kinds_give_the_rows_and_digests_of_parquet(tmp_path
     [
         (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-0.parquet"], ["test*", "train*"]),
         (["chat.train.jsonl", "chat.dev.jsonl"], ["chat.dev*", "chat.train*"]),
-        (["train/a.arrow", "validation/a.arrow", "dataset_dict.json"], ["train/*", "validation/*"]),
-        (["train/a.arrow"], ["train/*"]),
+        (["train/a.arrow", "validation/a.arrow", "dataset_dict.json"], ["train", "validation"]),
+        (["data/train-00000-of-00001.parquet", "data/test-0.parquet", "README.md"], ["data/test*", "data/train*"]),
+        (["default/train/0.parquet", "default/test/0.parquet"], ["default/train", "default/test"]),
         (["pool.jsonl", "held-out.jsonl"], ["held-out*", "pool.jsonl"]),
         (["a.jsonl", "test.jsonl"], ["a.jsonl", "test*"]),
     ],
 )
 def test_a_folder_of_several_splits_needs_a_pattern(tmp_path, names, patterns):
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(PoolFormatError, match="split") as refused:
+    with pytest.raises(PoolFormatError, match="several splits") as refused:
         list_files(str(tmp_path))
     for pattern in patterns:
         written = f"{tmp_path}/{pattern}"
         assert f"`{written}`" in refused.value.fix
         assert list_files(written)
+
+
+@pytest.mark.parametrize(
+    ("data", "other"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"], ["README.md", "data/notes.txt"]),
+        (["data/train-a.jsonl", "data/train-b.jsonl"], [".cache/old.jsonl", "empty/notes.txt", "dataset_infos.json"]),
+        (["default/train/0000.parquet"], ["default/README.md"]),
+        (["train/a.arrow"], ["dataset_dict.json", "train/dataset_info.json"]),
+    ],
+)
+def test_data_in_the_one_subfolder_that_has_some_are_found(tmp_path, data, other):
+    memory = fsspec.filesystem("memory")
+    for name in [*data, *other]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+        memory.pipe(f"{tmp_path}/{name}", b"{}")
+    for folder in (str(tmp_path), f"memory://{tmp_path}"):
+        look = look_into(folder)
+        assert look.files == [f"{folder}/{name}" for name in data]
+        assert look.skipped == sorted(f"{folder}/{name}" for name in other if name[0] != "." and name[:5] != "empty")
+
+
+def test_data_in_several_subfolders_are_refused_with_the_paths_to_write(tmp_path):
+    for name in ("main/train-0.jsonl", "main/test-0.jsonl", "socratic/train-0.jsonl", "images/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(PoolFormatError, match="several subfolders") as refused:
+        list_files(str(tmp_path))
+    assert f"`{tmp_path}/main`, `{tmp_path}/socratic`; if all" in str(refused.value.fix)
 
 
 def test_a_folder_of_one_split_or_none_is_read_whole_and_names_what_it_skips(tmp_path):

@@ -163,6 +163,18 @@ def test_json_that_holds_no_text_is_refused(tmp_path, broken):
         read_targets("bbh", str(file))
 
 
+def test_a_sharegpt_file_that_is_one_json_array_is_a_task(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "task.json").write_text(json.dumps([{"conversations": turns, "subtask": "s"}] * 2, indent=1))
+    examples = read_targets("messages", str(tmp_path / "task.json"))
+    assert [(each.subtask, each.messages, each.completion) for each in examples] == [("s", user("a"), "b")] * 2
+    assert len(read_evaluation("messages", str(tmp_path / "task.json"))) == 2
+    (tmp_path / "task.json").write_text(json.dumps([{"conversations": turns}, 7]))
+    with pytest.raises(TargetFormatError, match="wrong_type") as refused:
+        read_targets("messages", str(tmp_path / "task.json"))
+    assert refused.value.where.endswith("task.json, row 2")
+
+
 def test_any_jsonl_with_messages_is_a_task(tmp_path):
     turns = [*user("a"), {"role": "assistant", "content": "b"}, *user("c"), {"role": "assistant", "content": "d"}]
     rows = [{"messages": turns, "subtask": "s"}, {"prompt": "e", "completion": "f"}, {"messages": turns[:2]}]

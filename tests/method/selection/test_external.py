@@ -36,12 +36,15 @@ def test_each_row_has_the_score_of_its_key(known, asked, by_place):
 def test_every_kind_of_file_says_the_same(tmp_path):
     TABLE.write_parquet(tmp_path / "s.parquet")
     TABLE.write_ndjson(tmp_path / "s.jsonl")
+    TABLE.write_json(tmp_path / "s.json")
     TABLE.write_csv(tmp_path / "s.csv")
     TABLE.write_csv(tmp_path / "s.tsv", separator="\t")
-    for ending in ("parquet", "jsonl", "csv", "tsv"):
+    for ending in ("parquet", "jsonl", "json", "csv", "tsv"):
         found = read_scores(str(tmp_path / f"s.{ending}"), "t")
         assert found.key == ("example_id",)
         assert found.table.rows() == TABLE.rows()
+    TABLE.write_ndjson(tmp_path / "lines.json")
+    assert read_scores(str(tmp_path / "lines.json"), "t").table.rows() == TABLE.rows()
 
 
 def test_scores_of_other_tasks_do_not_count(tmp_path):
@@ -55,7 +58,7 @@ def test_scores_of_other_tasks_do_not_count(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("s.txt", "a", "Parquet, JSON lines, CSV or TSV"),
+        ("s.txt", "a", "Parquet, JSON, CSV or TSV"),
         ("s.csv", "example_id,value\na,1\n", "columns example_id, value"),
         ("s.csv", "row,score\n1,1\n", "columns row, score"),
         ("s.csv", "example_id,score\na,high\n", "another type"),
