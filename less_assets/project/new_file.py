@@ -29,6 +29,8 @@ WARMUP_EPOCHS = 4
 WARMUP_ROWS, SELECTED_ROWS = 100, 20
 """What warm-up and selection have at least, if the pool has so many."""
 LARGEST_BATCH = 128
+FEWEST_IN_FOLDS = 6
+"""Target examples from which on they are cut into two parts; twice as many: into three."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Answers:
         model: Base model: Hugging Face id, folder, or `gguf:package/file.gguf`.
         task: Name of the task.
         examples: JSON lines with examples of the task.
-        held_out: Rows that models are evaluated on; None for no evaluation.
+        held_out: Rows that models are evaluated on; None: models are compared on the examples, if there are enough.
     """
 
     pool: Sequence[str]
@@ -91,11 +93,7 @@ def project_text(answers: Answers, path: Path) -> str:
         f"    - {{name: {name}, path: {_quoted(_from(folder, source))}}}"
         for name, source in zip(names, answers.pool, strict=True)
     )
-    evaluation = (
-        f"    evaluation: {{held_out: {_quoted(_from(folder, answers.held_out))}}}  # rows that nothing trains on"
-        if answers.held_out
-        else "    # evaluation: {held_out: held-out.jsonl}   # add rows that nothing trains on to have models compared"
-    )
+    evaluation = _evaluation(answers, folder)
     return f"""\
 # Written by `less-assets init` for {counted} usable rows. Relative paths are meant from this file's folder.
 # Keys that are left out have their defaults; all of them: docs/project-file.md of less-assets.
@@ -136,6 +134,35 @@ recipes:                               # ways to choose rows; each is trained an
 
 finetuning: {{epochs: 4, learning_rate: 2e-5, batch_size: {finetuning_batch}{again}}}
 """
+
+
+def _evaluation(answers: Answers, folder: Path) -> str:
+    """By what models are compared: held-out rows, else the examples in folds, where there are enough."""
+    if answers.held_out:
+        path = _quoted(_from(folder, answers.held_out))
+        return f"    evaluation: {{held_out: {path}}}  # rows that nothing trains on"
+    evaluation = (
+        "    # evaluation: {held_out: held-out.jsonl}   # rows that nothing trains on, to compare models by"
+    )
+    examples = _count_examples(answers.examples)
+    if examples < FEWEST_IN_FOLDS:
+        return evaluation
+    folds = 3 if examples >= 2 * FEWEST_IN_FOLDS else 2
+    return f"""\
+    # Models are compared on the {examples} examples: each of {folds} parts is left out once, rows are selected without
+    # it, and it judges. That is {folds} trainings more for a recipe; held-out rows need none.
+    validation: {{folds: {folds}}}
+{evaluation}"""
+
+
+def _count_examples(path: str) -> int:
+    """How many target examples a file has; 0 if it cannot be read, which `check` explains."""
+    from less_assets.method.data.targets import read_targets
+
+    try:
+        return len(read_targets("messages", path if is_url(path) else os.path.abspath(os.path.expanduser(path))))
+    except LessAssetsError:
+        return 0
 
 
 def _tokens(source: str) -> list[float]:

@@ -41,6 +41,19 @@ def test_sources_of_one_name_are_told_apart(rows):
     assert project.tasks[0].evaluation is None
 
 
+@pytest.mark.parametrize(("count", "folds"), [(1, None), (5, None), (6, 2), (11, 2), (12, 3), (40, 3)])
+def test_without_held_out_rows_models_are_compared_on_enough_examples(rows, tiny_model, tmp_path, count, folds):
+    examples = write_rows(tmp_path / "target.jsonl", [question(place, "plus") for place in range(count)])
+    held_out = write_rows(tmp_path / "held-out.jsonl", [question(50, "plus")])
+    for judged_on in (None, str(held_out)):
+        answers = Answers([str(rows)], str(tiny_model), "sums", str(examples), judged_on)
+        write_project_file(answers, tmp_path / "project.yaml", overwrite=True)
+        project = load_project(tmp_path / "project.yaml")
+        validation = project.tasks[0].validation
+        assert (validation.folds if validation else None) == (None if judged_on else folds)
+        assert check_data(project) == []
+
+
 @pytest.mark.parametrize("count", [1, 7, 60, 200, 2000])
 def test_settings_suit_the_number_of_rows(tmp_path, count):
     rows = write_rows(tmp_path / "pool.jsonl", [question(place, f"plus {place}") for place in range(count)])
