@@ -5,7 +5,7 @@
 
 The tables of the pool and its scores are written as the store holds them (about 1 kB of messages a row; 1 % of the rows
 are copies), and everything else that the steps need by stand-ins. Then each step runs as the product runs it, in a
-process of its own: `pool_index`, `warmup_sample` (0.5 %), `selected_subset` (5 %, round robin over three subtasks), each
+process of its own: `pool_index`, `warmup_sample` (0.5 %), `selected_subset` (5 %, in turns of three subtasks), each
 with what it shows of itself. Ten million rows take about 8 GB of disk.
 
 `pool_10m_peak_gib`: highest resident memory of a step at 10 M rows. `pool_growth_error`: processor seconds of a row in
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ from less_assets.steps.shown import Stored
 from less_assets.store.files import write_atomically
 from less_assets.store.tables import write_json, write_parquet
 
-SHARD_ROWS = 131_072
+SHARD_ROWS = int(os.environ.get("SHARD_ROWS", 131_072))
 ANSWER_WORDS = 150
 DISTINCT_TEXTS = 8192
 COPY_EVERY = 100
@@ -77,7 +78,9 @@ def write_pool(folder: Path, rows: int) -> None:
         {
             "key": f"pool-{number:05d}",
             "source": "pool",
-            "segments": [{"path": "pool.jsonl", "first_row": number * SHARD_ROWS, "rows": count, "digest": str(number)}],
+            "segments": [
+                {"path": "pool.jsonl", "first_row": number * SHARD_ROWS, "rows": count, "digest": str(number)}
+            ],
         }
         for number, count in enumerate(counts)
     ]

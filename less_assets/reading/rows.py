@@ -16,7 +16,7 @@ from less_assets.method.data.conversations import Conversation, stated, with_all
 from less_assets.project.warmup_steps import few_steps
 from less_assets.reading.files import EXAMPLES, INDEX, REFUSED, TARGET_FEATURES, score_file
 from less_assets.reading.shard_features import ShardFeatures
-from less_assets.store.tables import read_parquet
+from less_assets.store.tables import read_parquet, scan_parquet
 
 SHORTEST_PREFIX = 6
 FILE_AND_LINE = re.compile(r"(?P<file>.+):(?P<line>[0-9]{1,18})")
@@ -40,13 +40,13 @@ def find_row(lineage: Lineage, example_id: str) -> pl.DataFrame:
     if place := FILE_AND_LINE.fullmatch(example_id.strip()):
         example_id = _id_at(lineage, place["file"], int(place["line"]))
     wanted = example_id.strip().lower()
-    index = read_parquet(lineage.folder("pool_index"), INDEX)
-    found = index.filter(pl.col("example_id").str.starts_with(wanted)).sort("canonical", descending=True)
+    begins = scan_parquet(lineage.folder("pool_index"), INDEX).filter(pl.col("example_id").str.starts_with(wanted))
+    found = begins.collect().sort("canonical", descending=True)
     names = found["example_id"].unique(maintain_order=True).to_list()
     if len(wanted) < SHORTEST_PREFIX or not names:
         raise LessAssetsError(
             f"The pool has no usable row {example_id!r}.",
-            where=f"pool of {lineage.project.name}, {index.height} usable rows",
+            where=f"pool of {lineage.project.name}, {lineage.summary('pool_index')['usable']} usable rows",
             fix="ids stand in subset.jsonl, in the selection report and in examples.parquet of each shard; give at "
             f"least {SHORTEST_PREFIX} characters. Quarantined rows have none, and refused ones are not used",
         )
