@@ -22,14 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import yaml
-from results import merge
+from results import SCALE, merge
 from scoring import peak_gib
 from tiny_project import WORDS, write_project
 
@@ -223,14 +223,14 @@ def figures(measured: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write where the sizes are those of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[1_000_000, 10_000_000])
     parser.add_argument("--folder", help="where the pools are written (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, help="result file (default: scale.json, for the default sizes only)")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     parts: dict[str, Callable[[], Any]] = {
         "pool": lambda: write_pool(Path(asked.folder), asked.rows[0]),
         "scores": lambda: write_scores(Path(asked.folder)),
@@ -242,7 +242,7 @@ def main() -> None:
     found = figures({rows: measure(rows, asked.folder) for rows in asked.rows})
     print(json.dumps(found, indent=1))
     is_full = asked.rows == parser.get_default("rows")
-    if out := asked.out or (Path(__file__).parent / "results/scale.json" if is_full else None):
+    if out := asked.out or (SCALE if is_full else None):
         merge(out, found)
 
 
