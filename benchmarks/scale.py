@@ -21,7 +21,7 @@ How to read it
                                instance itself: nothing of that size was computed.
     partitions_for_new_shard   what one more shard makes after 60, by asset; `warmup_sample` is only checked again
     ray_speedup                gradients with one worker over those with two
-    attribution_over_extraction  token attribution of a row over extraction of a row, both at all checkpoints of the demo
+    attribution_over_extraction  token attribution of a row over extraction of a row, at all checkpoints of the demo
     checks_over_extraction     certificates and real steps of the demo's tasks over the extraction of its pool
     checks_after_adding        the same after 8 rows were added to the pool, over the extraction of the whole pool
     padding                    share of padding in the batches of an extraction of ../shared/data/pool, by device

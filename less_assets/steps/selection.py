@@ -450,6 +450,7 @@ ASSETS = (
         checks=(sketch_is_faithful, influence_is_real),
         in_ranges=True,
         loads_model=True,  # for its checks
+        spread=True,
         amount=score_work,
         columns_from={
             "pool_index": ROW_COLUMNS | {"shard": ["shard"], "row": ["row"]},

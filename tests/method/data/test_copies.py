@@ -19,7 +19,7 @@ def test_marks_do_not_depend_on_how_many_ids_are_in_memory(tmp_path, ids_at_once
     marked = mark_copies(parts, tmp_path, ids_at_once).collect()
     assert marked.equals(expected)
     assert marked.schema == expected.schema
-    assert 1 < marked["copies"].max()
+    assert marked["copies"].max() > 1
 
 
 def test_a_pool_without_rows_has_no_copies(tmp_path):
