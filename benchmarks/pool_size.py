@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ from less_assets.steps.shown import Stored
 from less_assets.store.files import write_atomically
 from less_assets.store.tables import write_json, write_parquet
 
-SHARD_ROWS = int(os.environ.get("SHARD_ROWS", 131_072))
+SHARD_ROWS = 131_072
 ANSWER_WORDS = 150
 DISTINCT_TEXTS = 8192
 COPY_EVERY = 100
@@ -65,21 +64,21 @@ STAND_INS = {
 STEPS = {"pool_index": None, "warmup_sample": None, "selected_subset": "recipe-0|task-0"}
 
 
-def write_pool(folder: Path, rows: int) -> None:
+def write_pool(folder: Path, rows: int, shard_rows: int) -> None:
     """The project, its ledger, and the tables of all shards."""
-    path = write_project(folder, rows=30, shard_size=SHARD_ROWS)
+    path = write_project(folder, rows=30, shard_size=shard_rows)
     settings = yaml.safe_load(path.read_text())
     settings["warmup"]["fraction"] = 0.005
     settings["recipes"] = [{"name": "recipe-0", "strategy": "less", "aggregate": "round_robin", "fraction": 0.05}]
     path.write_text(yaml.safe_dump(settings))
     project = load_project(str(path))
-    counts = [min(SHARD_ROWS, rows - first) for first in range(0, rows, SHARD_ROWS)]
+    counts = [min(shard_rows, rows - first) for first in range(0, rows, shard_rows)]
     shards = [
         {
             "key": f"pool-{number:05d}",
             "source": "pool",
             "segments": [
-                {"path": "pool.jsonl", "first_row": number * SHARD_ROWS, "rows": count, "digest": str(number)}
+                {"path": "pool.jsonl", "first_row": number * shard_rows, "rows": count, "digest": str(number)}
             ],
         }
         for number, count in enumerate(counts)
@@ -191,22 +190,24 @@ def run_step(folder: Path, asset: str) -> dict[str, float]:
     return {"seconds": finished - started, "shown_s": finished - computed, "wall_s": wall, "peak_gib": peak_gib()}
 
 
-def in_a_process(part: str, folder: str, rows: int) -> Any:
+def in_a_process(part: str, folder: str, rows: int, shard_rows: int) -> Any:
     """What a part answers in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--part", part, "--folder", folder, "--rows", str(rows)]
+    options = {"--part": part, "--folder": folder, "--rows": rows, "--shard-rows": shard_rows}
+    told = [str(word) for option in options.items() for word in option]
+    command = [sys.executable, "-W", "ignore", __file__, *told]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def measure(rows: int, parent: str | None) -> dict[str, dict[str, float]]:
+def measure(rows: int, shard_rows: int, parent: str | None) -> dict[str, dict[str, float]]:
     """Seconds and peak memory of each step at a size."""
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        in_a_process("pool", folder, rows)
+        in_a_process("pool", folder, rows, shard_rows)
         found = {}
         for asset in STEPS:
             if asset == "selected_subset":
-                in_a_process("scores", folder, rows)
-            found[asset] = in_a_process(asset, folder, rows)
+                in_a_process("scores", folder, rows, shard_rows)
+            found[asset] = in_a_process(asset, folder, rows, shard_rows)
             numbers = ", ".join(f"{name} {value:.2f}" for name, value in found[asset].items())
             print(f"  {rows} rows, {asset}: {numbers}", file=sys.stderr, flush=True)
         return found
@@ -227,19 +228,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write where the sizes are those of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", type=int, default=[1_000_000, 10_000_000])
+    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS)
     parser.add_argument("--folder", help="where the pools are written (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, help="result file (default: scale.json, for the default sizes only)")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     parts: dict[str, Callable[[], Any]] = {
-        "pool": lambda: write_pool(Path(asked.folder), asked.rows[0]),
+        "pool": lambda: write_pool(Path(asked.folder), asked.rows[0], asked.shard_rows),
         "scores": lambda: write_scores(Path(asked.folder)),
         **{asset: lambda: run_step(Path(asked.folder), asked.part) for asset in STEPS},
     }
     if asked.part:
         print(json.dumps(parts[asked.part]()))
         return
-    found = figures({rows: measure(rows, asked.folder) for rows in asked.rows})
+    found = figures({rows: measure(rows, asked.shard_rows, asked.folder) for rows in asked.rows})
     print(json.dumps(found, indent=1))
     is_full = asked.rows == parser.get_default("rows")
     if out := asked.out or (SCALE if is_full else None):
