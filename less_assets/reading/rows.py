@@ -122,7 +122,7 @@ def pool_rows(lineage: Lineage, shard: str, columns: list[str]) -> pl.DataFrame:
     return with_refusals(rows, refused_rows(lineage).filter(pl.col("shard") == shard))
 
 
-def conversations_of(lineage: Lineage, shard: str) -> pl.DataFrame:
+def conversations_of(lineage: Lineage, shard: str, rows: pl.Series | None = None) -> pl.DataFrame:
     """What a shard's rows say: columns `example_id`, `messages`, `tools`, null where a row is quarantined.
 
     A pool that an earlier version wrote has fewer fields; they are null then.
@@ -130,9 +130,12 @@ def conversations_of(lineage: Lineage, shard: str) -> pl.DataFrame:
     Args:
         lineage: Reads the pool.
         shard: Key of the shard.
+        rows: Numbers of some rows, ascending; None: all.
     """
-    table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES)
-    return with_all_fields(table).select("example_id", "messages", "tools")
+    table = scan_parquet(lineage.folder("instruction_pool", shard), EXAMPLES)
+    if rows is not None:
+        table = table.with_row_index("place").filter(pl.col("place").is_in(rows.implode()))
+    return with_all_fields(table.collect()).select("example_id", "messages", "tools")
 
 
 def conversations_by_id(lineage: Lineage, rows: pl.DataFrame) -> dict[str, Conversation]:

@@ -105,11 +105,11 @@ def estimated_recall(lineage: Lineage, recipe: ResolvedRecipe, task: str, select
         task: The task.
         selected: The rows that it selected, with rank, score, task and subtask.
     """
-    from less_assets.method.selection.prefilter import estimate_recall
-
     ranked = selected.drop_nulls("score")
     if lineage.project.prefilter is None or not recipe.ranks_by_influence or recipe.candidates or ranked.is_empty():
         return None
+    from less_assets.method.selection.prefilter import estimate_recall  # loads scipy, which others do not need
+
     counts: dict[str, int] = lineage.summary("influence_scores", task)["prefilter"]
     dropped = counts["rows"] - counts["kept"]
     if dropped and not counts["sampled"]:

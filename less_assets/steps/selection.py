@@ -227,16 +227,16 @@ def _write_rows(work: StepInputs, ranked: pl.DataFrame) -> int:
     Returns:
         How many of them are very short.
     """
-    from less_assets.method.data.conversations import is_very_short
+    from less_assets.method.data.conversations import for_trainers, is_very_short
 
     very_short = 0
     with tempfile.TemporaryDirectory(prefix="less-assets-") as folder:
         parts = _parts_with_messages(work.lineage, ranked, Path(folder))
         with written_file(work.folder.path(SUBSET_JSONL)) as file, file.open("w", encoding="utf-8") as lines:
             for part in parts:
-                rows = pl.read_ipc(part)
-                very_short += sum(map(is_very_short, rows["messages"]))
-                lines.writelines(f"{text}\n" for text in _json_lines(rows))
+                for row, messages, tools in _told(pl.read_ipc(part)):
+                    very_short += is_very_short(messages)
+                    lines.write(json.dumps(row | for_trainers(messages, tools), ensure_ascii=False) + "\n")
         write_parquet(work.folder, SUBSET, pl.scan_ipc(parts))
     return very_short
 
@@ -248,8 +248,8 @@ def _parts_with_messages(lineage: Lineage, ranked: pl.DataFrame, folder: Path) -
     files = [folder / f"{number:06d}.arrow" for number in range(max(1, -(-ranked.height // ROWS_AT_ONCE)))]
     pieces: dict[Path, list[Path]] = {file: [] for file in files}
     for shard in ranked["shard"].unique(maintain_order=True):
-        table = conversations_of(lineage, shard).unique("example_id")
-        wanted = ranked.filter(pl.col("shard") == shard).join(table, on="example_id", how="left")
+        wanted = ranked.filter(pl.col("shard") == shard).sort("row")
+        wanted = wanted.hstack(conversations_of(lineage, shard, wanted["row"]).select("messages", "tools"))
         number = (pl.col("rank") - 1) // ROWS_AT_ONCE
         for (place,), piece in wanted.group_by(number):
             own = pieces[files[int(place)]]
@@ -264,12 +264,11 @@ def _parts_with_messages(lineage: Lineage, ranked: pl.DataFrame, folder: Path) -
     return files
 
 
-def _json_lines(rows: pl.DataFrame) -> Iterator[str]:
-    from less_assets.method.data.conversations import for_trainers
-
+def _told(rows: pl.DataFrame) -> Iterator[tuple[dict[str, Any], list[Any], str | None]]:
+    """What a line says of each row, its messages, and its tools."""
     named = rows.select("example_id", "source", "rank", "score").iter_rows(named=True)
-    for row, messages, tools in zip(named, rows["messages"], rows["tools"], strict=True):
-        yield json.dumps(row | for_trainers(messages, tools), ensure_ascii=False)
+    said = rows.select("messages", "tools").iter_rows()
+    return ((row, messages, tools) for row, (messages, tools) in zip(named, said, strict=True))
 
 
 def describe_scores(stored: Stored) -> Shown:

@@ -12,16 +12,16 @@ from less_assets.store.tables import read_parquet
 def test_subset_files_do_not_depend_on_how_many_rows_are_in_memory(tiny_project, monkeypatch):
     tiny_project.settings["recipes"] = [{"name": "random", "strategy": "random", "fraction": 0.6, "seeds": [0]}]
     project = load_project(tiny_project.path)
-    lineage = make_with_inputs(project, open_store(project), "selected_subset", "random-s0|sums", print)
-    whole = lineage.folder("selected_subset", "random-s0|sums")
+    lineage = make_with_inputs(project, open_store(project), "selected_subset", "random-seed0|sums", print)
+    whole = lineage.folder("selected_subset", "random-seed0|sums")
     table, lines = read_parquet(whole, SUBSET), whole.read_bytes(SUBSET_JSONL)
     manifest = whole.manifest()
     assert table["rank"].to_list() == list(range(1, table.height + 1))
     assert len(table["shard"].unique()) > 2
     whole.discard()
     monkeypatch.setattr(selection, "ROWS_AT_ONCE", 4)
-    lineage = make_with_inputs(project, open_store(project), "selected_subset", "random-s0|sums", print)
-    again = lineage.folder("selected_subset", "random-s0|sums")
+    lineage = make_with_inputs(project, open_store(project), "selected_subset", "random-seed0|sums", print)
+    again = lineage.folder("selected_subset", "random-seed0|sums")
     assert again.read_bytes(SUBSET_JSONL) == lines
     assert read_parquet(again, SUBSET).equals(table)
     assert again.manifest().summary == manifest.summary
