@@ -41,10 +41,10 @@ demo/project.yaml: | env
 dev: env demo/project.yaml
 	$(BIN)/less-assets dev
 
+# Hours, on a machine that does nothing else; ONLY="threads idle" runs some parts, which `bench.py --list` names.
 bench: env
 	$(PIP) --constraint constraints.txt --editable ".[bench]"
-	$(BIN)/python benchmarks/features.py
-	$(BIN)/python benchmarks/prefilter.py
+	$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY))
 
 # A newcomer's way, from an empty folder to rows in their trainer, with the time of each step; needs the network.
 newcomer:

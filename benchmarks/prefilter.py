@@ -10,13 +10,12 @@ prefilter of each strategy. Then all select the same budget.
   shard, sides in turns. Processor seconds, so that it does not matter what else the machine does; loading models is
   not counted.
 
-Figures go to `benchmarks/results/prefilter.json`.
+Figures go to `benchmarks/results/scale.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from results import SCALE, merge
 from selection_quality import BASE, EXAMPLES, WARMUP_LEARNING_RATE, draw_pool
 
 from less_assets.compute.models import ModelLoader, cache_folder
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(EXAMPLES), default=["gsm8k", "tydiqa"])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "prefilter")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "prefilter.json")
+    parser.add_argument("--out", type=Path, default=SCALE)
     asked = parser.parse_args(arguments)
     asked.work = asked.work.absolute()
     lines = measure(asked)
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("recall", "time"):
         values = {key: [line[name] for line in lines if line["strategy"] == key] for key in asked.strategies}
         figures[f"prefilter_{name}"] = {key: sum(of_tasks) / len(of_tasks) for key, of_tasks in values.items()}
-    asked.results.write_text(json.dumps({**figures, "lines": lines}, indent=1) + "\n")
+    merge(asked.out, {**figures, "prefilter_lines": lines})
     print(as_markdown(lines))
 
 

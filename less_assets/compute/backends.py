@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from less_assets.compute.models import ModelLoader, cache_folder
-from less_assets.compute.step import Backend, Compute, Failures, make_artifact
+from less_assets.compute.step import Backend, Compute, ComputeTogether, Failures, Log, make_artifact, make_together
 from less_assets.errors import ComputeError, LessAssetsError
 from less_assets.lineage.lineage import Declaration, Lineage
 from less_assets.project.project import Project, parse_project
@@ -49,6 +49,18 @@ class LocalBackend:
                 yield partition, manifest
         failures.raise_first()
 
+    def make_together(
+        self,
+        lineage: Lineage,
+        asset: str,
+        partitions: Sequence[str],
+        compute: ComputeTogether,
+        models: ModelLoader,
+        log: Log,
+    ) -> Iterator[tuple[str, Manifest]]:
+        """See `Backend.make_together`: by one computation, whose failure is that of all."""
+        yield from list(make_together(lineage, asset, partitions, compute, models, log))
+
 
 class PartitionWorker:
     """What a Ray actor runs: opens the project in its own process, and keeps the loaded checkpoint between partitions.
@@ -67,9 +79,15 @@ class PartitionWorker:
         self._models = ModelLoader(self._project, cache_folder(store))
         self._log = logging.getLogger("less_assets.worker").info
 
-    def make(self, asset: str, partition: str, compute: Compute) -> Manifest:
-        """Make a partition and put it in force."""
-        return make_artifact(self._lineage, asset, partition, compute, self._models, self._log, resumable=True)
+    def make(self, asset: str, partitions: Sequence[str], compute: Compute) -> list[Manifest]:
+        """Make a partition (`partitions` is one) and put it in force."""
+        (partition,) = partitions
+        return [make_artifact(self._lineage, asset, partition, compute, self._models, self._log, resumable=True)]
+
+    def make_together(self, asset: str, partitions: Sequence[str], compute: ComputeTogether) -> list[Manifest]:
+        """Make partitions by one computation and put them in force."""
+        made = make_together(self._lineage, asset, partitions, compute, self._models, self._log)
+        return [manifest for _, manifest in made]
 
 
 @dataclass(frozen=True)
@@ -101,47 +119,87 @@ class RayBackend:
             ComputeError: The cluster cannot be reached, has no room, or loses worker after worker.
             LessAssetsError: Partitions failed; the others were made and yielded first.
         """
+        settings = self.project.compute
+        connect(settings)
+        count = min(workers_that_fit(settings), len(partitions))
+        yield from self._hand_out(
+            lineage, asset, [(partition,) for partition in partitions], count, "make", compute, log
+        )
+
+    def make_together(
+        self,
+        lineage: Lineage,
+        asset: str,
+        partitions: Sequence[str],
+        compute: ComputeTogether,
+        models: ModelLoader,
+        log: Log,
+    ) -> Iterator[tuple[str, Manifest]]:
+        """See `Backend.make_together`: each worker makes about as many partitions, by one computation.
+
+        Raises:
+            ComputeError, LessAssetsError: As `make`.
+        """
+        if len(partitions) < 2:
+            yield from LocalBackend().make_together(lineage, asset, partitions, compute, models, log)
+            return
+        settings = self.project.compute
+        connect(settings)
+        count = min(workers_that_fit(settings), len(partitions))
+        groups = [tuple(partitions[first::count]) for first in range(count)]
+        yield from self._hand_out(lineage, asset, groups, count, "make_together", compute, log)
+
+    def _hand_out(
+        self,
+        lineage: Lineage,
+        asset: str,
+        groups: Sequence[tuple[str, ...]],
+        count: int,
+        method: str,
+        compute: Compute | ComputeTogether,
+        log: Log,
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Have workers make groups of partitions by a method of `PartitionWorker`; yield what is finished."""
         import ray
 
         settings = self.project.compute
-        connect(settings)
         worker = ray.remote(PartitionWorker).options(
             num_gpus=settings.gpus_per_worker, num_cpus=settings.cpus_per_worker, max_restarts=0
         )
         content, path = self.project.path.read_bytes(), str(self.project.path)
-        count = min(workers_that_fit(settings), len(partitions))
-        log(f"{asset}: {len(partitions)} partitions over {count} Ray workers")
-        waiting, losses = deque(partitions), dict.fromkeys(partitions, 0)
+        log(f"{asset}: {sum(map(len, groups))} partitions over {count} Ray workers")
+        waiting, losses = deque(groups), dict.fromkeys(groups, 0)
         idle: list[Any] = [worker.remote(content, path, lineage.declarations) for _ in range(count)]
-        running: dict[Any, tuple[Any, str]] = {}
+        running: dict[Any, tuple[Any, tuple[str, ...]]] = {}
         failures = Failures(asset, log)
         try:
             while running or (waiting and not failures.hopeless):
                 while idle and waiting and not failures.hopeless:
-                    actor, partition = idle.pop(), waiting.popleft()
-                    running[actor.make.remote(asset, partition, compute)] = (actor, partition)
+                    actor, group = idle.pop(), waiting.popleft()
+                    running[getattr(actor, method).remote(asset, group, compute)] = (actor, group)
                 (finished,), _ = ray.wait(list(running), num_returns=1)
-                actor, partition = running.pop(finished)
+                actor, group = running.pop(finished)
+                named = ", ".join(group)
                 try:
-                    manifest = ray.get(finished)
+                    manifests = ray.get(finished)
                 except _lost() as error:
-                    losses[partition] += 1
-                    log(f"{asset} {partition}: its Ray worker was lost ({losses[partition]} times)")
-                    if losses[partition] >= LOSSES_PER_PARTITION:
-                        failures.add(partition, _given_up(asset, partition, error))
+                    losses[group] += 1
+                    log(f"{asset} {named}: its Ray worker was lost ({losses[group]} times)")
+                    if losses[group] >= LOSSES_PER_PARTITION:
+                        failures.add(named, _given_up(asset, named, error))
                     else:
-                        waiting.appendleft(partition)
+                        waiting.appendleft(group)
                     if waiting:
                         idle.append(worker.remote(content, path, lineage.declarations))
                 except ray.exceptions.RayTaskError as error:
                     if not isinstance(error.cause, LessAssetsError):
                         raise  # an error of the program, with the worker's traceback
-                    failures.add(partition, error.cause)
+                    failures.add(named, error.cause)
                     idle.append(actor)
                 else:
                     failures.succeeded()
                     idle.append(actor)
-                    yield partition, manifest
+                    yield from zip(group, manifests, strict=True)
             failures.raise_first()
         finally:
             for actor in [*idle, *(actor for actor, _ in running.values())]:

@@ -201,6 +201,18 @@ class Backend(Protocol):
         """
         ...
 
+    def make_together(
+        self,
+        lineage: Lineage,
+        asset: str,
+        partitions: Sequence[str],
+        compute: ComputeTogether,
+        models: ModelLoader,
+        log: Log,
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Make partitions by one computation, or by one for each worker, and put them in force; else as `make`."""
+        ...
+
 
 @contextmanager
 def measured(lineage: Lineage, asset: str, partition: str | None, models: ModelLoader) -> Iterator[list[StepResult]]:

@@ -12,7 +12,7 @@ import dagster as dg
 from less_assets.compute.backends import LocalBackend
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.progress import Progress
-from less_assets.compute.step import make_artifact, make_together
+from less_assets.compute.step import make_artifact
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import Versions, digest
@@ -183,13 +183,13 @@ def _make(
 ) -> Iterator[tuple[str, Manifest]]:
     """Partitions with their manifests, each as it is in force."""
     log = context.log.info
+    backend = workspace.backend if asset.spread else LocalBackend()
     if asset.compute_together:
-        # All first, then their events: a failure of the one computation is that of all.
-        yield from list(make_together(lineage, asset.name, partitions, asset.compute_together, workspace.models, log))
+        together = asset.compute_together
+        yield from backend.make_together(lineage, asset.name, partitions, together, workspace.models, log)
         return
     assert asset.compute is not None
     progress = Progress(asset.name, len(partitions), "partitions", log)
-    backend = workspace.backend if asset.spread else LocalBackend()
     for made in backend.make(lineage, asset.name, partitions, asset.compute, workspace.models, log):
         yield made
         progress(1)

@@ -555,7 +555,7 @@ class Compute(Section):
     """Where the heavy assets run."""
 
     backend: Literal["local", "ray"] = setting(
-        "local", "`local`: this process; `ray`: shards spread over a Ray cluster"
+        "local", "`local`: this process; `ray`: shards and tasks spread over a Ray cluster"
     )
     address: Text = setting(
         "auto",

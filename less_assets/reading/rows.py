@@ -16,7 +16,7 @@ from less_assets.method.data.conversations import Conversation, stated, with_all
 from less_assets.project.warmup_steps import few_steps
 from less_assets.reading.files import EXAMPLES, INDEX, REFUSED, TARGET_FEATURES, score_file
 from less_assets.reading.shard_features import ShardFeatures
-from less_assets.store.tables import read_parquet
+from less_assets.store.tables import read_parquet, scan_parquet
 
 SHORTEST_PREFIX = 6
 FILE_AND_LINE = re.compile(r"(?P<file>.+):(?P<line>[0-9]{1,18})")
@@ -40,13 +40,13 @@ def find_row(lineage: Lineage, example_id: str) -> pl.DataFrame:
     if place := FILE_AND_LINE.fullmatch(example_id.strip()):
         example_id = _id_at(lineage, place["file"], int(place["line"]))
     wanted = example_id.strip().lower()
-    index = read_parquet(lineage.folder("pool_index"), INDEX)
-    found = index.filter(pl.col("example_id").str.starts_with(wanted)).sort("canonical", descending=True)
+    begins = scan_parquet(lineage.folder("pool_index"), INDEX).filter(pl.col("example_id").str.starts_with(wanted))
+    found = begins.collect().sort("canonical", descending=True)
     names = found["example_id"].unique(maintain_order=True).to_list()
     if len(wanted) < SHORTEST_PREFIX or not names:
         raise LessAssetsError(
             f"The pool has no usable row {example_id!r}.",
-            where=f"pool of {lineage.project.name}, {index.height} usable rows",
+            where=f"pool of {lineage.project.name}, {lineage.summary('pool_index')['usable']} usable rows",
             fix="ids stand in subset.jsonl, in the selection report and in examples.parquet of each shard; give at "
             f"least {SHORTEST_PREFIX} characters. Quarantined rows have none, and refused ones are not used",
         )
@@ -122,7 +122,7 @@ def pool_rows(lineage: Lineage, shard: str, columns: list[str]) -> pl.DataFrame:
     return with_refusals(rows, refused_rows(lineage).filter(pl.col("shard") == shard))
 
 
-def conversations_of(lineage: Lineage, shard: str) -> pl.DataFrame:
+def conversations_of(lineage: Lineage, shard: str, rows: pl.Series | None = None) -> pl.DataFrame:
     """What a shard's rows say: columns `example_id`, `messages`, `tools`, null where a row is quarantined.
 
     A pool that an earlier version wrote has fewer fields; they are null then.
@@ -130,9 +130,12 @@ def conversations_of(lineage: Lineage, shard: str) -> pl.DataFrame:
     Args:
         lineage: Reads the pool.
         shard: Key of the shard.
+        rows: Numbers of some rows, ascending; None: all.
     """
-    table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES)
-    return with_all_fields(table).select("example_id", "messages", "tools")
+    table = scan_parquet(lineage.folder("instruction_pool", shard), EXAMPLES)
+    if rows is not None:
+        table = table.with_row_index("place").filter(pl.col("place").is_in(rows.implode()))
+    return with_all_fields(table.collect()).select("example_id", "messages", "tools")
 
 
 def conversations_by_id(lineage: Lineage, rows: pl.DataFrame) -> dict[str, Conversation]:

@@ -13,7 +13,8 @@ from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Queue, queues_of
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.excluded import mark_excluded
-from less_assets.reading.files import EXACT, EXACT_COLUMN, INDEX, score_file
+from less_assets.reading.files import EXACT, EXACT_COLUMN, score_file
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import score_column
 from less_assets.store.tables import read_parquet
 
@@ -70,7 +71,7 @@ def candidates_of(
     width = sum(map(len, members.values()))
     folder = lineage.folder("influence_scores", task)
     column = score_column(str(recipe.form), str(recipe.subtask)) if exact is None else EXACT_COLUMN
-    canonical = read_parquet(lineage.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
+    index = PoolIndex(lineage)
 
     def tables() -> Iterator[pl.DataFrame]:
         if exact is not None:
@@ -81,7 +82,7 @@ def candidates_of(
             table = read_parquet(folder, score_file(shard), columns)
             yield (
                 mark_excluded(lineage, table)
-                .join(canonical, on=["shard", "row"], how="left")
+                .join(index.shard(shard, ["row", "canonical"]), on="row", how="left")
                 .with_columns(pl.col("canonical").fill_null(False))
             )
 

@@ -24,7 +24,8 @@ from less_assets.method.selection.neighbours import NEAR_DUPLICATE
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import judge_selection
 from less_assets.reading.excluded import excluded_reasons
-from less_assets.reading.files import EXAMPLES, INDEX, SUBSET, TARGETS
+from less_assets.reading.files import EXAMPLES, SUBSET, TARGETS
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import checkpoint_weights, few_warmup_steps, subtask_label
 from less_assets.reading.selection_cut import Cuts
 from less_assets.reading.subsets import other_subsets, recall_in_words
@@ -273,13 +274,13 @@ def _look_through(
     progress: Callable[[int, str], Callable[[int], object]],
 ) -> _Pool:
     """Count what the pool is made of, shard by shard, and keep the facts of some rows."""
-    index = read_parquet(lineage.folder("pool_index"), INDEX)
-    done = progress(index.height, "rows")
+    index = PoolIndex(lineage)
+    done = progress(lineage.summary("pool_index")["usable"], "rows")
     facts = []
     tallies: dict[str, dict[str, int]] = {name: {} for name in ("source", "length", "turns", "subtask")}
     lengths: dict[int, int] = {}
     for shard in lineage.shards():
-        usable = index.filter(pl.col("shard") == shard)
+        usable = index.shard(shard)
         columns = ["example_id", "source", "source_file", "source_row", "messages"]
         table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, columns)[usable["row"].to_list()]
         table = table.with_columns(usable.select("shard", "row", "copies", "canonical"))

@@ -235,6 +235,7 @@ ASSETS = (
         describe=one_table(EMBEDDINGS),
         in_ranges=True,
         loads_model=True,
+        spread=True,
         amount=pool_embedding_work,
         passes=1,
         counts_tokens=True,

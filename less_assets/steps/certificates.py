@@ -34,7 +34,8 @@ from less_assets.reading.certificates import (
     scored_sample,
     steps_plan,
 )
-from less_assets.reading.files import INDEX, score_file
+from less_assets.reading.files import score_file
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import checkpoint_weights, mean_learning_rates, score_column
 from less_assets.reading.scores import recipe_queues
 from less_assets.steps.gradients import encode_targets, total_tokens
@@ -299,10 +300,11 @@ def even_sample(lineage: Lineage, task: str, columns: list[str]) -> tuple[pl.Dat
 def _scored_rows(lineage: Lineage, task: str, columns: list[str] | None = None) -> Iterator[pl.DataFrame]:
     """The rows that can be selected, shard by shard; all columns by default."""
     folder = lineage.folder("influence_scores", task)
-    canonical = read_parquet(lineage.folder("pool_index"), INDEX, ["shard", "row", "canonical"])
+    index = PoolIndex(lineage)
     wanted = None if columns is None else ["shard", "row", "status", *columns]
     for shard in lineage.shards():
-        table = read_parquet(folder, score_file(shard), wanted).join(canonical, on=["shard", "row"], how="left")
+        canonical = index.shard(shard, ["row", "canonical"])
+        table = read_parquet(folder, score_file(shard), wanted).join(canonical, on="row", how="left")
         yield table.filter((pl.col("status") == "ok") & pl.col("canonical").fill_null(False))
 
 

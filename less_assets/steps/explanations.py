@@ -19,7 +19,8 @@ from less_assets.lineage.plan import Versions
 from less_assets.project.project import Project
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.certificates import CERTIFICATE, judge_selection, read_certificate
-from less_assets.reading.files import INDEX, NEIGHBOURS, REPORT, ROWS, SUBSET, TOKENS
+from less_assets.reading.files import NEIGHBOURS, REPORT, ROWS, SUBSET, TOKENS
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import (
     ROWS_AT_ONCE,
     checkpoint_weights,
@@ -206,9 +207,9 @@ def find_neighbours(lineage: Lineage, recipe: ResolvedRecipe, task: str, rows: p
     ordered = rows.sort("shard", "row")
     places = [offsets[shard] + row for shard, row in ordered.select("shard", "row").iter_rows()]
     nearest = NearestRows(features, places, NEAREST, features.mean(axis=0) if centered else None)
-    index = read_parquet(lineage.folder("pool_index"), INDEX)
+    index = PoolIndex(lineage)
     for shard in lineage.shards():
-        canonical = index.filter((pl.col("shard") == shard) & pl.col("canonical"))["row"].to_numpy()
+        canonical = index.shard(shard, ["row", "canonical"]).filter("canonical")["row"].to_numpy()
         stored = ShardFeatures.of(lineage, heaviest, shard)
         numbers = np.arange(stored.rows) if stored.numbers is None else stored.numbers
         usable = (stored.reader.status == 0) & np.isin(numbers, canonical)
@@ -249,12 +250,12 @@ def _offsets(lineage: Lineage) -> dict[str, int]:
     return offsets
 
 
-def _named(index: pl.DataFrame, places: np.ndarray, offsets: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
+def _named(index: PoolIndex, places: np.ndarray, offsets: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
     """Ids and addresses of the rows at some places of the whole pool."""
     first = pl.col("shard").replace_strict(dict(offsets), return_dtype=pl.Int64)
     wanted = np.unique(places[places >= 0])
-    found = index.filter((first + pl.col("row")).is_in(wanted.tolist()))
-    return found.select("example_id", "shard", "row").iter_rows()
+    found = index.rows.filter((first + pl.col("row")).is_in(wanted.tolist()))
+    return found.select("example_id", "shard", "row").collect().iter_rows()
 
 
 def write_report(work: StepInputs) -> StepResult:

@@ -3,7 +3,9 @@
 Belongs here: wiring only. Formats are `method/data/row_formats.py`, files and shards `lineage/pool_files.py`.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -18,6 +20,7 @@ from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.pool_files import data_path
 from less_assets.project.project import Project
 from less_assets.reading.files import EXAMPLES, EXCLUDED, INDEX, REFUSED
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import conversations_of
 from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import few_rows_quarantined
@@ -93,7 +96,8 @@ def refuse_rows(work: StepInputs) -> StepResult:
 
 def index_pool(work: StepInputs) -> StepResult:
     """List every usable row of every shard; of equal examples the first one is canonical. Refused rows stand apart."""
-    parts, refused_parts = [], []
+    from less_assets.method.data.copies import mark_copies
+
     shards = work.lineage.pool_files.shard_keys()
     if not shards:  # else everything after it would go on with nothing, where only the ledger was lost
         raise PoolFormatError(
@@ -101,17 +105,14 @@ def index_pool(work: StepInputs) -> StepResult:
             where="pool.sources",
             fix="look at the files; `less-assets run` scans them, and so does the sensor `pool_shards` in Dagster",
         )
-    for shard in shards:
-        table = read_parquet(
-            work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"]
-        )
-        refused = read_parquet(work.lineage.folder("refused_rows", shard), REFUSED)
-        rows = table.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row")).filter(pl.col("status") == "ok")
-        used = rows.join(refused, on="row", how="anti", maintain_order="left")
-        parts.append(used.select("example_id", "source", pl.lit(shard).alias("shard"), "row"))
-        refused_parts.append(refused.select("example_id", pl.lit(shard).alias("shard"), "row", "status", "detail"))
-    refused = pl.concat(refused_parts)
-    if refused.height and not sum(part.height for part in parts):
+    refused = pl.concat(_refused_of(work.lineage, shard) for shard in shards)
+    with tempfile.TemporaryDirectory(prefix="less-assets-") as folder:
+        index = mark_copies((_usable_of(work.lineage, shard) for shard in shards), Path(folder))
+        counted = index.group_by("source").agg(pl.len().alias("rows"), pl.col("canonical").sum().alias("unique"))
+        sources = counted.sort("source").collect(engine="streaming")
+        write_parquet(work.folder, INDEX, index)
+    usable, unique = int(sources["rows"].sum()), int(sources["unique"].sum())
+    if refused.height and not usable:
         reasons = ", ".join(
             f"{status}: {rows}" for status, rows in sorted(refused["status"].value_counts().iter_rows())
         )
@@ -122,21 +123,29 @@ def index_pool(work: StepInputs) -> StepResult:
         )
     if refused.height:
         write_parquet(work.folder, REFUSED, refused)
-    index = pl.concat(parts).with_columns(
-        pl.len().over("example_id").cast(pl.Int64).alias("copies"),
-        pl.col("example_id").is_first_distinct().alias("canonical"),
-    )
-    write_parquet(work.folder, INDEX, index)
-    unique = index.filter("canonical")
     summary = {
         "shards": shards,
-        "usable": index.height,
-        "unique": unique.height,
-        "copies": index.height - unique.height,
+        "usable": usable,
+        "unique": unique,
+        "copies": usable - unique,
         "refused": refused.height,
-        "sources": dict(sorted(unique["source"].value_counts().iter_rows())),
+        "sources": dict(sources.filter(pl.col("unique") > 0).select("source", "unique").iter_rows()),
     }
     return StepResult(summary)
+
+
+def _usable_of(lineage: Lineage, shard: str) -> pl.DataFrame:
+    """Where a shard's usable rows stand."""
+    table = read_parquet(lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id", "source", "status"])
+    refused = read_parquet(lineage.folder("refused_rows", shard), REFUSED)
+    rows = table.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("row")).filter(pl.col("status") == "ok")
+    used = rows.join(refused, on="row", how="anti", maintain_order="left")
+    return used.select("example_id", "source", pl.lit(shard).alias("shard"), "row")
+
+
+def _refused_of(lineage: Lineage, shard: str) -> pl.DataFrame:
+    refused = read_parquet(lineage.folder("refused_rows", shard), REFUSED)
+    return refused.select("example_id", pl.lit(shard).alias("shard"), "row", "status", "detail")
 
 
 def list_excluded(work: StepInputs) -> StepResult:
@@ -149,9 +158,9 @@ def list_excluded(work: StepInputs) -> StepResult:
     reasons = read_excluded(work.project.exclude)
     schema = {"example_id": pl.String, "reason": pl.String}
     table = pl.DataFrame({"example_id": list(reasons), "reason": list(reasons.values())}, schema=schema)
-    index = read_parquet(work.lineage.folder("pool_index"), INDEX, ["example_id", "source", "canonical"])
+    there = PoolIndex(work.lineage).of_ids(table["example_id"], ["example_id", "source", "canonical"])
     table = table.join(
-        index.filter("canonical").drop("canonical"), on="example_id", how="left", maintain_order="left"
+        there.filter("canonical").drop("canonical"), on="example_id", how="left", maintain_order="left"
     ).with_columns(pl.col("source").is_not_null().alias("in_pool"))
     write_parquet(work.folder, EXCLUDED, table)
     left_out = table.filter("in_pool")
@@ -187,10 +196,10 @@ def describe_index(stored: Stored) -> Shown:
     from less_assets.report import charts
 
     sources: Any = stored.manifest.summary["sources"]
-    index = stored.table(INDEX)
+    index = stored.scan(INDEX)
     drawn = charts.share_bars(sources, kind="source") if len(sources) > 1 else None
     values = {"shares_by_source": Picture(drawn, "share of each source among distinct rows")} if drawn else {}
-    return Shown(values, index.height, index.schema)
+    return Shown(values, index.select(pl.len()).collect().item(), index.collect_schema())
 
 
 def describe_excluded(stored: Stored) -> Shown:

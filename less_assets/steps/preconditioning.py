@@ -14,7 +14,8 @@ from less_assets.compute.step import StepInputs, StepResult
 from less_assets.compute.workload import Amount, Workload
 from less_assets.lineage.lineage import Input, Keys, Lineage, split
 from less_assets.project.project import Project
-from less_assets.reading.files import INDEX, PLACES, score_file
+from less_assets.reading.files import PLACES, score_file
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import checkpoint_weights
 from less_assets.reading.shard_features import ShardFeatures, kept_rows
 from less_assets.steps.asset import Asset
@@ -70,21 +71,22 @@ def _sample(lineage: Lineage) -> pl.DataFrame:
     from less_assets.method.selection.preconditioning import SAMPLE_ROWS
     from less_assets.method.selection.selection import Budget, select_at_random
 
-    index = read_parquet(lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
-    if lineage.project.prefilter:
-        index = _with_gradients(lineage, index)
-    drawn = select_at_random(lambda: [index], Budget("rows", SAMPLE_ROWS), 0, stream=STREAM).table
+    index = PoolIndex(lineage)
+    drawn = select_at_random(
+        lambda: (_with_gradients(lineage, rows) for rows in index.tables()),
+        Budget("rows", SAMPLE_ROWS),
+        0,
+        stream=STREAM,
+    ).table
     return drawn.select("shard", "row").sort("shard", "row")
 
 
-def _with_gradients(lineage: Lineage, index: pl.DataFrame) -> pl.DataFrame:
-    """The rows of the index that a prefilter has kept."""
-    kept = []
-    for shard in lineage.shards():
-        rows = kept_rows(lineage, shard)
-        assert rows is not None
-        kept.append(rows.filter(~pl.col("sampled")).select(pl.lit(shard).alias("shard"), "row"))
-    return index.join(pl.concat(kept), on=["shard", "row"], how="semi", maintain_order="left")
+def _with_gradients(lineage: Lineage, rows: pl.DataFrame) -> pl.DataFrame:
+    """Of a shard's rows those that a prefilter has kept; all of them without one."""
+    kept = kept_rows(lineage, rows["shard"][0]) if rows.height else None
+    if kept is None:
+        return rows
+    return rows.join(kept.filter(~pl.col("sampled")), on="row", how="semi", maintain_order="left")
 
 
 def _features(lineage: Lineage, checkpoint: str, form: str, sample: pl.DataFrame) -> np.ndarray:

@@ -18,7 +18,8 @@ from less_assets.project.project import Project
 from less_assets.project.recipes import PREFILTER, ResolvedRecipe
 from less_assets.project.strategies import STRATEGIES
 from less_assets.reading.excluded import mark_excluded
-from less_assets.reading.files import INDEX, KEPT, PREFILTER_SAMPLE
+from less_assets.reading.files import KEPT, PREFILTER_SAMPLE
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import score_column, scores_of
 from less_assets.reading.scores import recipe_queues
 from less_assets.reading.shard_features import kept_rows
@@ -54,8 +55,7 @@ def keep_rows(work: StepInputs) -> StepResult:
 
     lineage, project, shard = work.lineage, work.project, work.partition
     of_shard = pl.col("shard") == shard
-    index = scan_parquet(lineage.folder("pool_index"), INDEX).filter(of_shard & pl.col("canonical"))
-    distinct = index.select("example_id", "row").collect()
+    distinct = PoolIndex(lineage).shard(shard).filter("canonical").select("example_id", "row")
     by_task = [
         scan_parquet(lineage.folder("prefiltered_pool", task), KEPT).filter(of_shard).select("row").collect()["row"]
         for task in project.task_names
@@ -105,11 +105,11 @@ def estimated_recall(lineage: Lineage, recipe: ResolvedRecipe, task: str, select
         task: The task.
         selected: The rows that it selected, with rank, score, task and subtask.
     """
-    from less_assets.method.selection.prefilter import estimate_recall
-
     ranked = selected.drop_nulls("score")
     if lineage.project.prefilter is None or not recipe.ranks_by_influence or recipe.candidates or ranked.is_empty():
         return None
+    from less_assets.method.selection.prefilter import estimate_recall  # loads scipy, which others do not need
+
     counts: dict[str, int] = lineage.summary("influence_scores", task)["prefilter"]
     dropped = counts["rows"] - counts["kept"]
     if dropped and not counts["sampled"]:

@@ -15,7 +15,8 @@ from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.ranking import Restraints, score_matrix
 from less_assets.project.recipes import ResolvedRecipe
 from less_assets.reading.excluded import mark_excluded
-from less_assets.reading.files import INDEX, PLACES, score_file
+from less_assets.reading.files import PLACES, score_file
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import checkpoint_weights, conversations_of
 from less_assets.reading.scores import candidates_of, exact_scores_of
 from less_assets.reading.shard_features import vectors_of_rows
@@ -44,8 +45,7 @@ class Pool:
 
     def __init__(self, work: StepInputs, *, exclude: bool = True) -> None:
         self._work, self._exclude = work, exclude
-        index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
-        self._index = self.mark_excluded(index)
+        self._index = PoolIndex(work.lineage)
         self._tokens: dict[str, pl.Series] = {}
 
     def mark_excluded(self, rows: pl.DataFrame) -> pl.DataFrame:
@@ -63,7 +63,7 @@ class Pool:
 
     def rows(self, shard: str, *, tokens: bool) -> pl.DataFrame:
         """A shard's usable rows, as in `shards`."""
-        rows = self._index.filter(pl.col("shard") == shard)
+        rows = self.mark_excluded(self._index.shard(shard).with_columns(pl.lit("ok").alias("status")))
         if not tokens:
             return rows
         if shard not in self._tokens:
@@ -210,7 +210,7 @@ def _ranked_scores(
         )
     if (ranks_by := traits.load_ranks_by()) is None:
         return lambda _, scores: scores
-    # A score takes four bytes a row of the pool, far less than its index, which is in memory too.
+    # A score takes four bytes a row of the pool.
     tables = [read_parquet(folder, score_file(shard), ["score"]) for shard in work.lineage.shards()]
     pool = np.concatenate([score_matrix(table["score"]) for table in tables])
     keys = {key: getattr(recipe, key) for key in traits.keys if key not in ("aggregate", "seeds")}

@@ -6,7 +6,9 @@ Belongs here: wiring only. Mathematics is `method/selection/`; which scores a re
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,12 +47,15 @@ from less_assets.steps.gradients import require_same_sketch
 from less_assets.steps.prefilter import estimated_recall, prefilter_counts, sampled_rows
 from less_assets.steps.ranking import SCORE_ASSETS, Pool, aggregate_of, scored_pool, select_rows
 from less_assets.steps.shown import TABLE_ROWS, Command, Picture, ReportLink, ReportLinks, Shown, Stored, Table
+from less_assets.store.files import written_file
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
 RANKING_SECONDS = 2e-5
 """Ranking a row of the pool on one two-core machine."""
 CHART_SCORES = 20_000
 """Scores kept for the histogram: enough for its bins, small for any pool."""
+ROWS_AT_ONCE = 65_536
+"""Selected rows whose messages are in memory at a time."""
 
 
 def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
@@ -155,15 +160,15 @@ def store_selection(
         named: What the summary calls the selection.
         explained: Whether to store also what only explains it: scores of the pool, rows that were passed over.
     """
-    from less_assets.method.data.conversations import for_trainers, is_very_short
+    from less_assets.method.selection.selection import SELECTION_SCHEMA
 
     selection = _select(work, recipe, task, explained=explained)
     counts: dict[str, Any] = {}
     if selection is None:
-        table = pl.DataFrame(schema=_subset_schema())
+        table = pl.DataFrame(schema=SELECTION_SCHEMA)
+        _write_rows(work, table)
     else:
-        table = _with_messages(work.lineage, selection.table)
-        found = selection.summary
+        table, found = selection.table, selection.summary
         counts = {
             "usable": found.usable,
             "loss_tokens": found.loss_tokens,
@@ -171,23 +176,12 @@ def store_selection(
             "subtasks": found.rows_per_subtask,
             "cut_scores": found.cut_scores,
             "removed": found.removed,
-            "very_short": sum(map(is_very_short, table["messages"])),
+            "very_short": _write_rows(work, table),
         }
         if explained and (recipe.quotas or recipe.near_duplicates is not None):
             write_parquet(work.folder, PASSED_OVER, selection.passed_over)
         if recall := estimated_recall(work.lineage, recipe, task, selection.table):
             counts |= {"recall": recall.estimate, "recall_low": recall.low, "recall_high": recall.high}
-    write_parquet(work.folder, SUBSET, table)
-    lines = [
-        json.dumps(row | for_trainers(messages, tools), ensure_ascii=False)
-        for row, messages, tools in zip(
-            table.select("example_id", "source", "rank", "score").iter_rows(named=True),
-            table["messages"],
-            table["tools"],
-            strict=True,
-        )
-    ]
-    work.folder.write_bytes(SUBSET_JSONL, "".join(f"{text}\n" for text in lines).encode())
     pool_sources = work.lineage.summary("pool_index")["sources"] if selection else {}
     summary = {**named, "rows": table.height, **counts, "pool_sources": pool_sources}
     version = digest(["selected", *table["example_id"].to_list()])
@@ -221,21 +215,60 @@ def _keep_pool_scores(work: StepInputs, candidates: list[Any], aggregate: str) -
     write_parquet(work.folder, POOL_SCORES, pl.DataFrame({"score": kept}))
 
 
-def _subset_schema() -> pl.Schema:
+def _write_rows(work: StepInputs, ranked: pl.DataFrame) -> int:
+    """Store selected rows with their messages and tools, as a table and as JSON lines.
+
+    Memory holds one shard of the pool, or `ROWS_AT_ONCE` rows of the selection, with their messages.
+
+    Args:
+        work: Reads the pool, and writes.
+        ranked: `SELECTION_SCHEMA`, best first.
+
+    Returns:
+        How many of them are very short.
+    """
+    from less_assets.method.data.conversations import for_trainers, is_very_short
+
+    very_short = 0
+    with tempfile.TemporaryDirectory(prefix="less-assets-") as folder:
+        parts = _parts_with_messages(work.lineage, ranked, Path(folder))
+        with written_file(work.folder.path(SUBSET_JSONL)) as file, file.open("w", encoding="utf-8") as lines:
+            for part in parts:
+                for row, messages, tools in _told(pl.read_ipc(part)):
+                    very_short += is_very_short(messages)
+                    lines.write(json.dumps(row | for_trainers(messages, tools), ensure_ascii=False) + "\n")
+        write_parquet(work.folder, SUBSET, pl.scan_ipc(parts))
+    return very_short
+
+
+def _parts_with_messages(lineage: Lineage, ranked: pl.DataFrame, folder: Path) -> list[Path]:
+    """Files of `ROWS_AT_ONCE` rows each, by rank, with messages and tools by id; shards are read once."""
     from less_assets.method.data.examples import POOL_SCHEMA
-    from less_assets.method.selection.selection import SELECTION_SCHEMA
 
-    return pl.Schema({**SELECTION_SCHEMA, "messages": POOL_SCHEMA["messages"], "tools": POOL_SCHEMA["tools"]})
-
-
-def _with_messages(lineage: Lineage, ranked: pl.DataFrame) -> pl.DataFrame:
-    """Add each selected row's messages and tools, by id."""
-    parts = []
+    files = [folder / f"{number:06d}.arrow" for number in range(max(1, -(-ranked.height // ROWS_AT_ONCE)))]
+    pieces: dict[Path, list[Path]] = {file: [] for file in files}
     for shard in ranked["shard"].unique(maintain_order=True):
-        table = conversations_of(lineage, shard)
-        wanted = ranked.filter(pl.col("shard") == shard)
-        parts.append(wanted.join(table.unique("example_id"), on="example_id", how="left"))
-    return pl.concat(parts).sort("rank") if parts else pl.DataFrame(schema=_subset_schema())
+        wanted = ranked.filter(pl.col("shard") == shard).sort("row")
+        wanted = wanted.hstack(conversations_of(lineage, shard, wanted["row"]).select("messages", "tools"))
+        number = (pl.col("rank") - 1) // ROWS_AT_ONCE
+        for (place,), piece in wanted.group_by(number):
+            own = pieces[files[int(place)]]
+            own.append(folder / f"{place}-{len(own)}.arrow")
+            piece.write_ipc(own[-1])
+    schema = {**ranked.schema, "messages": POOL_SCHEMA["messages"], "tools": POOL_SCHEMA["tools"]}
+    for file, own in pieces.items():
+        parts = [pl.DataFrame(schema=schema), *(pl.read_ipc(piece) for piece in own)]
+        pl.concat(parts).sort("rank").write_ipc(file)
+        for piece in own:
+            piece.unlink()
+    return files
+
+
+def _told(rows: pl.DataFrame) -> Iterator[tuple[dict[str, Any], list[Any], str | None]]:
+    """What a line says of each row, its messages, and its tools."""
+    named = rows.select("example_id", "source", "rank", "score").iter_rows(named=True)
+    said = rows.select("messages", "tools").iter_rows()
+    return ((row, messages, tools) for row, (messages, tools) in zip(named, said, strict=True))
 
 
 def describe_scores(stored: Stored) -> Shown:
@@ -261,13 +294,16 @@ def describe_subset(stored: Stored) -> Shown:
     """The best rows, what the subset is made of against the pool, and where the cut lies."""
     from less_assets.report import charts
 
-    table, files = stored.table(SUBSET), stored.manifest.files
+    stored_rows, files = stored.scan(SUBSET), stored.manifest.files
+    columns = stored_rows.collect_schema()
+    table = stored.table(SUBSET, [name for name in columns if name not in ("messages", "tools")])
     values: dict[str, Any] = {"rows": table.height}
     if table.is_empty():
         return Shown(values, 0)
     if table["score"].null_count() < table.height:
         values["lowest_score"], values["mean_score"] = table["score"].min(), table["score"].mean()
-    top = table.head(TABLE_ROWS).select("rank", "score", "messages", "subtask", "source", "example_id")
+    shown = ("rank", "score", "messages", "subtask", "source", "example_id")
+    top = stored_rows.head(TABLE_ROWS).select(shown).collect()
     recipe, task = split(stored.partition)
     project, best = stored.lineage.project, top["example_id"][0]
     has_report = recipe in project.recipe_keys and chooses_rows(project, recipe)  # a pilot has none
@@ -291,7 +327,7 @@ def describe_subset(stored: Stored) -> Shown:
             stored.table(POOL_SCORES)["score"].to_numpy(), float(cut), all_above=_all_above(stored)
         )
         values["scores"] = Picture(drawn, "scores of the pool and the cut")
-    return Shown(values, table.height, table.schema)
+    return Shown(values, table.height, columns)
 
 
 def explain_command(project: Project, task: str, example_id: str) -> Command:
@@ -413,6 +449,7 @@ ASSETS = (
         checks=(sketch_is_faithful, influence_is_real),
         in_ranges=True,
         loads_model=True,  # for its checks
+        spread=True,
         amount=score_work,
         columns_from={
             "pool_index": ROW_COLUMNS | {"shard": ["shard"], "row": ["row"]},

@@ -92,6 +92,10 @@ class Stored:
         """One of its tables."""
         return read_parquet(self.folder, file, columns)
 
+    def scan(self, file: str) -> pl.LazyFrame:
+        """One of its tables, of which only what is asked for is read."""
+        return scan_parquet(self.folder, file)
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -120,7 +124,7 @@ def one_table(file: str) -> Describe:
     """What describes an asset that is one table: its number of rows and its columns; no row is read."""
 
     def describe(stored: Stored) -> Shown:
-        frame = scan_parquet(stored.folder, file)
+        frame = stored.scan(file)
         return Shown({}, frame.select(pl.len()).collect().item(), frame.collect_schema())
 
     return describe

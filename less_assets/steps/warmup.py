@@ -27,7 +27,8 @@ from less_assets.lineage.plan import Versions, digest
 from less_assets.lineage.warmup_draw import sample_draw
 from less_assets.project.project import Project
 from less_assets.reading.excluded import mark_excluded
-from less_assets.reading.files import INDEX, SAMPLE
+from less_assets.reading.files import SAMPLE
+from less_assets.reading.pool_index import PoolIndex
 from less_assets.reading.rows import conversations_of, refused_rows
 from less_assets.steps.asset import Asset
 from less_assets.steps.pool import INDEX_ROW_SECONDS
@@ -45,11 +46,14 @@ def draw_warmup_sample(work: StepInputs) -> StepResult:
     if not settings:  # imported checkpoints were trained on data of their own
         write_parquet(work.folder, SAMPLE, pl.DataFrame(schema={"example_id": pl.String, "shard": pl.String}))
         return StepResult({"rows": 0}, data_version=digest([]))
-    index = read_parquet(work.lineage.folder("pool_index"), INDEX).with_columns(pl.lit("ok").alias("status"))
-    index = mark_excluded(work.lineage, index)
+    index = PoolIndex(work.lineage)
     draw: Any = work.lineage.plan("warmup_sample").settings["draw"]
     seed = settings["seed"] + 1_000_003 * draw
-    sample = select_at_random(lambda: [index], Budget("fraction", settings["fraction"]), seed).table
+    sample = select_at_random(
+        lambda: (mark_excluded(work.lineage, rows) for rows in index.tables()),
+        Budget("fraction", settings["fraction"]),
+        seed,
+    ).table
     write_parquet(work.folder, SAMPLE, sample.select("example_id", "shard"))
     sources = dict(sorted(sample["source"].value_counts().iter_rows()))
     return StepResult({"rows": sample.height, "sources": sources}, data_version=digest(sample["example_id"].to_list()))
@@ -67,7 +71,7 @@ def check_sample(lineage: Lineage) -> None:
         sample = read_parquet(frozen, SAMPLE)["example_id"]
     except (MissingArtifactError, CorruptArtifactError):
         return  # it is going to be drawn from the pool as it is
-    index = read_parquet(lineage.folder("pool_index"), INDEX, ["example_id"])["example_id"]
+    index = PoolIndex(lineage).of_ids(sample, ["example_id"])["example_id"]
     # A row that the tokenizer or a smaller max_length refuses now is still there: training leaves it out.
     there = pl.concat([index, refused_rows(lineage)["example_id"]])
     gone = sample.filter(~sample.is_in(there.implode()))

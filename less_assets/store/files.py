@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -114,15 +115,9 @@ def write_atomically(path: UPath, data: bytes) -> None:
         StorageError: The disk is full, permission is denied, or the object store fails.
     """
     with storage_trouble(path, "write"):
-        if local := local_path(path):
-            local.parent.mkdir(parents=True, exist_ok=True)
-            temporary = local.with_name(partial_name(local.name))
-            try:
+        if local_path(path):
+            with written_file(path) as temporary:
                 temporary.write_bytes(data)
-                finish_file(temporary, local)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
         else:
             try:
                 path.fs.pipe_file(path.path, data)
@@ -134,6 +129,31 @@ def write_atomically(path: UPath, data: bytes) -> None:
                     ) from error
                 path.fs.makedirs(path.parent.path, exist_ok=True)  # file servers want the folder first
                 path.fs.pipe_file(path.path, data)
+
+
+@contextlib.contextmanager
+def written_file(path: UPath) -> Iterator[pathlib.Path]:
+    """A file on this machine to write into, which then takes its place as `write_atomically` does it.
+
+    Raises:
+        StorageError: The disk is full, permission is denied, or the object store fails.
+    """
+    with storage_trouble(path, "write"), contextlib.ExitStack() as remote:
+        if local := local_path(path):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            temporary = local.with_name(partial_name(local.name))
+        else:
+            folder = remote.enter_context(tempfile.TemporaryDirectory(prefix="less-assets-"))
+            temporary = pathlib.Path(folder) / "written"
+        try:
+            yield temporary
+            if local:
+                finish_file(temporary, local)
+            else:
+                write_atomically(path, temporary.read_bytes())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _is_bucket(path: UPath) -> bool:

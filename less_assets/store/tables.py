@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from less_assets.errors import CorruptArtifactError
 from less_assets.store.artifacts import ArtifactFolder, repair_command
-from less_assets.store.files import finish_file, local_path, partial_name, read_bytes, storage_trouble, write_atomically
+from less_assets.store.files import local_path, read_bytes, written_file
 
 
 def write_parquet(
@@ -23,7 +23,7 @@ def write_parquet(
     frame: pl.DataFrame | pl.LazyFrame,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a table atomically; a LazyFrame streams through bounded memory on a local root.
+    """Write a table atomically; a LazyFrame streams through bounded memory.
 
     Args:
         folder: The artifact.
@@ -31,25 +31,11 @@ def write_parquet(
         frame: Rows in their final order.
         metadata: Key-value pairs for the Parquet footer.
     """
-    path = folder.path(name)
-    with storage_trouble(path, "write"):
-        if not (file := local_path(path)):
-            buffer = io.BytesIO()
-            frame.lazy().collect().write_parquet(buffer, compression="zstd", metadata=dict(metadata or {}))
-            write_atomically(path, buffer.getvalue())
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(partial_name(file.name))
-        try:
-            with _disk_trouble():
-                if isinstance(frame, pl.LazyFrame):
-                    frame.sink_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
-                else:
-                    frame.write_parquet(temporary, compression="zstd", metadata=dict(metadata or {}))
-            finish_file(temporary, file)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with written_file(folder.path(name)) as file, _disk_trouble():
+        if isinstance(frame, pl.LazyFrame):
+            frame.sink_parquet(file, compression="zstd", metadata=dict(metadata or {}))
+        else:
+            frame.write_parquet(file, compression="zstd", metadata=dict(metadata or {}))
 
 
 @contextlib.contextmanager

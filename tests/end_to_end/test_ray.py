@@ -130,6 +130,33 @@ def test_two_workers_write_the_bytes_of_one_process_also_when_one_is_killed(
     assert "over 2 Ray workers" in said
 
 
+def test_scores_of_two_tasks_and_embeddings_from_two_workers_have_the_bytes_of_one_process(
+    tiny_project, cluster, capfd
+):
+    tiny_project.settings["warmup"]["epochs"] = 1
+    tiny_project.settings["recipes"] = [
+        {"name": "less", "strategy": "less", "fraction": 0.5},
+        {"name": "rds", "strategy": "rds", "fraction": 0.5},
+    ]
+    requests = Request(until="influence_scores"), Request(until="pool_embeddings")
+    artifacts = tiny_project.folder / "artifacts"
+    spread = [artifacts / "embeddings/pool", *(artifacts / f"selection/{task}/influence" for task in ("sums", "sky"))]
+    with dg.DagsterInstance.ephemeral() as instance:
+        for request in requests:
+            run(tiny_project, instance, request)
+    expected = [files(folder) for folder in spread]
+    for place, folder in enumerate(spread):
+        folder.rename(tiny_project.folder / f"made here {place}")
+    tiny_project.settings["compute"] = RAY
+    capfd.readouterr()
+    with dg.DagsterInstance.ephemeral() as instance:
+        made = [run(tiny_project, instance, request).materialized for request in requests]
+    assert {*made[0], *made[1]} == {"influence_scores", "pool_embeddings"}
+    assert [len(made[0]["influence_scores"]), len(made[1]["pool_embeddings"])] == [2, 4]
+    assert [files(folder) for folder in spread] == expected
+    assert capfd.readouterr().err.count("over 2 Ray workers") == 2
+
+
 def always_killed(work: StepInputs) -> StepResult:
     os.kill(os.getpid(), signal.SIGKILL)
     return StepResult({})
