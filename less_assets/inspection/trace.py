@@ -137,9 +137,9 @@ def in_words(trace: Mapping[str, Any]) -> str:
     sampled = {True: "  in the warm-up sample", False: "  not in the warm-up sample", None: ""}
     lines = [f"row {trace['example_id']} of {trace['project']} ({trace['project_file']})", "", "comes from"]
     lines += [
-        f"  {place['file']}:{place['line']}  source {place['source']}, shard {place['shard']}, row {place['row']}"
-        + ("" if place["counts"] else "  (a further copy)")
-        for place in trace["places"]
+        f"  {copy['file']}:{copy['line']}  source {copy['source']}, shard {copy['shard']}, row {copy['row']}"
+        + ("" if copy["counts"] else "  (a further copy)")
+        for copy in trace["places"]
     ]
     lines += [f"  {_words(trace['pool'])}", f"  {_words(trace['pool_index'])}"]
     lines.append(f"  {_words(trace['warmup'])}{sampled[trace['warmup']['in_sample']]}")

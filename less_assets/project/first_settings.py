@@ -106,8 +106,8 @@ def parameters_of(model: str) -> float | None:
     if folder.is_dir():
         width = 4 if _config(model).get("torch_dtype", _config(model).get("dtype")) == "float32" else 2
         return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / width or None
-    found = _SIZE_IN_NAME.findall(model.partition("@")[0])
-    return float(found[-1][0]) * (1e9 if found[-1][1] in "bB" else 1e6) if found else None
+    sizes = _SIZE_IN_NAME.findall(model.partition("@")[0])
+    return float(sizes[-1][0]) * (1e9 if sizes[-1][1] in "bB" else 1e6) if sizes else None
 
 
 def _in_words(parameters: float) -> str:

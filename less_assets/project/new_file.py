@@ -141,9 +141,7 @@ def _evaluation(answers: Answers, folder: Path) -> str:
     if answers.held_out:
         path = _quoted(_from(folder, answers.held_out))
         return f"    evaluation: {{held_out: {path}}}  # rows that nothing trains on"
-    evaluation = (
-        "    # evaluation: {held_out: held-out.jsonl}   # rows that nothing trains on, to compare models by"
-    )
+    evaluation = "    # evaluation: {held_out: held-out.jsonl}   # rows that nothing trains on, to compare models by"
     examples = _count_examples(answers.examples)
     if examples < FEWEST_IN_FOLDS:
         return evaluation

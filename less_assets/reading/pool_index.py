@@ -45,5 +45,5 @@ class PoolIndex:
     def of_ids(self, ids: pl.Series, columns: list[str]) -> pl.DataFrame:
         """Columns of the rows whose example is among some, in the index's order."""
         wanted = pl.LazyFrame({"example_id": ids.unique()})
-        found = self.rows.with_row_index("place").join(wanted, on="example_id", how="semi")
-        return found.collect(engine="streaming").sort("place").select(columns)
+        matched = self.rows.with_row_index("place").join(wanted, on="example_id", how="semi")
+        return matched.collect(engine="streaming").sort("place").select(columns)

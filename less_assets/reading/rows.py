@@ -41,8 +41,8 @@ def find_row(lineage: Lineage, example_id: str) -> pl.DataFrame:
         example_id = _id_at(lineage, place["file"], int(place["line"]))
     wanted = example_id.strip().lower()
     begins = scan_parquet(lineage.folder("pool_index"), INDEX).filter(pl.col("example_id").str.starts_with(wanted))
-    found = begins.collect().sort("canonical", descending=True)
-    names = found["example_id"].unique(maintain_order=True).to_list()
+    rows = begins.collect().sort("canonical", descending=True)
+    names = rows["example_id"].unique(maintain_order=True).to_list()
     if len(wanted) < SHORTEST_PREFIX or not names:
         raise LessAssetsError(
             f"The pool has no usable row {example_id!r}.",
@@ -54,30 +54,30 @@ def find_row(lineage: Lineage, example_id: str) -> pl.DataFrame:
         raise LessAssetsError(
             f"{len(names)} rows begin with {example_id!r}: {', '.join(names[:3])}", fix="give more of the id"
         )
-    return found
+    return rows
 
 
 def _id_at(lineage: Lineage, file: str, number: int) -> str:
     """Id of the row that stands in a line of a source file, whose path may be given from any folder on."""
     name = file.removeprefix("./")
-    found: dict[str, tuple[str | None, str]] = {}
+    statuses: dict[str, tuple[str | None, str]] = {}
     for shard in lineage.shards():
         rows = pool_rows(lineage, shard, ["source_file", "source_row", "example_id", "status"])
         same = (pl.col("source_file") == name) | pl.col("source_file").str.ends_with(f"/{name}")
         for path, _, example_id, status in rows.filter((pl.col("source_row") == number) & same).iter_rows():
-            found[path] = (example_id, status)
+            statuses[path] = (example_id, status)
     where = f"pool of {lineage.project.name}"
-    if not found:
+    if not statuses:
         raise LessAssetsError(
             f"The pool has no row {file}:{number}.",
             where=where,
             fix="name the file as the project file does, or by its name alone; lines count from 1",
         )
-    if len(found) > 1:
+    if len(statuses) > 1:
         raise LessAssetsError(
-            f"Several files are called {file}: {', '.join(sorted(found))}", fix="give more of the path"
+            f"Several files are called {file}: {', '.join(sorted(statuses))}", fix="give more of the path"
         )
-    ((path, (example_id, status)),) = found.items()
+    ((path, (example_id, status)),) = statuses.items()
     if example_id is None or status != "ok":
         raise LessAssetsError(
             f"The row {path}:{number} is not used: {status}.",

@@ -405,10 +405,10 @@ def _settings(lineage: Lineage, recipe: ResolvedRecipe) -> list[list[str]]:
 
 def _choice(lineage: Lineage, recipe: str, task: str) -> JsonObject | None:
     """The candidates of a tournament, which one was chosen and why; None for other recipes."""
-    found = choice_table(lineage, recipe, task)
-    if found is None:
+    choice = choice_table(lineage, recipe, task)
+    if choice is None:
         return None
-    table, why = found
+    table, why = choice
     return {"why": why, "columns": table.columns, "rows": [list(row) for row in table.iter_rows()]}
 
 

@@ -39,12 +39,12 @@ def embed_shard(work: StepInputs) -> StepResult:
     encoder = work.models.encoder()
     encoded = encode_shard(work, work.partition)
     usable = [example for example in encoded if example and example.loss_tokens]
-    found = embed(model, usable, on_progress=work.progress(len(usable), "rows"))
-    places = np.array([place for place, example in enumerate(encoded) if example and example.loss_tokens], dtype=int)
-    width = found.embeddings.shape[1] or model.config.hidden_size
+    embedded = embed(model, usable, on_progress=work.progress(len(usable), "rows"))
+    places = np.array([number for number, example in enumerate(encoded) if example and example.loss_tokens], dtype=int)
+    width = embedded.embeddings.shape[1] or model.config.hidden_size
     embeddings = np.zeros((table.height, width), dtype=np.float32)
     losses = np.full(table.height, np.nan, dtype=np.float32)
-    embeddings[places], losses[places] = found.embeddings, found.losses
+    embeddings[places], losses[places] = embedded.embeddings, embedded.losses
     statuses = [
         status if example is None else (encoder.refusal(example) or ("ok", ""))[0]
         for status, example in zip(table["status"], encoded, strict=True)
@@ -67,7 +67,7 @@ def embed_shard(work: StepInputs) -> StepResult:
             "rows": table.height,
             "usable": len(usable),
             "tokens": tokens,
-            "mean_loss": float(found.losses.mean()) if usable else None,
+            "mean_loss": float(embedded.losses.mean()) if usable else None,
             "dimension": width,
         },
         units=tokens,
@@ -80,15 +80,15 @@ def embed_targets(work: StepInputs) -> StepResult:
 
     model, _ = work.models.frozen_base()
     examples, subtasks = encode_targets(work, work.partition)
-    found = embed(model, examples, on_progress=work.progress(len(examples), "target examples"))
+    embedded = embed(model, examples, on_progress=work.progress(len(examples), "target examples"))
     table = read_parquet(work.lineage.folder("target_examples", work.partition), TARGETS, ["example_id", "member"])
     stored = table.with_columns(
         pl.Series("subtask", subtasks, dtype=pl.String),
-        pl.Series("embedding", found.embeddings, dtype=pl.Array(pl.Float32, found.embeddings.shape[1])),
+        pl.Series("embedding", embedded.embeddings, dtype=pl.Array(pl.Float32, embedded.embeddings.shape[1])),
     )
     write_parquet(work.folder, EMBEDDINGS, stored.select("example_id", "member", "subtask", "embedding"))
     tokens = sum(len(example.input_ids) for example in examples)
-    summary = {"examples": len(examples), "tokens": tokens, "mean_loss": float(found.losses.mean())}
+    summary = {"examples": len(examples), "tokens": tokens, "mean_loss": float(embedded.losses.mean())}
     return StepResult(summary, units=tokens)
 
 

@@ -135,10 +135,10 @@ def score_samples(works: Sequence[StepInputs]) -> list[StepResult]:
         {task: measured_with(lineage, task, checkpoints) for task in drawn},
         _score_exactly,
     )
-    found = exactly.of(works, {task: sample for task, (sample, _) in drawn.items()})
+    measured = exactly.of(works, {task: sample for task, (sample, _) in drawn.items()})
     results = []
     for work in works:
-        (sample, pool_rows), (values, units) = drawn[work.partition], found[work.partition]
+        (sample, pool_rows), (values, units) = drawn[work.partition], measured[work.partition]
         write_parquet(work.folder, MEASURED, values)
         exact = {
             score_column(*pair): {name: score_matrix(values[exact_column(*pair, name)]) for name in checkpoints}
@@ -163,14 +163,14 @@ def _score_exactly(work: StepInputs, samples: Samples) -> tuple[dict[str, pl.Dat
         task: samples[task].select(
             "example_id",
             *(
-                pl.Series(exact_column(*pair, checkpoint), scores, pl.Array(pl.Float32, len(found.labels)))
-                for pair, at_checkpoint in found.scores.items()
+                pl.Series(exact_column(*pair, checkpoint), scores, pl.Array(pl.Float32, len(scored.labels)))
+                for pair, at_checkpoint in scored.scores.items()
                 for checkpoint, scores in at_checkpoint.items()
             ),
         )
-        for task, found in exact.items()
+        for task, scored in exact.items()
     }
-    return tables, {task: found.tokens for task, found in exact.items()}
+    return tables, {task: scored.tokens for task, scored in exact.items()}
 
 
 def _store_certificate(
@@ -367,10 +367,10 @@ def measure_steps(works: Sequence[StepInputs]) -> list[StepResult]:
     predictors = ["predicted", *(f"cosine.{form}" for form in settings.forms)]
     samples = {work.partition: draw_sample(lineage, work.partition, settings.real_step_rows) for work in works}
     keys = {task: measured_with(lineage, task, [checkpoint], rate, STEP_TARGETS) for task in samples}
-    found = Measurement(steps_plan, STEPS, ["real", *predictors], keys, _take_steps).of(works, samples)
+    measured = Measurement(steps_plan, STEPS, ["real", *predictors], keys, _take_steps).of(works, samples)
     results = []
     for work in works:
-        values, units = found[work.partition]
+        values, units = measured[work.partition]
         rows = samples[work.partition].select("example_id", "source")
         write_parquet(work.folder, STEPS, rows.join(values, on="example_id", maintain_order="left"))
         real = values["real"].to_numpy()
@@ -429,11 +429,11 @@ def _take_steps(work: StepInputs, samples: Samples) -> tuple[dict[str, pl.DataFr
     )
     tables = {
         task: rows.select("example_id").with_columns(
-            real=pl.Series(found.real),
-            predicted=pl.Series(found.predicted),
-            **{f"cosine.{form}": pl.Series(values) for form, values in found.cosines.items()},
+            real=pl.Series(effect.real),
+            predicted=pl.Series(effect.predicted),
+            **{f"cosine.{form}": pl.Series(values) for form, values in effect.cosines.items()},
         )
-        for task, found in effects.items()
+        for task, effect in effects.items()
     }
     steps = len(examples)
     return tables, {task: steps * total_tokens(targets[task]) + total_tokens(examples) for task in samples}
@@ -446,8 +446,8 @@ def _number(value: float) -> float | None:
 
 def certified_on(lineage: Lineage, folder: ArtifactFolder, task: str) -> list[RecipeFidelity]:
     """What a certificate says of each recipe that it covers."""
-    found = [recipe_fidelity(lineage, folder, recipe, task) for recipe in certified_recipes(lineage.project)]
-    return [each for each in found if each is not None]
+    fidelities = [recipe_fidelity(lineage, folder, recipe, task) for recipe in certified_recipes(lineage.project)]
+    return [fidelity for fidelity in fidelities if fidelity is not None]
 
 
 def certificate_work(workload: Workload, due: Mapping[str, Sequence[str | None]]) -> Amount:

@@ -94,25 +94,25 @@ def attribute(work: StepInputs, recipe: ResolvedRecipe, task: str, rows: pl.Data
     table = rows.select(
         "example_id",
         subtask_label(lineage, task).alias("subtask"),
-        pl.Series("turn", [[token.turn for token in found] for found, _ in words], pl.List(pl.Int32)),
-        pl.Series("text", [[token.text for token in found] for found, _ in words], pl.List(pl.String)),
+        pl.Series("turn", [[token.turn for token in tokens] for tokens, _ in words], pl.List(pl.Int32)),
+        pl.Series("text", [[token.text for token in tokens] for tokens, _ in words], pl.List(pl.String)),
         pl.Series("cut", [cut for _, cut in words], pl.Boolean),
     )
     weights = checkpoint_weights(lineage)
     progress = work.progress(len(weights) * len(examples), "rows")
-    shares = [np.zeros(len(found), np.float64) for found, _ in words]
+    shares = [np.zeros(len(tokens), np.float64) for tokens, _ in words]
     momentum, influence = np.zeros((2, len(examples)))
     columns = []
     for checkpoint in weights:
         loaded = work.models.checkpoint(lineage, checkpoint)
         at_checkpoint: list[np.ndarray] = [np.zeros(0, np.float32)] * len(examples)
         for places, directions, which in _targets_in_parts(work, recipe, task, loaded, table["subtask"].to_list()):
-            found = _shares(loaded, work, recipe, [examples[place] for place in places], directions, which, progress)
-            for place, own, shared, whole in zip(places, found.shares, found.momentum, found.influence, strict=True):
-                at_checkpoint[place] = own
-                shares[place] += weights[checkpoint] * own
-                momentum[place] += weights[checkpoint] * shared
-                influence[place] += weights[checkpoint] * whole
+            split = _shares(loaded, work, recipe, [examples[number] for number in places], directions, which, progress)
+            for number, own, shared, whole in zip(places, split.shares, split.momentum, split.influence, strict=True):
+                at_checkpoint[number] = own
+                shares[number] += weights[checkpoint] * own
+                momentum[number] += weights[checkpoint] * shared
+                influence[number] += weights[checkpoint] * whole
         columns.append(pl.Series(f"share.{checkpoint}", [own.tolist() for own in at_checkpoint], pl.List(pl.Float32)))
     read = sum(len(example.input_ids) for example in [*examples, *encode_targets(work, task)[0]])
     shown = table.with_columns(
@@ -164,17 +164,17 @@ def _targets_in_parts(
     wanted = sorted(set(subtasks))
     for start in range(0, len(wanted), at_once):
         part = wanted[start : start + at_once]
-        members = [place for place, label in enumerate(labels) if label in part]
-        targets = [encoded[place] for place in members]
+        members = [number for number, label in enumerate(labels) if label in part]
+        targets = [encoded[number] for number in members]
         longest = max(len(example.input_ids) for example in targets)
         means = mean_target_directions(
             loaded.model,
             targets,
-            [labels[place] for place in members],
+            [labels[number] for number in members],
             batching=loaded.batching(work.project.gradients, longest),
         )
-        places = [place for place, label in enumerate(subtasks) if label in part]
-        yield places, means.rule(str(recipe.subtask)), [means.subtasks.index(subtasks[place]) for place in places]
+        places = [number for number, label in enumerate(subtasks) if label in part]
+        yield places, means.rule(str(recipe.subtask)), [means.subtasks.index(subtasks[number]) for number in places]
 
 
 def comparison_form(lineage: Lineage, recipe: ResolvedRecipe) -> tuple[str, bool]:
@@ -202,7 +202,7 @@ def find_neighbours(lineage: Lineage, recipe: ResolvedRecipe, task: str, rows: p
     negative = (rows["group"] == "most_negative").to_numpy()
     best = best_places(np.where(negative[:, None], -cosines, cosines), NEAREST)
     features = np.concatenate(
-        [found for _, found in features_of(lineage, heaviest, form, rows)] or [np.zeros((0, 1), np.float32)]
+        [vectors for _, vectors in features_of(lineage, heaviest, form, rows)] or [np.zeros((0, 1), np.float32)]
     )
     ordered = rows.sort("shard", "row")
     places = [offsets[shard] + row for shard, row in ordered.select("shard", "row").iter_rows()]
@@ -219,15 +219,15 @@ def find_neighbours(lineage: Lineage, recipe: ResolvedRecipe, task: str, rows: p
     ids = {offsets[shard] + row: (name, shard, row) for name, shard, row in _named(index, nearest.neighbours, offsets)}
     near_rows = [
         [
-            dict(zip(("example_id", "shard", "row"), ids[int(place)], strict=True), cosine=float(cosine))
-            for place, cosine in zip(own, near, strict=True)
-            if place >= 0
+            dict(zip(("example_id", "shard", "row"), ids[int(number)], strict=True), cosine=float(cosine))
+            for number, cosine in zip(own, near, strict=True)
+            if number >= 0
         ]
         for own, near in zip(nearest.neighbours, nearest.cosines, strict=True)
     ]
     near_targets = [
-        [{"target": int(target), "cosine": float(cosines[place, target])} for target in best[place]]
-        for place in range(rows.height)
+        [{"target": int(target), "cosine": float(cosines[number, target])} for target in best[number]]
+        for number in range(rows.height)
     ]
     struct = {"example_id": pl.String, "shard": pl.String, "row": pl.Int64, "cosine": pl.Float32}
     by_place = ordered.select("place").with_columns(pl.Series("rows", near_rows, pl.List(pl.Struct(struct))))
@@ -254,8 +254,8 @@ def _named(index: PoolIndex, places: np.ndarray, offsets: Mapping[str, int]) -> 
     """Ids and addresses of the rows at some places of the whole pool."""
     first = pl.col("shard").replace_strict(dict(offsets), return_dtype=pl.Int64)
     wanted = np.unique(places[places >= 0])
-    found = index.rows.filter((first + pl.col("row")).is_in(wanted.tolist()))
-    return found.select("example_id", "shard", "row").collect().iter_rows()
+    named = index.rows.filter((first + pl.col("row")).is_in(wanted.tolist()))
+    return named.select("example_id", "shard", "row").collect().iter_rows()
 
 
 def write_report(work: StepInputs) -> StepResult:

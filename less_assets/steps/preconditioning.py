@@ -40,10 +40,12 @@ def score_preconditioned(work: StepInputs) -> StepResult:
     form, rule = str(recipe.form), str(recipe.subtask)
     weights = checkpoint_weights(lineage)
     checkpoints = list(weights)
-    labels, found = directions_of(lineage, task)
+    labels, directions = directions_of(lineage, task)
     sample = _sample(lineage)
     directions = {
-        name: {(task, rule): precondition(found[name][task, rule], _features(lineage, name, form, sample), damping)}
+        name: {
+            (task, rule): precondition(directions[name][task, rule], _features(lineage, name, form, sample), damping)
+        }
         for name in checkpoints
     }
     rows = scored = 0

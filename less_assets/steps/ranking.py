@@ -188,9 +188,9 @@ def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, t
 
     # In the order of the project file, as influence does; a score that no task has a part in stands under the task.
     names = [member.name for member in work.project.member_tasks(task)]
-    members = {name: [place for place, (member, _) in enumerate(places) if member == name] for name in [*names, task]}
+    members = {name: [number for number, (member, _) in enumerate(places) if member == name] for name in [*names, task]}
     return [
-        Candidates(member, "score", tuple(places[place][1] for place in own), shards(own))
+        Candidates(member, "score", tuple(places[number][1] for number in own), shards(own))
         for member, own in members.items()
         if own
     ]

@@ -68,9 +68,9 @@ def score_pool(works: Sequence[StepInputs]) -> list[StepResult]:
     labels: dict[str, list[str]] = {}
     directions: dict[str, dict[tuple[str, str], np.ndarray]] = {name: {} for name in checkpoints}
     for work in works:
-        labels[work.partition], found = directions_of(lineage, work.partition)
+        labels[work.partition], of_task = directions_of(lineage, work.partition)
         for name in checkpoints:
-            directions[name] |= found[name]
+            directions[name] |= of_task[name]
     scored = rows = 0
     progress = works[0].progress(lineage.summary("pool_index")["usable"], f"rows for {len(works)} tasks")
     samples: dict[str, list[pl.DataFrame]] = {work.partition: [] for work in works}
@@ -168,14 +168,14 @@ def store_selection(
         table = pl.DataFrame(schema=SELECTION_SCHEMA)
         _write_rows(work, table)
     else:
-        table, found = selection.table, selection.summary
+        table, counted = selection.table, selection.summary
         counts = {
-            "usable": found.usable,
-            "loss_tokens": found.loss_tokens,
-            "sources": found.rows_per_source,
-            "subtasks": found.rows_per_subtask,
-            "cut_scores": found.cut_scores,
-            "removed": found.removed,
+            "usable": counted.usable,
+            "loss_tokens": counted.loss_tokens,
+            "sources": counted.rows_per_source,
+            "subtasks": counted.rows_per_subtask,
+            "cut_scores": counted.cut_scores,
+            "removed": counted.removed,
             "very_short": _write_rows(work, table),
         }
         if explained and (recipe.quotas or recipe.near_duplicates is not None):
@@ -251,16 +251,16 @@ def _parts_with_messages(lineage: Lineage, ranked: pl.DataFrame, folder: Path) -
         wanted = ranked.filter(pl.col("shard") == shard).sort("row")
         wanted = wanted.hstack(conversations_of(lineage, shard, wanted["row"]).select("messages", "tools"))
         number = (pl.col("rank") - 1) // ROWS_AT_ONCE
-        for (place,), piece in wanted.group_by(number):
-            own = pieces[files[int(place)]]
-            own.append(folder / f"{place}-{len(own)}.arrow")
+        for (file_number,), piece in wanted.group_by(number):
+            own = pieces[files[int(file_number)]]
+            own.append(folder / f"{file_number}-{len(own)}.arrow")
             piece.write_ipc(own[-1])
     schema = {**ranked.schema, "messages": POOL_SCHEMA["messages"], "tools": POOL_SCHEMA["tools"]}
     for file, own in pieces.items():
-        parts = [pl.DataFrame(schema=schema), *(pl.read_ipc(piece) for piece in own)]
+        parts = [pl.DataFrame(schema=schema), *(pl.read_ipc(path) for path in own)]
         pl.concat(parts).sort("rank").write_ipc(file)
-        for piece in own:
-            piece.unlink()
+        for path in own:
+            path.unlink()
     return files
 
 
@@ -364,7 +364,7 @@ def score_work(workload: Workload, due: Sequence[str]) -> Amount:
 def selection_work(workload: Workload, due: Sequence[str], asset: str = "selected_subset") -> Amount:
     """Rows that are ranked, and the bytes of the subsets."""
     samples = list(workload.samples.values())
-    row = 2 * sum(each.stored_bytes for each in samples) / max(1, len(samples))  # Parquet, and JSON lines
+    row = 2 * sum(sample.stored_bytes for sample in samples) / max(1, len(samples))  # Parquet, and JSON lines
     stored = sum(workload.selected_rows(*split(key), asset) * row for key in due)
     return Amount(units={asset: workload.pool_rows * len(due)}, bytes=stored)
 
