@@ -134,7 +134,7 @@ def _selected(lineage: Lineage, recipe: ResolvedRecipe, task: str, subset: pl.Da
     )
 
 
-def _recipe_settings(lineage: Lineage, recipe: ResolvedRecipe) -> Mapping[str, Any]:
+def _recipe_settings(lineage: Lineage, recipe: ResolvedRecipe) -> Mapping[str, object]:
     """What the recipe says, without what does not apply to it."""
     settings = lineage.project.recipe_settings(recipe.key)
     return {name: value for name, value in settings.items() if value not in (None, {}, [])}

@@ -360,7 +360,7 @@ def _meaning(column: str) -> str | None:
 
 def provenance(
     asset: Asset, inputs: Mapping[str, str], upstream: Collection[str], names: Mapping[str, Sequence[str]]
-) -> Mapping[str, Any]:
+) -> Mapping[str, object]:
     """What an artifact was made from: versions of what was read and, for tables, which column comes from which.
 
     Args:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
@@ -187,11 +188,11 @@ def target_embedding_work(workload: Workload, due: Sequence[str]) -> Amount:
     return Amount(units={"target_embeddings": tokens}, tokens=tokens, loads=1)
 
 
-def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return {"model": lineage.project.model_settings()}
 
 
-def _strategy(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _strategy(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return {"strategy": lineage.project.recipe(keys["recipe"]).strategy}
 
 

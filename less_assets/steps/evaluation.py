@@ -4,11 +4,14 @@ Belongs here: wiring only. Asking and grading is `method/evaluation/evaluation.p
 `method/evaluation/leaderboard.py`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import rate_name
 from less_assets.compute.step import StepInputs, StepResult
@@ -36,6 +39,12 @@ from less_assets.steps.judging_examples import (
 from less_assets.steps.shown import PREVIEW_CHARACTERS, TABLE_ROWS, Markdown, Picture, Shown, Stored, Table, one_table
 from less_assets.steps.validation import pooled_validation, validate
 from less_assets.store.tables import read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from less_assets.method.evaluation.evaluation import Evaluation, EvaluationSettings
 
 
 def evaluate(work: StepInputs) -> StepResult:
@@ -72,7 +81,7 @@ def _takes_validation(project: Project, recipe: str, task: Task) -> bool:
     return project.recipe(recipe).tournament is None and is_validated(project, task)
 
 
-def tuned_model(work: StepInputs, asset: str) -> tuple[Any, Any]:
+def tuned_model(work: StepInputs, asset: str) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model that an asset has for the partition, base and adapter, and its tokenizer."""
     from less_assets.method.training.models import load_adapter
 
@@ -84,7 +93,9 @@ def tuned_model(work: StepInputs, asset: str) -> tuple[Any, Any]:
         return load_adapter(model, folder), tokenizer
 
 
-def _evaluate_task(work: StepInputs, task: Task, model: Any, tokenizer: Any) -> Any:
+def _evaluate_task(
+    work: StepInputs, task: Task, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> Evaluation:
     from less_assets.method.evaluation.evaluation import evaluate_examples, evaluate_with_harness
 
     evaluated, asked = task.evaluation, evaluation_settings(work.project, task)
@@ -107,7 +118,7 @@ def _evaluate_task(work: StepInputs, task: Task, model: Any, tokenizer: Any) -> 
     )
 
 
-def evaluation_settings(project: Project, task: Task) -> Any:
+def evaluation_settings(project: Project, task: Task) -> EvaluationSettings:
     """How a task with an evaluation is asked and graded, in the method's words."""
     from less_assets.method.evaluation.evaluation import EvaluationSettings
 
@@ -271,7 +282,7 @@ def _answers(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
     return {"finetuned_model": model, "evaluation": evaluation}
 
 
-def _grading(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _grading(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     project = lineage.project
     settings = project.grading_settings(keys["task"])
     if project.recipe(keys["recipe"]).tournament and any(map(_has_file, project.member_tasks(keys["task"]))):

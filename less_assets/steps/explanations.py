@@ -4,11 +4,14 @@ Belongs here: wiring only. Mathematics is `method/gradients/attribution.py`, `me
 `method/selection/around_the_cut.py`; what the page shows is `report/contents.py`, how it looks `report/page.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.models import LoadedCheckpoint
 from less_assets.compute.speeds import Guess
@@ -38,6 +41,10 @@ from less_assets.steps.gradients import encode_targets
 from less_assets.steps.ranking import aggregate_of, restraints_of
 from less_assets.steps.shown import TABLE_ROWS, File, ReportLink, Shown, Stored, Table
 from less_assets.store.tables import read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.data.chat import EncodedExample
+    from less_assets.method.gradients.attribution import TokenShares
 
 NEAREST = 3
 """Target examples, and rows of the pool, kept for each explained row."""
@@ -128,11 +135,11 @@ def _shares(
     loaded: LoadedCheckpoint,
     work: StepInputs,
     recipe: ResolvedRecipe,
-    examples: list[Any],
+    examples: list[EncodedExample],
     directions: np.ndarray,
     which: list[int],
-    progress: Any,
-) -> Any:
+    progress: Callable[[int], None],
+) -> TokenShares:
     from less_assets.method.gradients.attribution import attribute_tokens
 
     longest = max(len(example.input_ids) for example in examples)
@@ -310,11 +317,11 @@ def attribution_work(workload: Workload, due: Sequence[str]) -> Amount:
     return Amount(units={"token_attribution": tokens}, tokens=tokens, loads=checkpoints * len(due))
 
 
-def _attribution_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _attribution_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return lineage.project.report_settings()
 
 
-def _page(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _page(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return {"page": page_digest()}
 
 

@@ -4,10 +4,10 @@ Belongs here: wiring only. Reading the file is `method/selection/external.py`.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import PoolFormatError
@@ -66,7 +66,7 @@ def _ranks_by_file(project: Project, recipe: str) -> bool:
     return project.recipe(recipe).scores == "external"
 
 
-def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return {"task": keys["task"]}
 
 

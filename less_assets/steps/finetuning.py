@@ -3,6 +3,8 @@
 Belongs here: wiring only. Training is `method/training/training.py`.
 """
 
+from __future__ import annotations
+
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
@@ -26,7 +29,10 @@ from less_assets.steps.warmup import copy_files, lora_settings
 from less_assets.store.tables import read_parquet, write_parquet
 
 if TYPE_CHECKING:
-    from less_assets.method.training.training import TrainingResult, TrainingSettings
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from less_assets.method.data.chat import EncodedExample
+    from less_assets.method.training.training import TrainingResult, TrainingSettings, TrainingStep
 
 
 def finetune(work: StepInputs) -> StepResult:
@@ -74,11 +80,11 @@ def train_on(work: StepInputs, subset: str, values: Mapping[str, Any]) -> StepRe
 
 def train(
     work: StepInputs,
-    model: Any,
-    tokenizer: Any,
-    examples: list[Any],
-    settings: "TrainingSettings",
-    keep: "Callable[[TrainingResult], object]",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[EncodedExample],
+    settings: TrainingSettings,
+    keep: Callable[[TrainingResult], object],
 ) -> tuple[pl.DataFrame, int]:
     """Train an adapter, and store its curve; a killed training goes on after its last whole epoch.
 
@@ -99,7 +105,7 @@ def train(
     progress = work.progress(steps_per_epoch(len(examples), settings.batch_size) * settings.epochs, "steps")
     trained: list[int] = []
 
-    def follow(step: Any) -> None:
+    def follow(step: TrainingStep) -> None:
         progress(1, step.tokens)
         trained.append(step.tokens)
 
@@ -112,7 +118,9 @@ def train(
     return curve, sum(trained)
 
 
-def subset_examples(work: StepInputs, subset: str, tokenizer: Any) -> tuple[list[Any], dict[str, int]]:
+def subset_examples(
+    work: StepInputs, subset: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[EncodedExample], dict[str, int]]:
     """The selected rows, encoded for the model that is trained, and by status how many rows leave it nothing to learn.
 
     The pool's refused rows are those of the project's model. Another one that a recipe trains may refuse more.
@@ -166,7 +174,7 @@ def work_of_trainings(workload: Workload, due: Sequence[str], asset: str, subset
     return Amount(units={asset: tokens}, tokens=tokens, loads=len(due), bytes=workload.training_bytes(len(due)))
 
 
-def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     settings = lineage.project.finetuning_settings(keys["recipe"])
     if other := lineage.project.recipe(keys["recipe"]).model:
         # No asset stands for another model than the project's: what was trained says at which commit.

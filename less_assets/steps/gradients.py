@@ -3,15 +3,18 @@
 Belongs here: wiring only. The mathematics is `method/gradients/features.py`, the arrays `store/features.py`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.models import LoadedCheckpoint
 from less_assets.compute.speeds import Guess
@@ -29,6 +32,10 @@ from less_assets.steps.shown import Shown, Stored, Table, one_table
 from less_assets.store.features import FeatureWriter, open_features
 from less_assets.store.files import read_bytes
 from less_assets.store.tables import read_parquet, write_json, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.data.chat import EncodedExample
+    from less_assets.method.gradients.features import RowStatus
 
 REASONS = 20
 """Reasons shown for rows that cannot be encoded with the chat template, the most frequent ones."""
@@ -60,7 +67,7 @@ def extract_train_gradients(work: StepInputs) -> StepResult:
 
 
 def _extract_blocks(
-    work: StepInputs, loaded: LoadedCheckpoint, writer: FeatureWriter, examples: Sequence[Any]
+    work: StepInputs, loaded: LoadedCheckpoint, writer: FeatureWriter, examples: Sequence[EncodedExample | None]
 ) -> tuple[int, float]:
     """Extract the blocks that are not there yet; returns their tokens, and the share of padding in all batches."""
     from less_assets.method.data.batching import padding_share
@@ -94,7 +101,7 @@ def _extract_blocks(
     return extracted, padding_share(map(batched_tokens, blocks), budget)
 
 
-def total_tokens(examples: Iterable[Any]) -> int:
+def total_tokens(examples: Iterable[EncodedExample | None]) -> int:
     """Tokens of encoded examples; None is a row that could not be encoded."""
     return sum(len(example.input_ids) for example in examples if example is not None)
 
@@ -108,7 +115,7 @@ def _token_budget(work: StepInputs, loaded: LoadedCheckpoint, longest: int) -> i
     return budget
 
 
-def _feature_summary(work: StepInputs, statuses: Any, tokens: int) -> dict[str, Any]:
+def _feature_summary(work: StepInputs, statuses: type[RowStatus], tokens: int) -> dict[str, Any]:
     from less_assets.store.features import FeatureReader
 
     reader = FeatureReader(work.folder.path(FEATURES))
@@ -246,7 +253,7 @@ def _without_the_fold(work: StepInputs, checkpoint: str, task: str, table: pl.Da
     return _stored_targets(work, kept, known["tokens"], known["sketch_digest"], units=0)
 
 
-def encode_shard(work: StepInputs, shard: str, rows: list[int] | None = None) -> list[Any]:
+def encode_shard(work: StepInputs, shard: str, rows: list[int] | None = None) -> list[EncodedExample | None]:
     """A shard's rows, or some of them by number, as tokens; None for a quarantined one."""
     encoder = work.models.encoder()
     conversations = conversations_of(work.lineage, shard)
@@ -256,7 +263,7 @@ def encode_shard(work: StepInputs, shard: str, rows: list[int] | None = None) ->
     ]
 
 
-def encode_targets(work: StepInputs, task: str) -> tuple[list[Any], list[str]]:
+def encode_targets(work: StepInputs, task: str) -> tuple[list[EncodedExample], list[str]]:
     """A task's target examples as tokens, and the subtask of each; a group's members keep their own longest length."""
     from less_assets.method.data.targets import targets_from_table
 
@@ -315,11 +322,11 @@ def target_gradient_work(workload: Workload, due: Sequence[str]) -> Amount:
     return Amount(units={"target_gradients": tokens}, tokens=tokens, loads=loads, bytes=stored)
 
 
-def _shared_settings(project: Project) -> Mapping[str, Any]:
+def _shared_settings(project: Project) -> Mapping[str, JsonValue]:
     return {"model": project.model_settings(), **project.gradient_settings()}
 
 
-def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return _shared_settings(lineage.project)
 
 

@@ -3,9 +3,11 @@
 Belongs here: reading them. Not here: taking losses of them (`validation.py`) or asking them (`evaluation.py`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
@@ -19,7 +21,7 @@ SHORT_ANSWER = 40
 """... unless both are short: words, names, numbers of up to so many characters."""
 
 
-def validation_examples(project: Project, task: Task) -> "list[TargetExample]":
+def validation_examples(project: Project, task: Task) -> list[TargetExample]:
     """The examples that validate a task's selections: a fold's own, those of the task's file, or none.
 
     Args:
@@ -43,7 +45,7 @@ def validation_examples(project: Project, task: Task) -> "list[TargetExample]":
     return []
 
 
-def validation_questions(task: Task, examples: "Sequence[TargetExample]") -> "list[EvaluationExample]":
+def validation_questions(task: Task, examples: Sequence[TargetExample]) -> list[EvaluationExample]:
     """Validation examples as questions whose answers a rule grades; empty where none can.
 
     Of a benchmark's format the rule of that benchmark takes the answer out of the completion. Other examples are
@@ -83,7 +85,7 @@ def is_validated(project: Project, task: Task) -> bool:
     return task.name in project.folds or (task.validation is not None and task.validation.path is not None)
 
 
-def evaluation_examples(task: Task) -> list[Any]:
+def evaluation_examples(task: Task) -> list[EvaluationExample]:
     """What a task without a harness asks: its held-out file, or a benchmark's own files."""
     from less_assets.method.data.targets import read_evaluation
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
@@ -226,7 +227,7 @@ def refusal_work(workload: Workload, due: Sequence[str]) -> Amount:
     return Amount(units={"refused_rows": sum(shard.rows for shard in shards)})
 
 
-def _tokenizer_settings(project: Project) -> Mapping[str, Any]:
+def _tokenizer_settings(project: Project) -> Mapping[str, JsonValue]:
     return {"tokenizer": project.tokenizer_settings()}
 
 
@@ -239,12 +240,12 @@ def _indexed_rows(lineage: Lineage, keys: Keys, inputs: Versions) -> Versions:
     }
 
 
-def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _model_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     stamp = model_stamp(lineage.project.model.base, lambda: recorded(lineage, "base_model", keys))
     return {"model": lineage.project.model_settings(), "stamp": stamp}
 
 
-def _source_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _source_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return lineage.project.source_settings(lineage.pool_files.shard(keys["shard"]).source)
 
 

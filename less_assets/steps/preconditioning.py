@@ -4,10 +4,10 @@ Belongs here: wiring only. Mathematics is `method/selection/preconditioning.py`;
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
@@ -109,7 +109,7 @@ def preconditioning_work(workload: Workload, due: Sequence[str]) -> Amount:
     )
 
 
-def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     recipe = lineage.project.recipe(keys["recipe"])
     return {"form": recipe.form, "subtask": recipe.subtask, "damping": recipe.damping}
 

@@ -5,10 +5,11 @@ are those of recipes (`baselines.py`), the estimate is `method/selection/prefilt
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.lineage.lineage import Input, Keys, Lineage
@@ -124,11 +125,11 @@ def estimated_recall(lineage: Lineage, recipe: ResolvedRecipe, task: str, select
     return estimate_recall(chosen, others, queues, dropped=dropped, sampled=counts["sampled"])
 
 
-def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return lineage.project.recipe_settings(PREFILTER)
 
 
-def _sample_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _sample_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     prefilter = lineage.project.prefilter
     assert prefilter is not None
     return {"sample_rows": prefilter.sample_rows, "keep": prefilter.keep}

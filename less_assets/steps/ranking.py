@@ -4,8 +4,10 @@ Belongs here: reading stored scores and rows for `method/selection.py`, shard by
 (`selection.py`, `baselines.py`, `rescoring.py`) or storing the selected rows (`selection.py`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -24,6 +26,9 @@ from less_assets.steps.gradients import encode_targets
 from less_assets.steps.matching import select_by_matching
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_json, read_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.selection.selection import Budget, Candidates, Selection
 
 SCORE_ASSETS = {
     "text": "text_scores",
@@ -78,7 +83,7 @@ def _loss_tokens(work: StepInputs, shard: str, rows: pl.DataFrame) -> pl.Series:
     return pl.Series("loss_tokens", counts, pl.Int32)
 
 
-def budget_of(lineage: Lineage, recipe: ResolvedRecipe) -> Any:
+def budget_of(lineage: Lineage, recipe: ResolvedRecipe) -> Budget:
     """What a recipe may choose of its budget: all of it, but for the share that its `mix` draws."""
     from less_assets.method.selection.mixing import divide
 
@@ -86,7 +91,7 @@ def budget_of(lineage: Lineage, recipe: ResolvedRecipe) -> Any:
     return divide(budget, recipe.mix.share)[0] if recipe.mix else budget
 
 
-def whole_budget(lineage: Lineage, recipe: ResolvedRecipe) -> Any:
+def whole_budget(lineage: Lineage, recipe: ResolvedRecipe) -> Budget:
     """A recipe's budget in the method's words.
 
     A fraction is one of the pool's distinct examples, for every strategy alike: so that recipes stay comparable where
@@ -105,7 +110,7 @@ def aggregate_of(recipe: ResolvedRecipe) -> str:
     return "mean" if recipe.aggregate == "match" else recipe.aggregate or "max"
 
 
-def select_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Any:
+def select_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Selection:
     """The rows that a recipe with a budget selects for a task: chosen, drawn, or some of both."""
     from less_assets.method.selection.mixing import divide, mix
 
@@ -119,7 +124,7 @@ def select_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str)
     return mix(chosen, rows, budget, recipe.mix.seed, sources=recipe.mix.sources, restraints=restraints)
 
 
-def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Any:
+def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Selection:
     """The rows that a recipe with scores selects for a task."""
     from less_assets.method.selection.selection import select_by_score
 
@@ -135,7 +140,7 @@ def select_by_recipe(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task:
     )
 
 
-def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Any:
+def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> Selection:
     """The rows that a recipe draws: all alike, or by their length."""
     from less_assets.method.selection.selection import select_at_random
 
@@ -152,14 +157,14 @@ def draw_rows(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -
     )
 
 
-def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
+def scored_pool(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Candidates]:
     """The whole pool as a recipe scores it; see `candidates_of`."""
     if recipe.scores == "influence":
         return candidates_of(work.lineage, recipe, task)
     return _baseline_candidates(work, pool, recipe, task)
 
 
-def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Any]:
+def _baseline_candidates(work: StepInputs, pool: Pool, recipe: ResolvedRecipe, task: str) -> list[Candidates]:
     """The pool scored by a baseline: once for a task, once for each member of a group."""
     from less_assets.method.selection.selection import Candidates
 

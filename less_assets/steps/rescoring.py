@@ -3,10 +3,12 @@
 Belongs here: wiring only, also what certificates need of exact scores. The mathematics is `method/gradients/exact.py`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -23,6 +25,9 @@ from less_assets.steps.gradients import encode_targets, total_tokens
 from less_assets.steps.ranking import budget_of
 from less_assets.steps.shown import one_table
 from less_assets.store.tables import read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.data.chat import EncodedExample
 
 
 def rescore(work: StepInputs) -> StepResult:
@@ -160,7 +165,9 @@ def score_rows_exactly(
     return exact
 
 
-def _fitting_together(targets: Mapping[str, tuple[Sequence[Any], Sequence[str]]], directions: int) -> list[list[str]]:
+def _fitting_together(
+    targets: Mapping[str, tuple[Sequence[EncodedExample], Sequence[str]]], directions: int
+) -> list[list[str]]:
     """Tasks in groups that have at most so many subtasks together, or one task alone."""
     groups: list[list[str]] = []
     room = 0
@@ -181,7 +188,7 @@ def _known_norms(lineage: Lineage, checkpoint: str, tasks: Sequence[str]) -> np.
     return np.concatenate([read_parquet(folder, TARGET_FEATURES, ["norm"])["norm"].to_numpy() for folder in folders])
 
 
-def encode_rows(work: StepInputs, rows: pl.DataFrame) -> list[Any]:
+def encode_rows(work: StepInputs, rows: pl.DataFrame) -> list[EncodedExample]:
     """Pool rows as tokens; `rows` has columns shard and row, those of a shard next to each other."""
     encoder = work.models.encoder()
     examples = []

@@ -3,16 +3,19 @@
 Belongs here: wiring only. Mathematics is `method/selection/`; which scores a recipe ranks by is `ranking.py`.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import Guess
 from less_assets.compute.step import StepInputs, StepResult
@@ -49,6 +52,9 @@ from less_assets.steps.ranking import SCORE_ASSETS, Pool, aggregate_of, scored_p
 from less_assets.steps.shown import TABLE_ROWS, Command, Picture, ReportLink, ReportLinks, Shown, Stored, Table
 from less_assets.store.files import written_file
 from less_assets.store.tables import read_parquet, write_json, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.selection.selection import Candidates, Selection
 
 RANKING_SECONDS = 2e-5
 """Ranking a row of the pool on one two-core machine."""
@@ -189,7 +195,7 @@ def store_selection(
     return StepResult(summary, data_version=version, units=ranked)
 
 
-def _select(work: StepInputs, recipe: ResolvedRecipe, task: str, *, explained: bool) -> Any:
+def _select(work: StepInputs, recipe: ResolvedRecipe, task: str, *, explained: bool) -> Selection | None:
     from less_assets.method.selection.selection import select_all
 
     if not recipe.traits.chooses_rows:
@@ -202,7 +208,7 @@ def _select(work: StepInputs, recipe: ResolvedRecipe, task: str, *, explained: b
     return select_rows(work, pool, recipe, task)
 
 
-def _keep_pool_scores(work: StepInputs, candidates: list[Any], aggregate: str) -> None:
+def _keep_pool_scores(work: StepInputs, candidates: list[Candidates], aggregate: str) -> None:
     """Store an even sample of the pool's scores, each row's mean or best over its subtasks, for the histogram."""
     parts = []
     for member in candidates:
@@ -369,11 +375,11 @@ def selection_work(workload: Workload, due: Sequence[str], asset: str = "selecte
     return Amount(units={asset: workload.pool_rows * len(due)}, bytes=stored)
 
 
-def _recipe(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _recipe(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return lineage.project.recipe_settings(keys["recipe"])
 
 
-def _tokenizer(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _tokenizer(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     """How long rows are depends on the tokenizer."""
     project = lineage.project
     return {"tokenizer": project.tokenizer_settings()} if project.counts_tokens(keys["recipe"]) else {}

@@ -5,10 +5,11 @@ Belongs here: wiring only; these assets exist only if a recipe has strategy `tar
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.speeds import TRAINING, Guess
 from less_assets.compute.step import StepInputs, StepResult
@@ -61,13 +62,13 @@ def measure_losses(work: StepInputs) -> StepResult:
 
     shard, task = split(work.partition)
     examples = encode_shard(work, shard)
-    places = [number for number, example in enumerate(examples) if example and example.loss_tokens]
-    usable = [examples[number] for number in places]
+    learnable = {number: example for number, example in enumerate(examples) if example and example.loss_tokens}
+    usable = list(learnable.values())
     model = work.models.tuned_on_targets(work.lineage, task)
     # As the base model's losses are taken: a fall must not come from another way of batching.
     measured = embed(model, usable, on_progress=work.progress(len(usable), "rows")).losses
     losses = np.full(len(examples), np.nan, dtype=np.float32)
-    losses[places] = measured
+    losses[list(learnable)] = measured
     ids = read_parquet(work.lineage.folder("instruction_pool", shard), EXAMPLES, ["example_id"])
     write_parquet(work.folder, LOSSES, ids.with_columns(pl.Series("loss", losses)))
     tokens = total_tokens(usable)
@@ -114,11 +115,11 @@ def loss_work(workload: Workload, due: Sequence[str]) -> Amount:
     return Amount(units={"target_tuned_losses": tokens}, tokens=tokens, loads=len(set(shards)))
 
 
-def _training_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _training_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return _shared_training_settings(lineage.project)
 
 
-def _shared_training_settings(project: Project) -> Mapping[str, Any]:
+def _shared_training_settings(project: Project) -> Mapping[str, JsonValue]:
     return {"model": project.model_settings(), **project.target_tuning_settings()}
 
 

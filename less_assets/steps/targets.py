@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.step import StepInputs, StepResult
 from less_assets.errors import TargetFormatError
@@ -91,7 +92,7 @@ def describe_targets(stored: Stored) -> Shown:
     return Shown({"target_examples": Table(first, examples=True)}, table.height, table.schema)
 
 
-def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return lineage.project.task_settings(keys["task"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from pydantic import JsonValue
 
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.speeds import TRAINING, Guess
@@ -262,17 +263,17 @@ def judging_work(workload: Workload, due: Sequence[str]) -> Amount:
     return Amount(units={"pilot_results": tokens}, tokens=tokens, loads=len(due))
 
 
-def _subset_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _subset_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     project, pilot = lineage.project, keys["pilot"]
     settings: dict[str, Any] = {"recipe": project.recipe_settings(pilot)}
     return settings | ({"tokenizer": project.tokenizer_settings()} if project.counts_tokens(pilot) else {})
 
 
-def _training_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _training_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return lineage.project.finetuning_settings(keys["pilot"])
 
 
-def _tournament_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _tournament_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     held = lineage.project.recipe(keys["recipe"]).tournament
     assert held is not None
     return {"candidates": [*lineage.project.candidates(keys["recipe"])], "seeds": [*held.seeds]}

@@ -4,8 +4,10 @@ Belongs here: samples of their losses. Not here: which examples those are (`judg
 (`evaluation.py`), and selecting without a fold, which is what every asset does for the fold's key of the task axis.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -13,8 +15,20 @@ from less_assets.compute.step import StepInputs
 from less_assets.project.task_sections import Task
 from less_assets.steps.judging_examples import validation_examples, validation_questions
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def validate(work: StepInputs, task: Task, model: Any, tokenizer: Any, on_progress: Callable[[int], Any]) -> Any:
+    from less_assets.method.evaluation.evaluation import Evaluation
+
+
+def validate(
+    work: StepInputs,
+    task: Task,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: Callable[[int], None],
+) -> Evaluation:
     """Losses of a task's validation examples, as an `Evaluation` whose one metric is `validation_loss`."""
     from less_assets.method.evaluation.evaluation import Evaluation, summarize
 
@@ -23,7 +37,11 @@ def validate(work: StepInputs, task: Task, model: Any, tokenizer: Any, on_progre
 
 
 def validation_losses(
-    work: StepInputs, task: Task, model: Any, tokenizer: Any, on_progress: Callable[[int], Any]
+    work: StepInputs,
+    task: Task,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: Callable[[int], None],
 ) -> tuple[pl.DataFrame, int]:
     """A task's validation examples as samples with their losses (`SAMPLE_SCHEMA`), and their tokens.
 
@@ -39,7 +57,9 @@ def validation_losses(
     return validation_samples(examples, losses, tokens), sum(len(example.input_ids) for example in encoded)
 
 
-def validation_scores(work: StepInputs, task: Task, model: Any, tokenizer: Any) -> list[float]:
+def validation_scores(
+    work: StepInputs, task: Task, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> list[float]:
     """The score of the model's answer to each validation example, 0 to 1; empty where they cannot be graded.
 
     They are asked as evaluations are, with the rule's own limits.

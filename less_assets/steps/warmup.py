@@ -4,6 +4,8 @@ Belongs here: wiring only. Training is `method/training/warmup.py`, foreign chec
 `method/training/imported_checkpoint.py`.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import shutil
@@ -12,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 from pydantic import JsonValue
@@ -36,6 +38,11 @@ from less_assets.steps.shown import Picture, Shown, Stored, one_table
 from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.files import storage_trouble
 from less_assets.store.tables import read_parquet, write_parquet
+
+if TYPE_CHECKING:
+    from less_assets.method.data.chat import EncodedExample
+    from less_assets.method.training.models import LoraSettings
+    from less_assets.method.training.training import TrainingStep
 
 
 def draw_warmup_sample(work: StepInputs) -> StepResult:
@@ -110,7 +117,7 @@ def train_checkpoint(work: StepInputs) -> StepResult:
     progress = work.progress(steps * epoch, "steps", done=steps * _finished(folder, epoch))
     trained: list[int] = []
 
-    def follow(step: Any) -> None:
+    def follow(step: TrainingStep) -> None:
         progress(1, step.tokens)
         trained.append(step.tokens)
 
@@ -170,7 +177,7 @@ def adopt_checkpoint(work: StepInputs) -> StepResult:
     )
 
 
-def warmup_examples(work: StepInputs) -> list[Any]:
+def warmup_examples(work: StepInputs) -> list[EncodedExample]:
     """The warm-up sample, encoded, in the order it was drawn; rows without loss tokens are left out."""
     sample = read_parquet(work.lineage.folder("warmup_sample"), SAMPLE)
     encoder = work.models.encoder()
@@ -216,7 +223,7 @@ def copy_files(source: Path, folder: ArtifactFolder) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def lora_settings(project: Project) -> Any:
+def lora_settings(project: Project) -> LoraSettings:
     """The project's adapter in the method's words."""
     from less_assets.method.training.models import LoraSettings
 
@@ -275,15 +282,15 @@ def _schedule_figures(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return {"mean_learning_rate": rates[epoch]}
 
 
-def _sample_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _sample_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return lineage.project.sample_settings() | {"draw": sample_draw(lineage.store)}
 
 
-def _checkpoint_settings(lineage: Lineage, keys: Keys) -> Mapping[str, Any]:
+def _checkpoint_settings(lineage: Lineage, keys: Keys) -> Mapping[str, JsonValue]:
     return {**_shared_settings(lineage.project), "checkpoint": keys["checkpoint"]}
 
 
-def _shared_settings(project: Project) -> Mapping[str, Any]:
+def _shared_settings(project: Project) -> Mapping[str, JsonValue]:
     return {"model": project.model_settings(), **project.warmup_settings()}
 
 
