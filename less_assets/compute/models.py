@@ -4,6 +4,8 @@ Belongs here: loading and letting go. Heavy libraries are imported inside functi
 without them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import gc
 import time
@@ -24,6 +26,9 @@ from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import hold_folder, local_path, storage_trouble
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from less_assets.method.data.chat import ChatEncoder
     from less_assets.method.gradients.directions import AdamMoments
     from less_assets.method.gradients.features import Batching
@@ -40,9 +45,9 @@ class LoadedCheckpoint:
         moments: Adam's state by parameter name.
     """
 
-    model: Any
-    tokenizer: Any
-    moments: "AdamMoments"
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    moments: AdamMoments
 
     @property
     def pad_token_id(self) -> int:
@@ -57,10 +62,10 @@ class LoadedCheckpoint:
         return sum(part.size for part in lora_slices(self.model))
 
     @cached_property
-    def _sketches(self) -> dict[tuple, "Sketch"]:
+    def _sketches(self) -> dict[tuple, Sketch]:
         return {}
 
-    def sketch(self, settings: Gradients) -> "Sketch":
+    def sketch(self, settings: Gradients) -> Sketch:
         """The project's projection for this model's parameters."""
         from less_assets.method.gradients.per_example import lora_parameters
         from less_assets.method.gradients.sketch import Sketch
@@ -86,7 +91,7 @@ class LoadedCheckpoint:
             gradient_checkpointing=settings.gradient_checkpointing,
         )
 
-    def batching(self, settings: Gradients, longest: int) -> "Batching":
+    def batching(self, settings: Gradients, longest: int) -> Batching:
         """How rows are batched for gradients."""
         from less_assets.method.gradients.features import Batching
 
@@ -112,10 +117,10 @@ class ModelLoader:
     def __init__(self, project: Project, cache: Path) -> None:
         self._project, self._cache = project, cache
         self._checkpoint: tuple[str, LoadedCheckpoint] | None = None
-        self._tokenizer: Any = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._encoder: ChatEncoder | None = None
-        self._frozen: tuple[Any, Any] | None = None
-        self._tuned: tuple[str, Any] | None = None
+        self._frozen: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._tuned: tuple[str, PeftModel] | None = None
         self._recorded: Mapping[str, Any] = {}
         self.loads, self.loading_seconds = 0, 0.0
 
@@ -153,7 +158,7 @@ class ModelLoader:
         """The project's base model, at its recorded commit if there is one."""
         return str(pinned(self._project.model.base, self._recorded))
 
-    def base(self, base: str | None = None) -> tuple[Any, Any]:
+    def base(self, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A fresh copy of a base model (the project's by default) and its tokenizer.
 
         Leave to run a model's own code is given for the project's model, and for no other.
@@ -174,7 +179,7 @@ class ModelLoader:
         self.loads, self.loading_seconds = self.loads + 1, self.loading_seconds + time.perf_counter() - started
         return loaded
 
-    def frozen_base(self) -> tuple[Any, Any]:
+    def frozen_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The project's base model for forward passes only, and its tokenizer; stays loaded for the next partition."""
         if self._frozen is None:
             self._checkpoint = self._tuned = None  # two models may not fit
@@ -193,7 +198,7 @@ class ModelLoader:
         hold_folder(folder)  # for as long as this process lives: `gc` leaves it alone
         return folder
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer alone."""
         if self._tokenizer is None:
             from less_assets.method.training.models import load_tokenizer
@@ -204,7 +209,7 @@ class ModelLoader:
             )
         return self._tokenizer
 
-    def encoder(self, tokenizer: Any = None) -> "ChatEncoder":
+    def encoder(self, tokenizer: PreTrainedTokenizerBase | None = None) -> ChatEncoder:
         """How the project's conversations become tokens; made once for each model.
 
         Args:
@@ -260,7 +265,7 @@ class ModelLoader:
             self._checkpoint = (fingerprint, LoadedCheckpoint(adapted, tokenizer, moments))
         return self._checkpoint[1]
 
-    def tuned_on_targets(self, lineage: Lineage, task: str) -> Any:
+    def tuned_on_targets(self, lineage: Lineage, task: str) -> PeftModel:
         """The base model with the adapter that was trained on a task's targets; the last one stays loaded."""
         from less_assets.method.training.models import load_adapter
 

@@ -11,7 +11,7 @@ import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import polars as pl
@@ -22,6 +22,8 @@ from less_assets.method.data.chat_template import AssistantTurn, UnusableConvers
 from less_assets.method.data.conversations import Message, carries_loss, stated
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from less_assets.method.data.targets import TargetExample
 
 ChatFormat = Literal["template", "tulu"]
@@ -88,7 +90,7 @@ class ChatEncoder:
         date: The day that a template is told which asks for it.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     chat_format: ChatFormat
     max_length: int
     date: datetime.date = DEFAULT_DATE
@@ -164,7 +166,7 @@ class ChatEncoder:
         if not tokenizer.is_fast:
             firsts = [_tokens_before(text, start, ids, tokenizer, begin=self._begins) for start, _ in spans]
             owners = [sum(first <= position for first in firsts) - 1 for position in positions]
-            texts = [tokenizer.decode([ids[position]]) for position in positions]
+            texts = [str(tokenizer.decode([ids[position]])) for position in positions]
             return [LossToken(turns[owner], piece) for owner, piece in zip(owners, texts, strict=True)], cut
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = [(0, 0)] * (len(ids) - len(encoding["input_ids"])) + encoding["offset_mapping"]
@@ -314,7 +316,9 @@ class ChatEncoder:
         return ids[: positions[-1] + 1], int(positions[0])
 
 
-def check_chat_format(tokenizer: Any, chat_format: ChatFormat, date: datetime.date = DEFAULT_DATE) -> None:
+def check_chat_format(
+    tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, date: datetime.date = DEFAULT_DATE
+) -> None:
     """Raise if no conversation can be encoded with this tokenizer in this format.
 
     Args:
@@ -356,13 +360,15 @@ def refusals(
 # ---- the Tulu format ----
 
 
-def _tulu_turn(message: Message, tokenizer: Any, *, strip: bool = True) -> str:
+def _tulu_turn(message: Message, tokenizer: PreTrainedTokenizerBase, *, strip: bool = True) -> str:
     content = message["content"].strip() if strip else message["content"].removesuffix("\n")
     end = f"{tokenizer.eos_token}\n" if message["role"] == "assistant" else "\n"
     return f"<|{message['role']}|>\n{content}{end}"
 
 
-def _tulu_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int, int]]]:
+def _tulu_spans(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[tuple[int, int, int]]]:
     text, spans = "", []
     for turn, message in enumerate(messages):
         start = len(text) + len("<|assistant|>\n")
@@ -386,18 +392,18 @@ def _refuse_fields_of_tulu(messages: Sequence[Message], tools: str | None) -> No
 
 
 @lru_cache(maxsize=8)
-def _begin_ids(tokenizer: Any) -> tuple[int, ...]:
+def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids that the tokenizer itself puts before a text."""
     alone = tokenizer("")["input_ids"]
     return (alone[0],) if alone and alone[0] == tokenizer.bos_token_id else ()
 
 
-def _tokenize(text: str, tokenizer: Any, *, begin: bool) -> list[int]:
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, begin: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [*(_begin_ids(tokenizer) if begin else ()), *ids]
 
 
-def _cut_left(ids: list[int], length: int, tokenizer: Any) -> list[int]:
+def _cut_left(ids: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Keep the last `length` ids; of these the first is the begin token if the whole begins with it."""
     if len(ids) <= length:
         return ids
@@ -408,7 +414,7 @@ def _cut_left(ids: list[int], length: int, tokenizer: Any) -> list[int]:
 
 
 def _tokenize_spans(
-    text: str, spans: Sequence[Sequence[int]], tokenizer: Any, *, begin: bool
+    text: str, spans: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, begin: bool
 ) -> tuple[list[int], np.ndarray]:
     """Return the ids (n,) of a text and whether each token belongs to one of the spans of characters, bool (n,)."""
     if tokenizer.is_fast:
@@ -429,7 +435,7 @@ def _tokenize_spans(
     return ids, inside
 
 
-def _tokens_before(text: str, position: int, ids: list[int], tokenizer: Any, *, begin: bool) -> int:
+def _tokens_before(text: str, position: int, ids: list[int], tokenizer: PreTrainedTokenizerBase, *, begin: bool) -> int:
     """Return how many of `ids` encode `text[:position]`, for tokenizers that do not tell offsets."""
     before = _tokenize(text[:position], tokenizer, begin=begin)
     if ids[: len(before) - 1] != before[:-1]:

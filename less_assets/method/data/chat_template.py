@@ -18,13 +18,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from jinja2.exceptions import TemplateError
 
 from less_assets.errors import ChatFormatError
 from less_assets.method import DEFAULT_DATE
 from less_assets.method.data.conversations import Message, carries_loss, stated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CONTENT, _REASONING = 0, 1
 _MARK = re.compile("\ue000([0-9]+)\ue001")
@@ -106,7 +109,7 @@ class ChatTemplate:
         ChatFormatError: There is no template, or not even a plain conversation can be encoded with it.
     """
 
-    def __init__(self, tokenizer: Any, date: datetime.date) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: datetime.date) -> None:
         self._tokenizer, self._date = tokenizer, date
         self._where = f"chat template of {tokenizer.name_or_path or type(tokenizer).__name__}"
         if not tokenizer.chat_template:
@@ -398,11 +401,11 @@ def _with_day(template: str, date: datetime.date) -> str:
 
 
 @lru_cache(maxsize=8)
-def _template(tokenizer: Any, chat_template: str, date: datetime.date) -> ChatTemplate:
+def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str, date: datetime.date) -> ChatTemplate:
     return ChatTemplate(tokenizer, date)
 
 
-def chat_template(tokenizer: Any, date: datetime.date = DEFAULT_DATE) -> ChatTemplate:
+def chat_template(tokenizer: PreTrainedTokenizerBase, date: datetime.date = DEFAULT_DATE) -> ChatTemplate:
     """Return the tokenizer's template, probed once for each tokenizer, template and date.
 
     Raises:

@@ -10,7 +10,7 @@ import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -31,6 +31,10 @@ from less_assets.method.evaluation.harness_samples import (
     sample_row,
 )
 from less_assets.method.evaluation.intervals import CONFIDENCE, REPLICATES, clustered_bootstrap
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # A generation needs some room beyond the longest reference: models put words before the answer.
 SPARE_NEW_TOKENS = 8
@@ -106,7 +110,7 @@ class Evaluation:
 
 
 def held_out_loss(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     examples: Sequence[EncodedExample],
     *,
     token_budget: int = 4096,
@@ -148,8 +152,8 @@ def held_out_loss(
 
 
 def evaluate_examples(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[EvaluationExample],
     settings: EvaluationSettings | None = None,
     *,
@@ -326,8 +330,8 @@ def harness_task(
 
 
 def evaluate_with_harness(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     task: str | Path | Mapping[str, Any],
     settings: EvaluationSettings | None = None,
     *,
@@ -458,15 +462,15 @@ def _encode(example: EvaluationExample, completion: str, encoder: ChatEncoder) -
     return encoder.target(TargetExample(*asked, completion, example.tools))
 
 
-def _context_length(model: Any) -> int:
+def _context_length(model: PreTrainedModel | PeftModel) -> int:
     return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
 
 
-def _max_length(model: Any, settings: EvaluationSettings) -> int:
+def _max_length(model: PreTrainedModel | PeftModel, settings: EvaluationSettings) -> int:
     return min(settings.max_length or _context_length(model), _context_length(model))
 
 
-def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: Any) -> int:
+def _longest_reference(examples: Sequence[EvaluationExample], tokenizer: PreTrainedTokenizerBase) -> int:
     answers = {answer for example in examples for answer in example.answers}
     return SPARE_NEW_TOKENS + max(len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
 
@@ -487,7 +491,7 @@ def _encode_requests(
             for continuation in example.choices or (example.completion,)
         }
         prompt_ids, _ = choices[example.completion]
-        prompts.append(encoder.tokenizer.decode(prompt_ids))
+        prompts.append(str(encoder.tokenizer.decode(prompt_ids)))
         encodings |= {(prompts[-1], choice): (prompt_ids, ids) for choice, (_, ids) in choices.items()}
     return prompts, encodings
 
