@@ -52,8 +52,12 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
 def problem(program: str, arguments: list[str]) -> str | None:
     """What is wrong with a documented command; None if it exists."""
     if program == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-        return None if set(arguments) <= targets else "no such target"
+        makefile = (ROOT / "Makefile").read_text()
+        targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+        variables = {argument.partition("=")[0] for argument in arguments if "=" in argument}
+        if any(f"$({variable})" not in makefile for variable in variables):
+            return "no such variable"
+        return None if {argument for argument in arguments if "=" not in argument} <= targets else "no such target"
     if program == "python":
         if arguments[:1] == ["-m"]:
             return None if (ROOT / f"{arguments[1].replace('.', '/')}.py").is_file() else "no such module"
@@ -133,6 +137,7 @@ def test_every_command_exists(page):
 
 def test_the_check_of_commands_can_fail():
     assert problem("make", ["coffee"])
+    assert problem("make", ["bench", "COFFEE=black"])
     assert problem("less-assets", ["brew"])
     assert problem("less-assets", ["run", "--sugar"])
     assert problem("python", ["benchmarks/nothing.py"])
