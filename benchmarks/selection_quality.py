@@ -81,19 +81,22 @@ MAIN = {
     "less-whitened": {"strategy": "less", "form": "sgd", "precondition": "pool"},
 }
 """The rules of the first stages; `less` is the default as shipped."""
-MORE = {
+VARIANTS = {
     "less-sgd-match": {"strategy": "less", "form": "sgd", "aggregate": "match"},
-    "bm25": {"strategy": "bm25"},
-    "rds": {"strategy": "rds"},
-    "perplexity-mid": {"strategy": "perplexity", "keep": "mid"},
+    "less-mixed": {"strategy": "less", "mix": {"share": 0.25}},
     "less-marginal-max": {"strategy": "less", "form": "marginal", "aggregate": "max"},
     "less-marginal-mean": {"strategy": "less", "form": "marginal", "aggregate": "mean"},
     "less-mean-gradient": {"strategy": "less", "form": "marginal", "subtask": "cosine_of_mean"},
     "less-sgd": {"strategy": "less", "form": "sgd"},
     "less-adamw-max": {"strategy": "less", "form": "adamw", "aggregate": "max"},
+}
+"""Further rules that read the same gradients."""
+BASELINES = {
+    "bm25": {"strategy": "bm25"},
+    "rds": {"strategy": "rds"},
+    "perplexity-mid": {"strategy": "perplexity", "keep": "mid"},
     "dsir": {"strategy": "dsir", "seeds": [0]},
 }
-
 CANDIDATES = ("less", "less-match", "rds", "bm25", "random")
 """Of the tournament."""
 
@@ -145,7 +148,7 @@ def stages(design: Design) -> list[Stage]:
 
 def rules(design: Design, *, more: bool) -> dict[str, dict[str, Any]]:
     """The rules that select by something of a row, by name: the main ones, or all."""
-    return MAIN | MORE if more and not design.small else MAIN
+    return MAIN | VARIANTS | BASELINES if more and not design.small else MAIN
 
 
 def selecting_name(rule: str, fraction: float) -> str:
@@ -383,8 +386,8 @@ class Results:
 
 
 def select(design: Design, project: Project, home: Path, results: Results) -> None:
-    """Let the rules select for every task and without its folds, the main rules first; write after each task."""
-    for chosen in (MAIN, MORE):
+    """Let the rules select for every task and without its folds, those by gradients first; write after each task."""
+    for chosen in (MAIN, VARIANTS, BASELINES):
         names = [
             selecting_name(rule, fraction)
             for rule in rules(design, more=True)

@@ -155,4 +155,4 @@ def test_the_stages_cover_every_rule_budget_and_training_seed(benchmark):
         {recipe["name"] for recipe in benchmark.trained_recipes(design, stages[i], Path("selected"))} for i in (0, 2)
     )
     assert main == {"base", "random", *benchmark.MAIN}
-    assert main | {"as-long", "tournament", *benchmark.MORE} == everything
+    assert main | {"as-long", "tournament", *benchmark.VARIANTS, *benchmark.BASELINES} == everything
