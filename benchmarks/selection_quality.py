@@ -11,15 +11,16 @@ Each task is judged by two losses. Validation loss: the target examples in folds
 model is trained on them, and its loss on the fold is taken. Answer loss: at least 150 evaluation questions. A score is
 taken where it needs no generation (MMLU).
 
-First every rule selects, once: for each budget, each task, and each task without one of its folds. The selected rows
-are written to `benchmarks/results/selection_quality_selected.parquet`. Then models are trained on them, in stages, the
-most telling first: 5 % with the main rules, for one training seed after the other; then all rules; then 10 %. Training
-reads the selected rows as scores of a file (`strategy: external`), so a machine that has this file takes no gradient.
-Each part is a project file in the work folder, and all of them share one store: interrupted, the same command goes on
-where it stopped. What is finished is written after each task of each stage: `selection_quality.json`, a list of {task,
-recipe, budget, draw, training_seed, validation_loss, answer_loss, score, tokens}; `selection_quality_losses.parquet`,
-the loss of every question and example, of which the tables are made; and the tables, `selection_quality.md`. What
-these files hold is not computed again, on whichever machine; `--again` forgets it.
+First the rules that take gradients select, once: for each budget, each task, and each task without one of its folds; the
+others select when they are due. The selected rows are written to `benchmarks/results/selection_quality_selected.parquet`.
+Then models are trained on them, in stages, the most telling first: 5 % with the main rules, for one training seed after
+the other; then all rules; then 10 %. Training reads the selected rows as scores of a file (`strategy: external`), so a
+machine that has this file takes no gradient. Each part is a project file in the work folder, and all of them share one
+store: interrupted, the same command goes on where it stopped. What is finished is written after each task of each
+stage: `selection_quality.json`, a list of {task, recipe, budget, draw, training_seed, validation_loss, answer_loss,
+score, tokens}; `selection_quality_losses.parquet`, the loss of every question and example, of which the tables are
+made; and the tables, `selection_quality.md`. What these files hold is not computed again, on whichever machine;
+`--again` forgets it.
 
 How to read the tables. Both losses are nats a token; lower is better. A difference from random is paired: the same
 questions, the mean over training seeds and over random's draws; its interval covers the luck of all three. A
@@ -32,7 +33,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -385,23 +386,18 @@ class Results:
         self.path.with_suffix(".md").write_text(tables(self.losses))
 
 
-def select(design: Design, project: Project, home: Path, results: Results) -> None:
-    """Let the rules select for every task and without its folds, those by gradients first; write after each task."""
-    for chosen in (MAIN, VARIANTS, BASELINES):
-        names = [
-            selecting_name(rule, fraction)
-            for rule in rules(design, more=True)
-            for fraction in design.fractions
-            if rule in chosen
-        ]
-        for task in project.task_names:
-            tasks = [task, *project.folds_of(task)]
-            due = [name for name in names if not results.has_selected(name, tasks)]
-            if due:
-                keys = tuple(key for key, recipe in project.recipe_keys.items() if recipe.name in due)
-                with opened_runner(project, home) as runner:
-                    runner.run(Request(tasks=tuple(tasks), recipes=keys, until="selected_subset", extras=False))
-                results.add_selected(project, due, tasks)
+def select(chosen: Iterable[str], design: Design, project: Project, home: Path, results: Results, folder: Path) -> None:
+    """Let rules select for every task and without its folds, and write them to a folder; what is there stays."""
+    names = [selecting_name(rule, fraction) for rule in chosen for fraction in design.fractions]
+    for task in project.task_names:
+        tasks = [task, *project.folds_of(task)]
+        due = [name for name in names if not results.has_selected(name, tasks)]
+        if due:
+            keys = tuple(key for key, recipe in project.recipe_keys.items() if recipe.name in due)
+            with opened_runner(project, home) as runner:
+                runner.run(Request(tasks=tuple(tasks), recipes=keys, until="selected_subset", extras=False))
+            results.add_selected(project, due, tasks)
+    results.write_scores(folder)
 
 
 def train(project: Project, stage: Stage, home: Path, results: Results) -> None:
@@ -502,9 +498,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainings.append((stage, project))
     if asked.estimate:
         return
-    select(design, selecting, work / "dagster" / "select", results)
-    results.write_scores(work / "selected")
+    selected = design, selecting, work / "dagster" / "select", results, work / "selected"
+    for chosen in (MAIN, VARIANTS if not design.small else {}):
+        select(chosen, *selected)
     for stage, project in trainings:
+        if stage.all_recipes:
+            select(BASELINES, *selected)
         train(project, stage, work / "dagster" / stage.name, results)
     written = results.path.with_suffix(".md")
     print(f"\n{written.read_text()}\nwritten: {results.path} and {written}")
