@@ -11,16 +11,16 @@ Each task is judged by two losses. Validation loss: the target examples in folds
 model is trained on them, and its loss on the fold is taken. Answer loss: at least 150 evaluation questions. A score is
 taken where it needs no generation (MMLU).
 
-First the rules that take gradients select, once: for each budget, each task, and each task without one of its folds; the
-others select when they are due. The selected rows are written to `benchmarks/results/selection_quality_selected.parquet`.
-Then models are trained on them, in stages, the most telling first: 5 % with the main rules, for one training seed after
-the other; then all rules; then 10 %. Training reads the selected rows as scores of a file (`strategy: external`), so a
-machine that has this file takes no gradient. Each part is a project file in the work folder, and all of them share one
-store: interrupted, the same command goes on where it stopped. What is finished is written after each task of each
-stage: `selection_quality.json`, a list of {task, recipe, budget, draw, training_seed, validation_loss, answer_loss,
-score, tokens}; `selection_quality_losses.parquet`, the loss of every question and example, of which the tables are
-made; and the tables, `selection_quality.md`. What these files hold is not computed again, on whichever machine;
-`--again` forgets it.
+First the rules that take gradients select, once: for each budget, each task, and each task without one of its folds;
+the others select when they are due. The selected rows are written to
+`benchmarks/results/selection_quality_selected.parquet`. Then models are trained on them, in stages, the most telling
+first: 5 % with the main rules, for one training seed after the other; then all rules; then 10 %. Training reads the
+selected rows as scores of a file (`strategy: external`), so a machine that has this file takes no gradient. Each part
+is a project file in the work folder, and all of them share one store: interrupted, the same command goes on where it
+stopped. What is finished is written after each task of each stage: `selection_quality.json`, a list of {task, recipe,
+budget, draw, training_seed, validation_loss, answer_loss, score, tokens}; `selection_quality_losses.parquet`, the loss
+of every question and example, of which the tables are made; and the tables, `selection_quality.md`. What these files
+hold is not computed again, on whichever machine; `--again` forgets it.
 
 How to read the tables. Both losses are nats a token; lower is better. A difference from random is paired: the same
 questions, the mean over training seeds and over random's draws; its interval covers the luck of all three. A
