@@ -17,10 +17,10 @@ the others select when they are due. The selected rows are written to
 first: 5 % with the main rules, for one training seed after the other; then all rules; then 10 %. Training reads the
 selected rows as scores of a file (`strategy: external`), so a machine that has this file takes no gradient. Each part
 is a project file in the work folder, and all of them share one store: interrupted, the same command goes on where it
-stopped. What is finished is written after each task of each stage: `selection_quality.json`, a list of {task, recipe,
-budget, draw, training_seed, validation_loss, answer_loss, score, tokens}; `selection_quality_losses.parquet`, the loss
-of every question and example, of which the tables are made; and the tables, `selection_quality.md`. What these files
-hold is not computed again, on whichever machine; `--again` forgets it.
+stopped. What is finished is written after each recipe of each stage: `selection_quality.json`, a list of {task,
+recipe, budget, draw, training_seed, validation_loss, answer_loss, score, tokens}; `selection_quality_losses.parquet`,
+the loss of every question and example, of which the tables are made; and the tables, `selection_quality.md`. What
+these files hold is not computed again, on whichever machine; `--again` forgets it.
 
 How to read the tables. Both losses are nats a token; lower is better. A difference from random is paired: the same
 questions, the mean over training seeds and over random's draws; its interval covers the luck of all three. A
@@ -168,11 +168,10 @@ def selecting_recipes(design: Design) -> list[dict[str, Any]]:
 
 def trained_recipes(design: Design, stage: Stage, folder: Path) -> list[dict[str, Any]]:
     """The recipes of a stage: what was selected, by the files of the folder, and the draws at random."""
-    recipes: dict[str, dict[str, Any]] = {
-        name: {"strategy": "external", "scores": str(folder / f"{selecting_name(name, stage.fraction)}.parquet")}
-        for name in rules(design, more=stage.all_recipes)
-    }
-    recipes["random"] = {"strategy": "random", "seeds": list(design.draws)}
+    recipes: dict[str, dict[str, Any]] = {"random": {"strategy": "random", "seeds": list(design.draws)}}
+    for name in rules(design, more=stage.all_recipes):
+        file = folder / f"{selecting_name(name, stage.fraction)}.parquet"
+        recipes[name] = {"strategy": "external", "scores": str(file)}
     if stage.all_recipes:
         recipes["as-long"] = {"strategy": "length_matched", "match": "less", "seeds": list(design.draws)}
         recipes["tournament"] = {"strategy": "tournament", "candidates": list(CANDIDATES)}
@@ -341,40 +340,36 @@ class Results:
             scored = rows.select("task", "example_id", (-pl.col("rank")).cast(pl.Float32).alias("score"))
             scored.write_parquet(folder / f"{recipe}.parquet")
 
-    def add(self, project: Project, stage: Stage, task: str) -> None:
-        """Read what a stage has made of a task."""
-        lineage = open_lineage(project, open_store(project))
-        for key, cell in cells(project, stage, task):
-            if cell in self.figures:
-                continue
-            answers = read_parquet(lineage.folder("eval_results", f"{key}|{task}"), SAMPLES)
-            # A tournament has no choice of its own without a fold: there its winner stands for it.
-            winner = lineage.summary("selected_subset", f"{key}|{task}").get("selected_as")
-            judged = next((other for other, found in cells(project, stage, task) if found.recipe == winner), key)
-            validated = pl.concat(
-                read_parquet(lineage.folder("eval_results", f"{judged}|{fold}"), SAMPLES)
-                for fold in project.folds_of(task)
-            )
-            losses = {
-                "answer_loss": answers.select("subtask", "example_id", "loss"),
-                VALIDATION_LOSS: validated.select(
-                    "subtask", "example_id", pl.col("scores").list.first().struct.field("value").alias("loss")
-                ),
-            }
-            metrics = lineage.summary("eval_results", f"{key}|{task}")["metrics"]
-            scores = [value for name, value in metrics.items() if not name.endswith("loss")]
-            self.figures[cell] = {
-                VALIDATION_LOSS: losses[VALIDATION_LOSS]["loss"].mean(),
-                "answer_loss": answers["loss"].mean(),
-                "score": scores[0] if task in SCORED else None,
-                "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
-            }
-            described = [pl.lit(value, LOSSES[name]).alias(name) for name, value in asdict(cell).items()]
-            parts = [
-                table.select(*described, pl.lit(number).alias("number"), "subtask", "example_id", "loss")
-                for number, table in losses.items()
-            ]
-            self.losses = pl.concat([self.losses, *(part.cast(dict(LOSSES)) for part in parts)])
+    def add(self, project: Project, stage: Stage, key: str, cell: Cell) -> None:
+        """Read what a stage has made of a recipe on a task, and write it."""
+        lineage, task = open_lineage(project, open_store(project)), cell.task
+        answers = read_parquet(lineage.folder("eval_results", f"{key}|{task}"), SAMPLES)
+        # A tournament has no choice of its own without a fold: there its winner stands for it.
+        winner = lineage.summary("selected_subset", f"{key}|{task}").get("selected_as")
+        judged = next((other for other, found in cells(project, stage, task) if found.recipe == winner), key)
+        validated = pl.concat(
+            read_parquet(lineage.folder("eval_results", f"{judged}|{fold}"), SAMPLES) for fold in project.folds_of(task)
+        )
+        losses = {
+            "answer_loss": answers.select("subtask", "example_id", "loss"),
+            VALIDATION_LOSS: validated.select(
+                "subtask", "example_id", pl.col("scores").list.first().struct.field("value").alias("loss")
+            ),
+        }
+        metrics = lineage.summary("eval_results", f"{key}|{task}")["metrics"]
+        scores = [value for name, value in metrics.items() if not name.endswith("loss")]
+        self.figures[cell] = {
+            VALIDATION_LOSS: losses[VALIDATION_LOSS]["loss"].mean(),
+            "answer_loss": answers["loss"].mean(),
+            "score": scores[0] if task in SCORED else None,
+            "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
+        }
+        described = [pl.lit(value, LOSSES[name]).alias(name) for name, value in asdict(cell).items()]
+        parts = [
+            table.select(*described, pl.lit(number).alias("number"), "subtask", "example_id", "loss")
+            for number, table in losses.items()
+        ]
+        self.losses = pl.concat([self.losses, *(part.cast(dict(LOSSES)) for part in parts)])
         self.write()
 
     def write(self) -> None:
@@ -401,12 +396,14 @@ def select(chosen: Iterable[str], design: Design, project: Project, home: Path, 
 
 
 def train(project: Project, stage: Stage, home: Path, results: Results) -> None:
-    """Bring a stage up to date task after task, writing what is finished after each."""
+    """Train and judge what a stage holds, task by task and recipe by recipe; write after each."""
     for task in project.task_names:
-        if any(cell not in results.figures for _, cell in cells(project, stage, task)):
-            with opened_runner(project, home) as runner:
-                runner.run(Request(tasks=(task,), until="task_results", extras=False))
-            results.add(project, stage, task)
+        for key, cell in cells(project, stage, task):
+            if cell not in results.figures:
+                with opened_runner(project, home) as runner:
+                    keys = (task, *project.folds_of(task))
+                    runner.run(Request(tasks=keys, recipes=(key,), until="eval_results", extras=False))
+                results.add(project, stage, key, cell)
 
 
 @contextmanager
