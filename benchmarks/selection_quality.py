@@ -11,12 +11,13 @@ Each task is judged by two losses. Validation loss: the target examples in folds
 model is trained on them, and its loss on the fold is taken. Answer loss: at least 150 evaluation questions. A score is
 taken where it needs no generation (MMLU).
 
-First every rule selects, once: for each budget, each task, and each task without one of its folds. The selected rows
-are written to `benchmarks/results/selection_quality_selected.parquet`. Then models are trained on them, in stages, the
-most telling first: 5 % with the main rules, for one training seed after the other; then all rules; then 10 %. Training
-reads the selected rows as scores of a file (`strategy: external`), so a machine that has this file takes no gradient.
-Each part is a project file in the work folder, and all of them share one store: interrupted, the same command goes on
-where it stopped. What is finished is written after each task of each stage: `selection_quality.json`, a list of {task,
+First the rules that take gradients select, once: for each budget, each task, and each task without one of its folds;
+the others select when they are due. The selected rows are written to
+`benchmarks/results/selection_quality_selected.parquet`. Then models are trained on them, in stages, the most telling
+first: 5 % with the main rules, for one training seed after the other; then all rules; then 10 %. Training reads the
+selected rows as scores of a file (`strategy: external`), so a machine that has this file takes no gradient. Each part
+is a project file in the work folder, and all of them share one store: interrupted, the same command goes on where it
+stopped. What is finished is written after each recipe of each stage: `selection_quality.json`, a list of {task,
 recipe, budget, draw, training_seed, validation_loss, answer_loss, score, tokens}; `selection_quality_losses.parquet`,
 the loss of every question and example, of which the tables are made; and the tables, `selection_quality.md`. What
 these files hold is not computed again, on whichever machine; `--again` forgets it.
@@ -32,7 +33,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,19 +82,22 @@ MAIN = {
     "less-whitened": {"strategy": "less", "form": "sgd", "precondition": "pool"},
 }
 """The rules of the first stages; `less` is the default as shipped."""
-MORE = {
+VARIANTS = {
     "less-sgd-match": {"strategy": "less", "form": "sgd", "aggregate": "match"},
-    "bm25": {"strategy": "bm25"},
-    "rds": {"strategy": "rds"},
-    "perplexity-mid": {"strategy": "perplexity", "keep": "mid"},
+    "less-mixed": {"strategy": "less", "mix": {"share": 0.25}},
     "less-marginal-max": {"strategy": "less", "form": "marginal", "aggregate": "max"},
     "less-marginal-mean": {"strategy": "less", "form": "marginal", "aggregate": "mean"},
     "less-mean-gradient": {"strategy": "less", "form": "marginal", "subtask": "cosine_of_mean"},
     "less-sgd": {"strategy": "less", "form": "sgd"},
     "less-adamw-max": {"strategy": "less", "form": "adamw", "aggregate": "max"},
+}
+"""Further rules that read the same gradients."""
+BASELINES = {
+    "bm25": {"strategy": "bm25"},
+    "rds": {"strategy": "rds"},
+    "perplexity-mid": {"strategy": "perplexity", "keep": "mid"},
     "dsir": {"strategy": "dsir", "seeds": [0]},
 }
-
 CANDIDATES = ("less", "less-match", "rds", "bm25", "random")
 """Of the tournament."""
 
@@ -145,7 +149,7 @@ def stages(design: Design) -> list[Stage]:
 
 def rules(design: Design, *, more: bool) -> dict[str, dict[str, Any]]:
     """The rules that select by something of a row, by name: the main ones, or all."""
-    return MAIN | MORE if more and not design.small else MAIN
+    return MAIN | VARIANTS | BASELINES if more and not design.small else MAIN
 
 
 def selecting_name(rule: str, fraction: float) -> str:
@@ -164,11 +168,10 @@ def selecting_recipes(design: Design) -> list[dict[str, Any]]:
 
 def trained_recipes(design: Design, stage: Stage, folder: Path) -> list[dict[str, Any]]:
     """The recipes of a stage: what was selected, by the files of the folder, and the draws at random."""
-    recipes: dict[str, dict[str, Any]] = {
-        name: {"strategy": "external", "scores": str(folder / f"{selecting_name(name, stage.fraction)}.parquet")}
-        for name in rules(design, more=stage.all_recipes)
-    }
-    recipes["random"] = {"strategy": "random", "seeds": list(design.draws)}
+    recipes: dict[str, dict[str, Any]] = {"random": {"strategy": "random", "seeds": list(design.draws)}}
+    for name in rules(design, more=stage.all_recipes):
+        file = folder / f"{selecting_name(name, stage.fraction)}.parquet"
+        recipes[name] = {"strategy": "external", "scores": str(file)}
     if stage.all_recipes:
         recipes["as-long"] = {"strategy": "length_matched", "match": "less", "seeds": list(design.draws)}
         recipes["tournament"] = {"strategy": "tournament", "candidates": list(CANDIDATES)}
@@ -337,40 +340,36 @@ class Results:
             scored = rows.select("task", "example_id", (-pl.col("rank")).cast(pl.Float32).alias("score"))
             scored.write_parquet(folder / f"{recipe}.parquet")
 
-    def add(self, project: Project, stage: Stage, task: str) -> None:
-        """Read what a stage has made of a task."""
-        lineage = open_lineage(project, open_store(project))
-        for key, cell in cells(project, stage, task):
-            if cell in self.figures:
-                continue
-            answers = read_parquet(lineage.folder("eval_results", f"{key}|{task}"), SAMPLES)
-            # A tournament has no choice of its own without a fold: there its winner stands for it.
-            winner = lineage.summary("selected_subset", f"{key}|{task}").get("selected_as")
-            judged = next((other for other, found in cells(project, stage, task) if found.recipe == winner), key)
-            validated = pl.concat(
-                read_parquet(lineage.folder("eval_results", f"{judged}|{fold}"), SAMPLES)
-                for fold in project.folds_of(task)
-            )
-            losses = {
-                "answer_loss": answers.select("subtask", "example_id", "loss"),
-                VALIDATION_LOSS: validated.select(
-                    "subtask", "example_id", pl.col("scores").list.first().struct.field("value").alias("loss")
-                ),
-            }
-            metrics = lineage.summary("eval_results", f"{key}|{task}")["metrics"]
-            scores = [value for name, value in metrics.items() if not name.endswith("loss")]
-            self.figures[cell] = {
-                VALIDATION_LOSS: losses[VALIDATION_LOSS]["loss"].mean(),
-                "answer_loss": answers["loss"].mean(),
-                "score": scores[0] if task in SCORED else None,
-                "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
-            }
-            described = [pl.lit(value, LOSSES[name]).alias(name) for name, value in asdict(cell).items()]
-            parts = [
-                table.select(*described, pl.lit(number).alias("number"), "subtask", "example_id", "loss")
-                for number, table in losses.items()
-            ]
-            self.losses = pl.concat([self.losses, *(part.cast(dict(LOSSES)) for part in parts)])
+    def add(self, project: Project, stage: Stage, key: str, cell: Cell) -> None:
+        """Read what a stage has made of a recipe on a task, and write it."""
+        lineage, task = open_lineage(project, open_store(project)), cell.task
+        answers = read_parquet(lineage.folder("eval_results", f"{key}|{task}"), SAMPLES)
+        # A tournament has no choice of its own without a fold: there its winner stands for it.
+        winner = lineage.summary("selected_subset", f"{key}|{task}").get("selected_as")
+        judged = next((other for other, found in cells(project, stage, task) if found.recipe == winner), key)
+        validated = pl.concat(
+            read_parquet(lineage.folder("eval_results", f"{judged}|{fold}"), SAMPLES) for fold in project.folds_of(task)
+        )
+        losses = {
+            "answer_loss": answers.select("subtask", "example_id", "loss"),
+            VALIDATION_LOSS: validated.select(
+                "subtask", "example_id", pl.col("scores").list.first().struct.field("value").alias("loss")
+            ),
+        }
+        metrics = lineage.summary("eval_results", f"{key}|{task}")["metrics"]
+        scores = [value for name, value in metrics.items() if not name.endswith("loss")]
+        self.figures[cell] = {
+            VALIDATION_LOSS: losses[VALIDATION_LOSS]["loss"].mean(),
+            "answer_loss": answers["loss"].mean(),
+            "score": scores[0] if task in SCORED else None,
+            "tokens": lineage.summary("finetuned_model", f"{key}|{task}").get("tokens", 0),
+        }
+        described = [pl.lit(value, LOSSES[name]).alias(name) for name, value in asdict(cell).items()]
+        parts = [
+            table.select(*described, pl.lit(number).alias("number"), "subtask", "example_id", "loss")
+            for number, table in losses.items()
+        ]
+        self.losses = pl.concat([self.losses, *(part.cast(dict(LOSSES)) for part in parts)])
         self.write()
 
     def write(self) -> None:
@@ -382,32 +381,29 @@ class Results:
         self.path.with_suffix(".md").write_text(tables(self.losses))
 
 
-def select(design: Design, project: Project, home: Path, results: Results) -> None:
-    """Let the rules select for every task and without its folds, the main rules first; write after each task."""
-    for chosen in (MAIN, MORE):
-        names = [
-            selecting_name(rule, fraction)
-            for rule in rules(design, more=True)
-            for fraction in design.fractions
-            if rule in chosen
-        ]
-        for task in project.task_names:
-            tasks = [task, *project.folds_of(task)]
-            due = [name for name in names if not results.has_selected(name, tasks)]
-            if due:
-                keys = tuple(key for key, recipe in project.recipe_keys.items() if recipe.name in due)
-                with opened_runner(project, home) as runner:
-                    runner.run(Request(tasks=tuple(tasks), recipes=keys, until="selected_subset", extras=False))
-                results.add_selected(project, due, tasks)
+def select(chosen: Iterable[str], design: Design, project: Project, home: Path, results: Results, folder: Path) -> None:
+    """Let rules select for every task and without its folds, and write them to a folder; what is there stays."""
+    names = [selecting_name(rule, fraction) for rule in chosen for fraction in design.fractions]
+    for task in project.task_names:
+        tasks = [task, *project.folds_of(task)]
+        due = [name for name in names if not results.has_selected(name, tasks)]
+        if due:
+            keys = tuple(key for key, recipe in project.recipe_keys.items() if recipe.name in due)
+            with opened_runner(project, home) as runner:
+                runner.run(Request(tasks=tuple(tasks), recipes=keys, until="selected_subset", extras=False))
+            results.add_selected(project, due, tasks)
+    results.write_scores(folder)
 
 
 def train(project: Project, stage: Stage, home: Path, results: Results) -> None:
-    """Bring a stage up to date task after task, writing what is finished after each."""
+    """Train and judge what a stage holds, task by task and recipe by recipe; write after each."""
     for task in project.task_names:
-        if any(cell not in results.figures for _, cell in cells(project, stage, task)):
-            with opened_runner(project, home) as runner:
-                runner.run(Request(tasks=(task,), until="task_results", extras=False))
-            results.add(project, stage, task)
+        for key, cell in cells(project, stage, task):
+            if cell not in results.figures:
+                with opened_runner(project, home) as runner:
+                    keys = (task, *project.folds_of(task))
+                    runner.run(Request(tasks=keys, recipes=(key,), until="eval_results", extras=False))
+                results.add(project, stage, key, cell)
 
 
 @contextmanager
@@ -499,9 +495,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainings.append((stage, project))
     if asked.estimate:
         return
-    select(design, selecting, work / "dagster" / "select", results)
-    results.write_scores(work / "selected")
+    selected = design, selecting, work / "dagster" / "select", results, work / "selected"
+    for chosen in (MAIN, VARIANTS if not design.small else {}):
+        select(chosen, *selected)
     for stage, project in trainings:
+        if stage.all_recipes:
+            select(BASELINES, *selected)
         train(project, stage, work / "dagster" / stage.name, results)
     written = results.path.with_suffix(".md")
     print(f"\n{written.read_text()}\nwritten: {results.path} and {written}")

@@ -70,7 +70,7 @@ def test_the_small_design_runs_and_its_figures_are_complete(
     }
     names = [(line["recipe"], line["draw"]) for line in found]
     rules = [(name, None) for name in ("less", "less-paper", "less-match", "less-whitened")]
-    assert names == [("base", None), *rules, ("random", 0), ("random", 1)]
+    assert names == [("base", None), ("random", 0), ("random", 1), *rules]
     assert all(line["budget"] == 0.1 and line["tokens"] > 0 and line["training_seed"] == 0 for line in found[1:])
     assert found[0]["budget"] is found[0]["training_seed"] is None
     assert all(0 < line[number] < 10 for line in found for number in ("answer_loss", "validation_loss"))
@@ -155,4 +155,4 @@ def test_the_stages_cover_every_rule_budget_and_training_seed(benchmark):
         {recipe["name"] for recipe in benchmark.trained_recipes(design, stages[i], Path("selected"))} for i in (0, 2)
     )
     assert main == {"base", "random", *benchmark.MAIN}
-    assert main | {"as-long", "tournament", *benchmark.MORE} == everything
+    assert main | {"as-long", "tournament", *benchmark.VARIANTS, *benchmark.BASELINES} == everything
