@@ -3,9 +3,7 @@
 Belongs here: wiring only. Formats are `method/data/row_formats.py`, files and shards `lineage/pool_files.py`.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -27,6 +25,7 @@ from less_assets.steps.asset import ROW_COLUMNS, Asset
 from less_assets.steps.checks import few_rows_quarantined
 from less_assets.steps.fairness_checks import evaluation_not_in_pool
 from less_assets.steps.shown import TABLE_ROWS, Picture, Shown, Stored, Table
+from less_assets.store.files import working_folder
 from less_assets.store.tables import read_parquet, write_parquet
 
 NOTHING_REFUSED = digest([])
@@ -107,8 +106,8 @@ def index_pool(work: StepInputs) -> StepResult:
             fix="look at the files; `less-assets run` scans them, and so does the sensor `pool_shards` in Dagster",
         )
     refused = pl.concat(_refused_of(work.lineage, shard) for shard in shards)
-    with tempfile.TemporaryDirectory(prefix="less-assets-") as folder:
-        index = mark_copies((_usable_of(work.lineage, shard) for shard in shards), Path(folder))
+    with working_folder() as folder:
+        index = mark_copies((_usable_of(work.lineage, shard) for shard in shards), folder)
         counted = index.group_by("source").agg(pl.len().alias("rows"), pl.col("canonical").sum().alias("unique"))
         sources = counted.sort("source").collect(engine="streaming")
         write_parquet(work.folder, INDEX, index)

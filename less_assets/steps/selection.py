@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ from less_assets.steps.gradients import require_same_sketch
 from less_assets.steps.prefilter import estimated_recall, prefilter_counts, sampled_rows
 from less_assets.steps.ranking import SCORE_ASSETS, Pool, aggregate_of, scored_pool, select_rows
 from less_assets.steps.shown import TABLE_ROWS, Command, Picture, ReportLink, ReportLinks, Shown, Stored, Table
-from less_assets.store.files import written_file
+from less_assets.store.files import working_folder, written_file
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
 if TYPE_CHECKING:
@@ -236,8 +235,8 @@ def _write_rows(work: StepInputs, ranked: pl.DataFrame) -> int:
     from less_assets.method.data.conversations import for_trainers, is_very_short
 
     very_short = 0
-    with tempfile.TemporaryDirectory(prefix="less-assets-") as folder:
-        parts = _parts_with_messages(work.lineage, ranked, Path(folder))
+    with working_folder() as folder:
+        parts = _parts_with_messages(work.lineage, ranked, folder)
         with written_file(work.folder.path(SUBSET_JSONL)) as file, file.open("w", encoding="utf-8") as lines:
             for part in parts:
                 for row, messages, tools in _told(pl.read_ipc(part)):

@@ -156,6 +156,17 @@ def written_file(path: UPath) -> Iterator[pathlib.Path]:
             raise
 
 
+@contextlib.contextmanager
+def working_folder() -> Iterator[pathlib.Path]:
+    """A folder on this machine for files that are read again at once; it goes afterwards.
+
+    Raises:
+        StorageError: Its disk is full, or permission is denied.
+    """
+    with tempfile.TemporaryDirectory(prefix="less-assets-") as folder, storage_trouble(UPath(folder), "write"):
+        yield pathlib.Path(folder)
+
+
 def _is_bucket(path: UPath) -> bool:
     protocol = path.fs.protocol
     return bool(BUCKETS & ({protocol} if isinstance(protocol, str) else set(protocol)))

@@ -184,6 +184,8 @@ PARENTS: list[tuple[str, str | None, str, list[str] | list[None]]] = [
     ("selection_report", "less|sky", "influence_scores", ["sky"]),
     ("selection_report", "less|sky", "token_attribution", ["less|sky"]),
     ("selection_report", "less|sky", "pool_index", [None]),
+    ("selection_report", "less|sky", "target_tuned_scores", []),
+    ("selection_report", "tuned|sky", "target_tuned_scores", ["sky"]),
     ("selection_report", "random-seed1|sky", "selected_subset", ["random-seed1|sky"]),
     ("selection_report", "random-seed1|sky", "influence_scores", []),
     ("selection_report", "random-seed1|sky", "token_attribution", []),
@@ -277,6 +279,7 @@ def test_no_partition_of_a_partitioned_asset_is_without_parents(graph, instance)
         ("embedding_scores", "pool_embeddings"): ["prefilter", *RECIPES],
         ("embedding_scores", "pool_index"): ["prefilter", *RECIPES],
         ("selection_report", "influence_scores"): ["less", "less-paper"],
+        ("selection_report", "target_tuned_scores"): ["tuned"],
         ("selection_report", "token_attribution"): ["less", "less-paper"],
     }
     for child, axes in AXES.items():
