@@ -123,7 +123,7 @@ class FinishedRun:
                 self._step = None
 
         materialization.make_artifact = backends.make_artifact = watched
-        materialization.make_together = watched_together
+        backends.make_together = watched_together
         self.home, self.said = place / "home", ""
         self.home.mkdir()
         (self.home / "dagster.yaml").write_text(dagster_settings(self.home))
@@ -134,7 +134,7 @@ class FinishedRun:
                 self._bring_up_to_date(instance, Request())
         finally:
             materialization.make_artifact = backends.make_artifact = make
-            materialization.make_together = together
+            backends.make_together = together
             for name in SECRETS.keys() - before.keys():
                 del os.environ[name]
             os.environ.update(before)
