@@ -79,10 +79,10 @@ MAIN = {
     "less": {"strategy": "less"},
     "less-paper": {"strategy": "less", "form": "paper", "aggregate": "max"},
     "less-match": {"strategy": "less", "form": "marginal", "aggregate": "match"},
-    "less-whitened": {"strategy": "less", "form": "sgd", "precondition": "pool"},
 }
 """The rules of the first stages; `less` is the default as shipped."""
 VARIANTS = {
+    "less-whitened": {"strategy": "less", "form": "sgd", "precondition": "pool"},
     "less-sgd-match": {"strategy": "less", "form": "sgd", "aggregate": "match"},
     "less-mixed": {"strategy": "less", "mix": {"share": 0.25}},
     "less-marginal-max": {"strategy": "less", "form": "marginal", "aggregate": "max"},
