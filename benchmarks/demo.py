@@ -31,11 +31,11 @@ from turns import LANDED, ROOT, tree_of
 
 def smaller(settings: dict[str, Any]) -> None:
     """Make a tenth of the demo's project of it."""
-    settings["pool"]["sources"] = [{**each, "limit": 6} for each in settings["pool"]["sources"][:4]]
+    settings["pool"]["sources"] = [{**source, "limit": 6} for source in settings["pool"]["sources"][:4]]
     for task in settings["tasks"]:
         task["evaluation"]["limit"] = 4
     settings["warmup"] |= {"epochs": 1, "fraction": 0.5}
-    settings["recipes"] = [each for each in settings["recipes"] if each["name"] != "random"]
+    settings["recipes"] = [recipe for recipe in settings["recipes"] if recipe["name"] != "random"]
 
 
 def _shrink(path: Path) -> None:

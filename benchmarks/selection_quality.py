@@ -8,8 +8,9 @@
 The design. A pool of 1,600 rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
 GSM8K's own training source is not among them. Budgets of 5 and 10 %, three training seeds, three draws of random rows.
 Each task is judged by two losses. Validation loss: the target examples in folds; rows are selected without a fold, a
-model is trained on them, and its loss on the fold is taken. Answer loss: at least 150 evaluation questions. A score is
-taken where it needs no generation (MMLU).
+model is trained on them, and its loss on the fold is taken. Answer loss: at least 150 evaluation questions; of BBH 27,
+since its answers have another form than its targets and decide nothing. A score is taken where it needs no generation
+(MMLU).
 
 First the rules that take gradients select, once: for each budget, each task, and each task without one of its folds;
 the others select when they are due. The selected rows are written to
@@ -62,8 +63,8 @@ EXAMPLES = {
     "mmlu": "mmlu/dev",
 }
 TESTS = {"gsm8k": "gsm8k/test.jsonl", "bbh": "bbh/test", "tydiqa": "tydiqa/dev", "mmlu": "mmlu/test"}
-QUESTIONS = {"gsm8k": 150, "bbh": 6, "tydiqa": 17, "mmlu": 3}
-"""Of each subtask: 150, 162, 153 and 171 in all."""
+QUESTIONS = {"gsm8k": 150, "bbh": 1, "tydiqa": 17, "mmlu": 3}
+"""Of each subtask: 150, 27, 153 and 171 in all; BBH's answers, of another form than its targets, decide nothing."""
 FOLDS = {"gsm8k": 2, "bbh": 3, "tydiqa": 3, "mmlu": 2}
 SELECTED = pl.Schema({"recipe": pl.String, "task": pl.String, "example_id": pl.String, "rank": pl.Int32})
 """`recipe`: the rule and its budget; `task`: the task, or the task without one of its folds."""

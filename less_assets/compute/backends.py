@@ -6,12 +6,12 @@ same function as here, `step.make_artifact`, and it writes straight to the store
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from less_assets.compute.models import ModelLoader, cache_folder
-from less_assets.compute.step import Backend, Compute, ComputeTogether, Failures, Log, make_artifact, make_together
+from less_assets.compute.step import Backend, Failures, Log, OneByOne, Together
 from less_assets.errors import ComputeError, LessAssetsError
 from less_assets.lineage.lineage import Declaration, Lineage
 from less_assets.project.project import Project, parse_project
@@ -29,37 +29,13 @@ class LocalBackend:
     def make(
         self,
         lineage: Lineage,
-        asset: str,
+        computation: OneByOne | Together,
         partitions: Sequence[str],
-        compute: Compute,
-        models: ModelLoader,
-        log: Callable[[str], object],
-    ) -> Iterator[tuple[str, Manifest]]:
-        """See `Backend.make`."""
-        failures = Failures(asset, log)
-        for partition in partitions:
-            try:
-                manifest = make_artifact(lineage, asset, partition, compute, models, log, resumable=True)
-            except LessAssetsError as error:
-                failures.add(partition, error)
-                if failures.hopeless:
-                    break
-            else:
-                failures.succeeded()
-                yield partition, manifest
-        failures.raise_first()
-
-    def make_together(
-        self,
-        lineage: Lineage,
-        asset: str,
-        partitions: Sequence[str],
-        compute: ComputeTogether,
         models: ModelLoader,
         log: Log,
     ) -> Iterator[tuple[str, Manifest]]:
-        """See `Backend.make_together`: by one computation, whose failure is that of all."""
-        yield from list(make_together(lineage, asset, partitions, compute, models, log))
+        """See `Backend.make`."""
+        return computation.make(lineage, partitions, models, log)
 
 
 class PartitionWorker:
@@ -79,14 +55,9 @@ class PartitionWorker:
         self._models = ModelLoader(self._project, cache_folder(store))
         self._log = logging.getLogger("less_assets.worker").info
 
-    def make(self, asset: str, partitions: Sequence[str], compute: Compute) -> list[Manifest]:
-        """Make a partition (`partitions` is one) and put it in force."""
-        (partition,) = partitions
-        return [make_artifact(self._lineage, asset, partition, compute, self._models, self._log, resumable=True)]
-
-    def make_together(self, asset: str, partitions: Sequence[str], compute: ComputeTogether) -> list[Manifest]:
-        """Make partitions by one computation and put them in force."""
-        made = make_together(self._lineage, asset, partitions, compute, self._models, self._log)
+    def make(self, computation: OneByOne | Together, partitions: Sequence[str]) -> list[Manifest]:
+        """Make partitions and put them in force."""
+        made = computation.make(self._lineage, partitions, self._models, self._log)
         return [manifest for _, manifest in made]
 
 
@@ -107,11 +78,10 @@ class RayBackend:
     def make(
         self,
         lineage: Lineage,
-        asset: str,
+        computation: OneByOne | Together,
         partitions: Sequence[str],
-        compute: Compute,
         models: ModelLoader,
-        log: Callable[[str], object],
+        log: Log,
     ) -> Iterator[tuple[str, Manifest]]:
         """See `Backend.make`. The checkpoints of a range come one after another, so that a worker loads each once.
 
@@ -119,64 +89,29 @@ class RayBackend:
             ComputeError: The cluster cannot be reached, has no room, or loses worker after worker.
             LessAssetsError: Partitions failed; the others were made and yielded first.
         """
-        settings = self.project.compute
-        connect(settings)
-        count = min(workers_that_fit(settings), len(partitions))
-        yield from self._hand_out(
-            lineage, asset, [(partition,) for partition in partitions], count, "make", compute, log
-        )
+        import ray
 
-    def make_together(
-        self,
-        lineage: Lineage,
-        asset: str,
-        partitions: Sequence[str],
-        compute: ComputeTogether,
-        models: ModelLoader,
-        log: Log,
-    ) -> Iterator[tuple[str, Manifest]]:
-        """See `Backend.make_together`: each worker makes about as many partitions, by one computation.
-
-        Raises:
-            ComputeError, LessAssetsError: As `make`.
-        """
-        if len(partitions) < 2:
-            yield from LocalBackend().make_together(lineage, asset, partitions, compute, models, log)
+        if isinstance(computation, Together) and len(partitions) < 2:
+            yield from computation.make(lineage, partitions, models, log)
             return
         settings = self.project.compute
         connect(settings)
         count = min(workers_that_fit(settings), len(partitions))
-        groups = [tuple(partitions[first::count]) for first in range(count)]
-        yield from self._hand_out(lineage, asset, groups, count, "make_together", compute, log)
-
-    def _hand_out(
-        self,
-        lineage: Lineage,
-        asset: str,
-        groups: Sequence[tuple[str, ...]],
-        count: int,
-        method: str,
-        compute: Compute | ComputeTogether,
-        log: Log,
-    ) -> Iterator[tuple[str, Manifest]]:
-        """Have workers make groups of partitions by a method of `PartitionWorker`; yield what is finished."""
-        import ray
-
-        settings = self.project.compute
+        groups = computation.groups(partitions, count)
         worker = ray.remote(PartitionWorker).options(
             num_gpus=settings.gpus_per_worker, num_cpus=settings.cpus_per_worker, max_restarts=0
         )
         content, path = self.project.path.read_bytes(), str(self.project.path)
-        log(f"{asset}: {sum(map(len, groups))} partitions over {count} Ray workers")
+        log(f"{computation.asset}: {len(partitions)} partitions over {count} Ray workers")
         waiting, losses = deque(groups), dict.fromkeys(groups, 0)
         idle: list[Any] = [worker.remote(content, path, lineage.declarations) for _ in range(count)]
         running: dict[Any, tuple[Any, tuple[str, ...]]] = {}
-        failures = Failures(asset, log)
+        failures = Failures(computation.asset, log)
         try:
             while running or (waiting and not failures.hopeless):
                 while idle and waiting and not failures.hopeless:
                     actor, group = idle.pop(), waiting.popleft()
-                    running[getattr(actor, method).remote(asset, group, compute)] = (actor, group)
+                    running[actor.make.remote(computation, group)] = (actor, group)
                 (finished,), _ = ray.wait(list(running), num_returns=1)
                 actor, group = running.pop(finished)
                 named = ", ".join(group)
@@ -184,9 +119,9 @@ class RayBackend:
                     manifests = ray.get(finished)
                 except _lost() as error:
                     losses[group] += 1
-                    log(f"{asset} {named}: its Ray worker was lost ({losses[group]} times)")
+                    log(f"{computation.asset} {named}: its Ray worker was lost ({losses[group]} times)")
                     if losses[group] >= LOSSES_PER_PARTITION:
-                        failures.add(named, _given_up(asset, named, error))
+                        failures.add(named, _given_up(computation.asset, named, error))
                     else:
                         waiting.appendleft(group)
                     if waiting:

@@ -174,43 +174,78 @@ class Failures:
             raise self.first
 
 
+@dataclass(frozen=True)
+class OneByOne:
+    """Partitions of an asset are made one after another; one that fails does not keep the others from being made."""
+
+    asset: str
+    compute: Compute
+
+    def make(
+        self, lineage: Lineage, partitions: Sequence[str], models: ModelLoader, log: Log
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Make partitions here and in order; see `Backend.make`."""
+        failures = Failures(self.asset, log)
+        for partition in partitions:
+            try:
+                manifest = make_artifact(lineage, self.asset, partition, self.compute, models, log, resumable=True)
+            except LessAssetsError as error:
+                failures.add(partition, error)
+                if failures.hopeless:
+                    break
+            else:
+                failures.succeeded()
+                yield partition, manifest
+        failures.raise_first()
+
+    def groups(self, partitions: Sequence[str], workers: int) -> list[tuple[str, ...]]:
+        """What a worker is given at a time: a partition."""
+        return [(partition,) for partition in partitions]
+
+
+@dataclass(frozen=True)
+class Together:
+    """Partitions of an asset are made by one computation, whose failure is that of all."""
+
+    asset: str
+    compute: ComputeTogether
+
+    def make(
+        self, lineage: Lineage, partitions: Sequence[str], models: ModelLoader, log: Log
+    ) -> Iterator[tuple[str, Manifest]]:
+        """Make partitions here; all are in force before the first is yielded. See `Backend.make`."""
+        yield from list(make_together(lineage, self.asset, partitions, self.compute, models, log))
+
+    def groups(self, partitions: Sequence[str], workers: int) -> list[tuple[str, ...]]:
+        """What a worker is given at a time: about as many partitions as any other."""
+        count = min(workers, len(partitions))
+        return [tuple(partitions[first::count]) for first in range(count)]
+
+
 class Backend(Protocol):
     """Where the partitions of a range run are made."""
 
     def make(
         self,
         lineage: Lineage,
-        asset: str,
+        computation: OneByOne | Together,
         partitions: Sequence[str],
-        compute: Compute,
         models: ModelLoader,
-        log: Callable[[str], object],
+        log: Log,
     ) -> Iterator[tuple[str, Manifest]]:
         """Make partitions and put them in force; yield each with its manifest as it finishes, in any order.
 
         Args:
             lineage: The project's plans.
-            asset: Name of the asset.
+            computation: The asset, and how its partitions are made; its function is one of a module, so that another
+                process finds it by name.
             partitions: What to make.
-            compute: Makes one partition; a module-level function, so that another process finds it by name.
             models: Loads models in this process.
             log: Receives progress lines.
 
         Raises:
             LessAssetsError: Partitions failed; the others were made and yielded first.
         """
-        ...
-
-    def make_together(
-        self,
-        lineage: Lineage,
-        asset: str,
-        partitions: Sequence[str],
-        compute: ComputeTogether,
-        models: ModelLoader,
-        log: Log,
-    ) -> Iterator[tuple[str, Manifest]]:
-        """Make partitions by one computation, or by one for each worker, and put them in force; else as `make`."""
         ...
 
 

@@ -12,7 +12,7 @@ import dagster as dg
 from less_assets.compute.backends import LocalBackend
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.progress import Progress
-from less_assets.compute.step import make_artifact
+from less_assets.compute.step import OneByOne, Together, make_artifact
 from less_assets.errors import LessAssetsError
 from less_assets.lineage.lineage import Lineage
 from less_assets.lineage.plan import Versions, digest
@@ -184,13 +184,14 @@ def _make(
     """Partitions with their manifests, each as it is in force."""
     log = context.log.info
     backend = workspace.backend if asset.spread else LocalBackend()
+    computation: OneByOne | Together
     if asset.compute_together:
-        together = asset.compute_together
-        yield from backend.make_together(lineage, asset.name, partitions, together, workspace.models, log)
-        return
-    assert asset.compute is not None
+        computation = Together(asset.name, asset.compute_together)
+    else:
+        assert asset.compute is not None
+        computation = OneByOne(asset.name, asset.compute)
     progress = Progress(asset.name, len(partitions), "partitions", log)
-    for made in backend.make(lineage, asset.name, partitions, asset.compute, workspace.models, log):
+    for made in backend.make(lineage, computation, partitions, workspace.models, log):
         yield made
         progress(1)
 

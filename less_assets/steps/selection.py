@@ -59,7 +59,7 @@ RANKING_SECONDS = 2e-5
 """Ranking a row of the pool on one two-core machine."""
 CHART_SCORES = 20_000
 """Scores kept for the histogram: enough for its bins, small for any pool."""
-ROWS_AT_ONCE = 65_536
+ROWS_PER_FILE = 65_536
 """Selected rows whose messages are in memory at a time."""
 
 
@@ -223,7 +223,7 @@ def _keep_pool_scores(work: StepInputs, candidates: list[Candidates], aggregate:
 def _write_rows(work: StepInputs, ranked: pl.DataFrame) -> int:
     """Store selected rows with their messages and tools, as a table and as JSON lines.
 
-    Memory holds one shard of the pool, or `ROWS_AT_ONCE` rows of the selection, with their messages.
+    Memory holds one shard of the pool, or `ROWS_PER_FILE` rows of the selection, with their messages.
 
     Args:
         work: Reads the pool, and writes.
@@ -247,15 +247,15 @@ def _write_rows(work: StepInputs, ranked: pl.DataFrame) -> int:
 
 
 def _parts_with_messages(lineage: Lineage, ranked: pl.DataFrame, folder: Path) -> list[Path]:
-    """Files of `ROWS_AT_ONCE` rows each, by rank, with messages and tools by id; shards are read once."""
+    """Files of `ROWS_PER_FILE` rows each, by rank, with messages and tools by id; shards are read once."""
     from less_assets.method.data.examples import POOL_SCHEMA
 
-    files = [folder / f"{number:06d}.arrow" for number in range(max(1, -(-ranked.height // ROWS_AT_ONCE)))]
+    files = [folder / f"{number:06d}.arrow" for number in range(max(1, -(-ranked.height // ROWS_PER_FILE)))]
     pieces: dict[Path, list[Path]] = {file: [] for file in files}
     for shard in ranked["shard"].unique(maintain_order=True):
         wanted = ranked.filter(pl.col("shard") == shard).sort("row")
         wanted = wanted.hstack(conversations_of(lineage, shard, wanted["row"]).select("messages", "tools"))
-        number = (pl.col("rank") - 1) // ROWS_AT_ONCE
+        number = (pl.col("rank") - 1) // ROWS_PER_FILE
         for (file_number,), piece in wanted.group_by(number):
             own = pieces[files[int(file_number)]]
             own.append(folder / f"{file_number}-{len(own)}.arrow")

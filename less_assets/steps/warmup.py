@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from less_assets.steps.asset import Asset
 from less_assets.steps.pool import INDEX_ROW_SECONDS
 from less_assets.steps.shown import Picture, Shown, Stored, one_table
 from less_assets.store.artifacts import ArtifactFolder
-from less_assets.store.files import storage_trouble
+from less_assets.store.files import storage_trouble, working_folder
 from less_assets.store.tables import read_parquet, write_parquet
 
 if TYPE_CHECKING:
@@ -154,11 +153,11 @@ def adopt_checkpoint(work: StepInputs) -> StepResult:
     rates = settings.mean_learning_rates
     model, _ = work.models.base()
     source = Path(settings.imported[number])  # type: ignore[index]
-    with tempfile.TemporaryDirectory(prefix="less-assets-") as temporary:
+    with working_folder() as temporary:
         checkpoint = import_checkpoint(
             source,
             model,
-            Path(temporary) / work.partition,
+            temporary / work.partition,
             epoch=number + 1,
             mean_learning_rate=rates[number] if rates else None,
         )

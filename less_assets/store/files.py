@@ -143,8 +143,7 @@ def written_file(path: UPath) -> Iterator[pathlib.Path]:
             local.parent.mkdir(parents=True, exist_ok=True)
             temporary = local.with_name(partial_name(local.name))
         else:
-            folder = remote.enter_context(tempfile.TemporaryDirectory(prefix="less-assets-"))
-            temporary = pathlib.Path(folder) / "written"
+            temporary = remote.enter_context(working_folder()) / "written"
         try:
             yield temporary
             if local:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from less_assets.cli import app
 from less_assets.compute import backends
 from less_assets.compute.models import ModelLoader, cache_folder
-from less_assets.compute.step import StepInputs, StepResult
+from less_assets.compute.step import OneByOne, StepInputs, StepResult
 from less_assets.errors import ComputeError, TrainingError
 from less_assets.lineage.lineage import Lineage
 from less_assets.orchestration.definitions import build_definitions
@@ -183,7 +183,7 @@ class Fanned:
 
     def make(self, compute, *partitions: str) -> None:
         found = self.backend.make(
-            self.lineage, "train_gradients", partitions, compute, self.models, lambda line: self.said.append(line)
+            self.lineage, OneByOne("train_gradients", compute), partitions, self.models, self.said.append
         )
         for partition, _ in found:
             self.done.append(partition)

@@ -69,7 +69,7 @@ def test_the_small_design_runs_and_its_figures_are_complete(
         *[("task", "recipe", "budget", "draw", "training_seed", "validation_loss", "answer_loss", "score", "tokens")]
     }
     names = [(line["recipe"], line["draw"]) for line in found]
-    rules = [(name, None) for name in ("less", "less-paper", "less-match", "less-whitened")]
+    rules = [(name, None) for name in ("less", "less-paper", "less-match")]
     assert names == [("base", None), ("random", 0), ("random", 1), *rules]
     assert all(line["budget"] == 0.1 and line["tokens"] > 0 and line["training_seed"] == 0 for line in found[1:])
     assert found[0]["budget"] is found[0]["training_seed"] is None

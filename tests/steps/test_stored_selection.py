@@ -19,7 +19,7 @@ def test_subset_files_do_not_depend_on_how_many_rows_are_in_memory(tiny_project,
     assert table["rank"].to_list() == list(range(1, table.height + 1))
     assert len(table["shard"].unique()) > 2
     whole.discard()
-    monkeypatch.setattr(selection, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(selection, "ROWS_PER_FILE", 4)
     lineage = make_with_inputs(project, open_store(project), "selected_subset", "random-seed0|sums", print)
     again = lineage.folder("selected_subset", "random-seed0|sums")
     assert again.read_bytes(SUBSET_JSONL) == lines

@@ -18,7 +18,7 @@ from typing import Any
 
 import dagster as dg
 
-from less_assets.compute import backends
+from less_assets.compute import step as step_module
 from less_assets.compute.models import ModelLoader
 from less_assets.compute.step import StepInputs, make_artifact, make_together
 from less_assets.errors import LessAssetsError
@@ -122,8 +122,8 @@ class FinishedRun:
             finally:
                 self._step = None
 
-        materialization.make_artifact = backends.make_artifact = watched
-        backends.make_together = watched_together
+        materialization.make_artifact = step_module.make_artifact = watched
+        step_module.make_together = watched_together
         self.home, self.said = place / "home", ""
         self.home.mkdir()
         (self.home / "dagster.yaml").write_text(dagster_settings(self.home))
@@ -133,8 +133,8 @@ class FinishedRun:
             with dg.DagsterInstance.from_config(str(self.home)) as instance:
                 self._bring_up_to_date(instance, Request())
         finally:
-            materialization.make_artifact = backends.make_artifact = make
-            backends.make_together = together
+            materialization.make_artifact = step_module.make_artifact = make
+            step_module.make_together = together
             for name in SECRETS.keys() - before.keys():
                 del os.environ[name]
             os.environ.update(before)
