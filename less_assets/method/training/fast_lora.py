@@ -1,12 +1,14 @@
 """The loss of a LoRA training step without the work that does not change it, for adapters of a known structure.
 
 Belongs here: LoRA layers as one autograd function each, and the loss of a batch through them. Not here: the training
-loop and the plain path, which serves every other model (`training`); per-example gradients (`gradients.per_example`).
+loop and the plain path, which serves every other model (`training`); attention between packed rows (`packing`);
+per-example gradients (`gradients.per_example`).
 
 What is saved against PEFT's forward pass: adapter products are taken in the dtype of the layer's input, with the weight
 in float32 rounded to it; nothing is copied to float32 and back; the head sees only positions that carry loss; right
-padding needs no attention mask, with which attention would be slow; columns behind the last loss token are left out.
-Random numbers are drawn in the same order and number, so on a processor dropout drops what it drops in the plain path.
+padding needs no attention mask, with which attention would be slow; what follows a row's last loss token is left out;
+on a processor, rows of unequal length are packed, so that no padding is computed. Random numbers are drawn in the same
+order and number, so on a processor dropout drops what it drops in the plain path.
 """
 
 from __future__ import annotations
@@ -25,9 +27,14 @@ from less_assets.method.data.chat import IGNORED
 from less_assets.method.gradients.attention import FastAttention, keeps_weights
 from less_assets.method.gradients.per_example import LoraSlice, logits_at, lora_slices
 from less_assets.method.gradients.self_check import check_gradients
+from less_assets.method.training.packing import PackedAttention, keeps_rows_apart, packed_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+PACKED_SHARE = 0.95
+"""Rows are packed if at most this share of a batch is no padding; making a mask costs about as much as 5 % of it."""
 
 
 class FastLora:
@@ -38,20 +45,23 @@ class FastLora:
 
     Args:
         model: PEFT model with one active LoRA adapter on linear layers, which has passed `check_gradients`.
+        pad_token_id: Fills the padding.
 
     Raises:
         UnsupportedModelError: As `per_example.lora_slices`.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, pad_token_id: int) -> None:
         self._model = model
         self._slices = lora_slices(model)
         # The base model's own dropout draws as many numbers as a batch has columns: those of the plain path.
         config: Any = model.get_base_model().config
         settings = config.get_text_config().to_dict()
         self._cuts = not any("drop" in name and value for name, value in settings.items())
+        packs = self._cuts and model.device.type == "cpu" and keeps_rows_apart(model, pad_token_id)
+        self._packed = PackedAttention() if packs else None
         served = keeps_weights(next(model.parameters()))
-        self.attention: AbstractContextManager[Any] = FastAttention() if served else nullcontext()
+        self.attention: AbstractContextManager[Any] = self._packed or (FastAttention() if served else nullcontext())
 
     def __enter__(self) -> FastLora:
         for part in self._slices:
@@ -68,15 +78,26 @@ class FastLora:
         Args:
             batch: `input_ids`, `labels`, each int64 (rows, length), padded on the right, on the model's device.
         """
-        labels = batch["labels"][:, 1:]
-        whole = batch["input_ids"].shape[1]
-        # What follows the last loss token of all predicts none.
-        width = int((labels != IGNORED).any(0).nonzero().max()) + 1 if self._cuts else whole
-        labels = functional.pad(labels, (0, 1), value=IGNORED)[:, :width].flatten()
+        ids, labels = batch["input_ids"], functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        # What follows a row's last loss token predicts none.
+        lengths = ((labels != IGNORED) * columns).amax(1) if self._cuts else columns[-1:].expand(len(ids))
+        width = int(lengths.max())
+        kept = columns <= lengths[:, None]
+        self._packs = self._packed is not None and int(kept.sum()) <= PACKED_SHARE * len(ids) * width
+        if not self._packs:
+            kept[:, :width] = True
+        self._whole, self._width, self._kept = ids.shape, width, kept.flatten().nonzero().squeeze(1)
+        labels = labels.flatten()[self._kept]
+        if self._packed is not None:
+            self._packed.pack([length for length in lengths.tolist() if length] if self._packs else [])
+        if self._packs:
+            inputs = packed_inputs([row[:length] for row, length in zip(ids, lengths, strict=True)])
+        else:
+            inputs = {"input_ids": ids[:, :width]}
         positions = (labels != IGNORED).nonzero().squeeze(1)
-        self._columns = width, whole
         with self.attention:
-            logits = logits_at(self._model, {"input_ids": batch["input_ids"][:, :width]}, positions)
+            logits = logits_at(self._model, inputs, positions)
         return functional.cross_entropy(logits.float(), labels[positions], reduction="sum")
 
     def _forward_layer(self, part: LoraSlice, x: Tensor) -> Tensor:
@@ -95,10 +116,12 @@ class FastLora:
 
     def _mask(self, x: Tensor, share: float) -> Tensor:
         """Zeros and ones of x's shape and dtype: the numbers that PEFT's dropout draws for the whole batch, cut."""
-        width, whole = self._columns
-        if x.dim() < 3 or x.shape[1] != width:
+        rows, whole = self._whole
+        given = (1, len(self._kept)) if self._packs else (rows, self._width)
+        if x.dim() < 3 or x.shape[:2] != given:
             return torch.empty_like(x).bernoulli_(share)
-        return x.new_empty(x.shape[0], whole, *x.shape[2:]).bernoulli_(share)[:, :width]
+        drawn = x.new_empty(rows, whole, *x.shape[2:]).bernoulli_(share)
+        return drawn.flatten(0, 1)[self._kept][None] if self._packs else drawn[:, : self._width]
 
 
 def fast_lora(model: PeftModel, pad_token_id: int) -> FastLora | None:
@@ -115,7 +138,7 @@ def fast_lora(model: PeftModel, pad_token_id: int) -> FastLora | None:
         return None  # small gradients would vanish, which PEFT's products in float32 keep
     try:
         check_gradients(model, pad_token_id, "right")
-        return FastLora(model)
+        return FastLora(model, pad_token_id)
     except UnsupportedModelError:
         return None
 
