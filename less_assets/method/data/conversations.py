@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
@@ -179,3 +180,27 @@ def json_text(value: Mapping[str, object] | Sequence[object]) -> str:
         RecursionError: It is nested too deeply.
     """
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+class EqualNamesError(ValueError):
+    """A JSON object has two fields of one name, of which Python would keep the last."""
+
+
+def parsed_json(text: str) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        EqualNamesError: An object has two fields of one name.
+        ValueError: It is not JSON.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_without_equal_names)
+
+
+def _without_equal_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        counted = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counted.items() if count > 1)
+        raise EqualNamesError(f"the field {twice!r} stands twice in an object")
+    return fields

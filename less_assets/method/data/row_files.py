@@ -76,6 +76,18 @@ _SPLITS = {
 }
 _SPLIT_WORD = re.compile(rf"(?:^|(?<=[-._ ]))({'|'.join(_SPLITS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
 _ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*(?:\{|\Z)")
+# A first line that ends so goes on in the next: no row in a line of its own does.
+_GOES_ON = re.compile(rb"\s*[\[{][^\r\n]*(?<=[\[{,])[ \t]*[\r\n]")
+# How files begin that are no text.
+_NOT_TEXT = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ\x00": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+}
 
 SourceDialect = Literal["auto"] | DialectName
 """How CSV and TSV files are written; `auto`: `.csv` as RFC 4180 says, `.tsv` without quoting."""
@@ -86,7 +98,8 @@ class FoundFiles(NamedTuple):
 
     Attributes:
         files: Data files, sorted.
-        skipped: What else lies there and is not read, sorted: metadata, and files of kinds that are not known.
+        skipped: What else lies there and is not read, sorted: metadata, files of kinds that are not known, and
+            subfolders with data where the folder has data files of its own.
     """
 
     files: list[str]
@@ -141,27 +154,27 @@ def look_into(path: str) -> FoundFiles:
         shards = _saved_shards(filesystem, stripped) if is_folder else None
         files = sorted(file for file in paths if _is_data(file) and (shards is None or _name(file) in shards))
         others = sorted(set(paths) - set(files))
+        below = _folders_with_data(filesystem, others) if is_folder else []
         if is_folder:
-            below = [] if files else _folders_with_data(filesystem, others)
             _refuse_several_splits(path, files or below)
-            if len(below) == 1:
-                inner = look_into(below[0])
-                others = [*(other for other in others if other not in below), *inner.skipped]
-                files = inner.files
-            elif below:
-                raise PoolFormatError(
-                    "The folder has no data file of its own, and several subfolders with some.",
-                    where=path,
-                    fix=f"write which one is meant: {', '.join(f'`{folder}`' for folder in below)}; "
-                    "if all are, give each a source of its own",
-                )
+        if not files and len(below) == 1:
+            inner = look_into(below[0])
+            others = [*(other for other in others if other not in below), *inner.skipped]
+            files = inner.files
+        elif not files and below:
+            raise PoolFormatError(
+                "The folder has no data file of its own, and several subfolders with some.",
+                where=path,
+                fix=f"write which one is meant: {', '.join(f'`{folder}`' for folder in below)}; "
+                "if all are, give each a source of its own",
+            )
         if not files:
             raise PoolFormatError(
                 "No data file found.",
                 where=path,
                 fix="give a .jsonl, .csv, .tsv, .parquet or .arrow file, a folder or a pattern",
             )
-        skipped = sorted(file for file in others if not filesystem.isdir(fsspec.url_to_fs(file)[1]))
+        skipped = sorted(file for file in others if file in below or not filesystem.isdir(fsspec.url_to_fs(file)[1]))
     return FoundFiles(files, skipped)
 
 
@@ -194,7 +207,24 @@ def _saved_shards(filesystem: fsspec.AbstractFileSystem, folder: str) -> set[str
         return None
     content = json.loads(filesystem.cat_file(state))
     shards = content.get("_data_files") if isinstance(content, dict) else None
-    return {str(shard["filename"]) for shard in shards} if shards else None
+    if not shards:
+        return None
+    names = {str(shard["filename"]) for shard in shards}
+    missing = sorted(name for name in names if not filesystem.isfile(f"{folder.rstrip('/')}/{name}"))
+    if missing:
+        raise PoolFormatError(
+            f"Of the {len(names)} files that make up this dataset, {len(missing)} are not there: {missing[0]}"
+            + (", …" if len(missing) > 1 else "."),
+            where=state,
+            fix="copy the whole folder again, or give the files that are there as a pattern",
+        )
+    if content.get("_indices_data_files"):
+        raise PoolFormatError(
+            "This dataset is a choice of rows from its files, and which ones stands in a file of indices.",
+            where=state,
+            fix="save it again with `dataset.flatten_indices().save_to_disk(...)`",
+        )
+    return names
 
 
 def _refuse_several_splits(path: str, names: list[str]) -> None:
@@ -433,12 +463,33 @@ def _reading(path: str) -> Iterator[None]:
         raise PoolFormatError(f"This kind of path cannot be opened: {error}", where=path) from error
 
 
-def _csv(path: str, stream: io.BufferedIOBase, dialect: SourceDialect) -> tuple[CsvRecords, CsvRecord | None]:
+def _refuse_other_kinds(path: str, stream: io.BufferedReader) -> None:
+    """Refuse a file that is no text in UTF-8, though its name says that it is."""
+    start = stream.peek(8)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise PoolFormatError(
+            "This file is text in UTF-16; text is read as UTF-8.",
+            where=path,
+            fix="write it in UTF-8, e.g. with `iconv -f UTF-16 -t UTF-8`",
+        )
+    for mark, kind in _NOT_TEXT.items():
+        if start.startswith(mark):
+            raise PoolFormatError(f"This file is {kind}, though its name says text.", where=path, fix="correct its name")
+
+
+def _csv(path: str, stream: io.BufferedReader, dialect: SourceDialect) -> tuple[CsvRecords, CsvRecord | None]:
     """The records after the header, and the header; None if the file is empty."""
+    _refuse_other_kinds(path, stream)
     name = dialect_of(path, dialect)
     assert name is not None
     records = CsvRecords(stream, name)
     header = next(records, None)
+    if header and header.error:
+        raise PoolFormatError(
+            f"The header cannot be read: {header.error}.",
+            where=f"{path}, line {header.line}",
+            fix="correct it, or state the source's `dialect` in the project file",
+        )
     if header and (equal := repeated(header.fields or [])):
         raise PoolFormatError(
             f"Two columns have the same name {equal[0]!r}; which one is meant is not known.",
@@ -450,6 +501,7 @@ def _csv(path: str, stream: io.BufferedIOBase, dialect: SourceDialect) -> tuple[
 
 def _json(path: str, stream: io.BufferedReader) -> Lines | ArrayElements:
     """The lines of a file of JSON; the elements of one that is named `.json` and is an array."""
+    _refuse_other_kinds(path, stream)
     start = stream.peek(4096).removeprefix(BYTE_ORDER_MARK)
     if _suffix(path) == ".json" and start.lstrip().startswith(b"["):
         return ArrayElements(stream, path)
@@ -458,5 +510,12 @@ def _json(path: str, stream: io.BufferedReader) -> Lines | ArrayElements:
             "This file is one JSON array, though its name says JSON lines.",
             where=path,
             fix="""name it .json, or write one object a line, e.g. with `jq -c '.[]' file.json > file.jsonl`""",
+        )
+    if _GOES_ON.match(start):
+        raise PoolFormatError(
+            "The first line of this file is not a whole JSON value: it goes on in the next line.",
+            where=path,
+            fix="write one object a line, e.g. with `jq -c . file.json > file.jsonl`, or with `jq -c '.data[]'` where "
+            "the rows are a list in an object; if the file holds no rows, name the others by a pattern",
         )
     return Lines(stream)

@@ -7,10 +7,19 @@ files are `row_files.py`, conversations `conversations.py`, tables of rows `exam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
-from less_assets.method.data.conversations import ROLES, Conversation, Message, carries_loss, json_text
+from less_assets.method.data.conversations import (
+    ROLES,
+    Conversation,
+    EqualNamesError,
+    Message,
+    carries_loss,
+    json_text,
+    parsed_json,
+)
 
 RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
 
@@ -53,7 +62,12 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 MASK_KEYS = ("weight", "train", "training", "loss", "loss_mask")
 """Keys of a turn that say whether it carries loss: 0, 1, false or true."""
 
-_MEDIA_KEYS = ("images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio")
+_MEDIA_KEYS = (
+    *("images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio"),
+    *("image_urls", "image_path", "image_paths", "image_file", "image_files", "img", "pixel_values"),
+    *("video_url", "video_path", "video_paths", "audio_url", "audio_path", "audio_paths", "speech"),
+    *("media", "attachments"),
+)
 
 _CONTENT_PARTS = (
     *(*_MEDIA_KEYS, "input_image", "video_url", "audio_url", "file", "input_file", "document", "refusal"),
@@ -66,16 +80,24 @@ UNSUPPORTED_ROW_KEYS = (
     *("chosen", "chosen_response", "chosen_messages"),
     *("chat_template_kwargs", "enable_thinking", "documents"),
     *("completion_mask", "assistant_masks", "train_mask", "loss_weight", "sample_weight"),
+    *("loss_scale", "loss_multiplier", "train_on_inputs", "train_on_input", "train_on_prompt"),
+    *(*REASONING_KEYS, "thought", "thoughts", "think", "cot", "chain_of_thought"),
+    *("tool_calls", "function_call", "developer", "developer_prompt"),
 )
-"""Keys of a row that cannot be carried, whatever their value, unless it is empty."""
+"""Keys of a row that cannot be carried, whatever their value, unless it is empty; see also `_UNSUPPORTED_OF_ROWS`."""
 
 UNSUPPORTED_TURN_KEYS = (
     *_MEDIA_KEYS,
     *("file", "refusal", "train_detail", "tools", "functions", "channel"),
+    *("recipient", "think", "cot", "chain_of_thought"),
     *("thought", "thoughts", "reasoning_text", "reasoning_details", "thinking_blocks"),
-    *("loss_weight", "mask", "masked", "trainable", "no_loss"),
+    *("loss_weight", "mask", "masked", "trainable", "no_loss", "ignore", "skip"),
 )
-"""Keys of a turn that cannot be carried, whatever their value, unless it is empty."""
+"""Keys of a turn that cannot be carried, whatever their value, unless it is empty; see also `_UNSUPPORTED_OF_TURNS`."""
+
+_UNSUPPORTED_OF_ROWS = re.compile(r"(?:rejected|chosen)_.+|(?:.+_)?(?:mask|masks|weight|weights)")
+_UNSUPPORTED_OF_TURNS = re.compile(r"(?:.+_)?(?:loss|mask|masks|masked|weight|weights|train|trainable)(?:_.+)?")
+"""More such keys, whole: an answer to avoid, a mask or a weight under any name that has no agreed meaning."""
 
 _FORMAT_KEYS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -84,11 +106,18 @@ _FORMAT_KEYS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
 }
 
-ROW_KEYS = ("system", "system_prompt", "tools", "functions", "loss_mask")
+_SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
+
+ROW_KEYS = (*_SYSTEM_KEYS, "tools", "functions", "loss_mask")
 """Keys of a row that every format may have, and that are carried."""
 
-VERDICT_KEYS = ("label", "kto_tag", "train", "loss")
-"""Keys of a row that refuse it where they are false or 0; other values but true and 1 are no verdict, and counted."""
+VERDICT_KEYS = ("label", "kto_tag", "train", "loss", "desirable", "accepted")
+"""Keys of a row that refuse it where they are false, 0, -1 or a word of `_VERDICTS_AGAINST`.
+
+Other values but true and 1 are no verdict, and counted.
+"""
+
+_VERDICTS_AGAINST = (0, -1, "rejected", "undesirable", "bad")
 
 HARMLESS_KEYS = frozenset(
     {
@@ -103,6 +132,8 @@ HARMLESS_KEYS = frozenset(
 """Keys of rows and turns that only describe: they are left out without a word."""
 
 _TURN_KEYS = ("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name")
+_CALL_KEYS = ("id", "type", "index", "function", "name", "arguments", "parameters", "args", "input")
+_PART_KEYS = ("type", "text")
 
 
 class UnusableRowError(Exception):
@@ -124,16 +155,21 @@ def detect_format(record: Mapping[str, object]) -> RowFormat | None:
     """Return the format of a record by its fields, or None if they are none of the known ones.
 
     Args:
-        record: Field name to value; fields without a value count as absent.
+        record: Field name to value; fields that are null count as absent, empty ones where others say more.
     """
+    stated = {name for name, value in record.items() if not _is_empty(value)}
     present = {name for name, value in record.items() if value is not None}
-    if "messages" in present:
+    return _format_of(stated) or _format_of(present)
+
+
+def _format_of(names: Collection[str]) -> RowFormat | None:
+    if "messages" in names:
         return "messages"
-    if "conversations" in present:
+    if "conversations" in names:
         return "sharegpt"
-    if "instruction" in present and present & {"output", "response"}:
+    if "instruction" in names and ("output" in names or "response" in names):
         return "alpaca"
-    if {"prompt", "completion"} <= present:
+    if "prompt" in names and "completion" in names:
         return "prompt_completion"
     return None
 
@@ -151,8 +187,8 @@ def normalize(record: Mapping[str, object], format: RowFormat = "auto") -> Conve
         UnusableRowError: If the record is not in that format, not a usable conversation, or means what cannot be
             carried.
     """
-    _refuse_unsupported(record)
     row_format = detect_format(record) if format == "auto" else format
+    _refuse_unsupported(record, row_format)
     if row_format is None:
         raise UnusableRowError(
             "missing_field",
@@ -196,11 +232,24 @@ def unknown_keys(record: Mapping[str, object], format: RowFormat = "auto") -> li
     known_of_turns = {*_TURN_KEYS, *REASONING_KEYS, *MASK_KEYS, *UNSUPPORTED_TURN_KEYS, *HARMLESS_KEYS}
     for name in own_keys:
         turns = _parsed(record.get(name)) if name != "history" else None
+        unknown += _unknown_of_objects(turns, name, known_of_turns)
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
-                keys = (key for key, value in turn.items() if key not in known_of_turns and not _is_empty(value))
-                unknown += [f"{name}[].{key}" for key in keys]
+                for text in ("content", "value"):
+                    unknown += _unknown_of_objects(turn.get(text), f"{name}[].{text}", _PART_KEYS)
+                unknown += _unknown_of_objects(_parsed(turn.get("tool_calls")), f"{name}[].tool_calls", _CALL_KEYS)
     return list(dict.fromkeys(key.encode("utf-8", "backslashreplace").decode() for key in unknown))
+
+
+def _unknown_of_objects(objects: object, name: str, known: Collection[str]) -> list[str]:
+    """Keys of a list's objects that are none of those known and say something."""
+    return [
+        f"{name}[].{key}"
+        for item in (objects if isinstance(objects, list) else ())
+        if isinstance(item, dict)
+        for key, value in item.items()
+        if key not in known and not _is_empty(value)
+    ]
 
 
 def other_columns(record: Mapping[str, object], format: RowFormat = "auto") -> dict[str, object]:
@@ -227,12 +276,16 @@ def _unsupported(name: str, detail: str) -> UnusableRowError:
     return UnusableRowError(f"unsupported_field: {name}", detail)
 
 
-def _refuse_unsupported(record: Mapping[str, object]) -> None:
-    for name in UNSUPPORTED_ROW_KEYS:
+def _refuse_unsupported(record: Mapping[str, object], row_format: str | None) -> None:
+    named = [name for name in UNSUPPORTED_ROW_KEYS if name in record]
+    carried = (*ROW_KEYS, "weight")
+    named += [name for name in record if name not in carried and _UNSUPPORTED_OF_ROWS.fullmatch(str(name))]
+    named += ["history"] if row_format != "alpaca" else []
+    for name in named:
         if not _is_empty(record.get(name)):
             raise _unsupported(name, f"the row has {name!r}, which cannot be carried")
     for name in VERDICT_KEYS:
-        if _verdict(record.get(name)) == 0:
+        if _verdict(record.get(name)) in _VERDICTS_AGAINST:
             raise _unsupported(name, f"{name} is {record[name]!r}: the answer is one not to learn")
     weight = record.get("weight")
     if not _is_empty(weight) and _verdict(weight) != 1:
@@ -278,16 +331,19 @@ def _parsed(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parsed_json(value)
     except (ValueError, RecursionError):
         return value
 
 
 def _list(value: object, what: str, of: str) -> list[object]:
     """A list, also as JSON text: the only way to keep one in a CSV file."""
-    parsed = _parsed(value)
-    if isinstance(parsed, str):
-        raise UnusableRowError("wrong_type", f"{what} is text, but not JSON")
+    parsed = value
+    if isinstance(value, str):
+        try:
+            parsed = parsed_json(value)
+        except (ValueError, RecursionError) as error:
+            raise UnusableRowError("wrong_type", f"{what} is text, but not JSON: {error}"[:200]) from error
     if not isinstance(parsed, list):
         raise UnusableRowError("wrong_type", f"{what} is {_type_name(parsed)}, not a list of {of}")
     return parsed
@@ -317,8 +373,10 @@ def _turn(turn: object, what: str, roles: Mapping[str, str]) -> Message:
     text_key = _one_of(turn, "value", "content", what) if sharegpt else "content"
     if not isinstance(said_role, str) or said_role not in roles:
         raise UnusableRowError("unknown_role", f"{what} has the role {said_role!r}"[:200])
-    for name in UNSUPPORTED_TURN_KEYS:
-        if not _is_empty(turn.get(name)):
+    named = [name for name in UNSUPPORTED_TURN_KEYS if name in turn]
+    named += [name for name in turn if name not in MASK_KEYS and _UNSUPPORTED_OF_TURNS.fullmatch(str(name))]
+    for name in named:
+        if not _is_empty(turn[name]):
             raise _unsupported(name, f"{what} has {name!r}, which cannot be carried")
     message: Message = {"role": roles[said_role], "content": ""}
     calls: list[object] = []
@@ -330,9 +388,13 @@ def _turn(turn: object, what: str, roles: Mapping[str, str]) -> Message:
     if reasoning := _reasoning(turn, what, message["role"]):
         message["reasoning"] = reasoning
     if not _is_empty(turn.get("tool_calls")):
-        calls = [*calls, *_list(turn["tool_calls"], f"{what}'s tool_calls", "calls")]
+        if calls:
+            raise _unsupported("tool_calls", f"{what} has its calls under two names")
+        calls = [*_list(turn["tool_calls"], f"{what}'s tool_calls", "calls")]
     if not _is_empty(turn.get("function_call")):
-        calls = [*calls, _parsed(turn["function_call"])]
+        if calls:
+            raise _unsupported("function_call", f"{what} has its calls under two names")
+        calls = [_parsed(turn["function_call"])]
     if calls:
         if message["role"] != "assistant":
             raise _unsupported("tool_calls", f"{what} ({message['role']}) calls tools; only the assistant does")
@@ -365,13 +427,18 @@ def _content(value: object, what: str) -> str:
         if (
             kind in (None, "text", "input_text", "output_text")
             and isinstance(part.get("text"), str)
-            and not set(more) & set(_CONTENT_PARTS)
+            and not any(map(_changes_a_part, more))
         ):
             texts.append(part["text"])
             continue
-        named = [name for name in (kind, *more) if isinstance(name, str) and name in _CONTENT_PARTS]
+        named = [name for name in (kind, *more) if isinstance(name, str) and _changes_a_part(name)]
         raise _unsupported(named[0] if named else "content", f"part {number} of {what} is no text"[:200])
     return "".join(texts)
+
+
+def _changes_a_part(name: object) -> bool:
+    """Whether a key, or the type, of a content part makes it more than its text: media, a thought, a mask."""
+    return name in _CONTENT_PARTS or bool(_UNSUPPORTED_OF_TURNS.fullmatch(str(name)))
 
 
 def _reasoning(turn: Mapping[str, object], what: str, role: str) -> str | None:
@@ -409,13 +476,22 @@ def _call(call: object, what: str) -> dict[str, object]:
         named = {name: call.pop(name) for name in ("name", *_ARGUMENTS) if name in call}
         arguments = _one_arguments(named, what)
         call = {"type": "function", **call, "function": {"name": named.get("name"), "arguments": {}} | arguments}
+    elif outside := [name for name in _ARGUMENTS if not _is_empty(call.get(name))]:
+        raise _unsupported("tool_calls", f"a call of {what} has {outside[0]!r} beside its function, not in it")
     function = call["function"]
     if isinstance(function, dict):
         function = _one_arguments({name: value for name, value in function.items() if value is not None}, what)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UnusableRowError("wrong_type", f"a call of {what} does not name a function")
-    if not isinstance(function.get("arguments", {}), str | dict):
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str | dict):
         raise UnusableRowError("wrong_type", f"arguments of a call of {what} are neither an object nor text")
+    try:
+        parsed_json(arguments if isinstance(arguments, str) else "{}")
+    except EqualNamesError as error:
+        raise UnusableRowError("wrong_type", f"arguments of a call of {what}: {error}"[:200]) from error
+    except (ValueError, RecursionError):  # text that is not JSON stays text
+        pass
     return {"type": "function", **call, "function": function}
 
 
@@ -460,7 +536,7 @@ def _alpaca(record: Mapping[str, object]) -> list[Message]:
     output = _text(_field(record, _one_of(record, "output", "response", "the row")), "output")
     context = record.get(_one_of(record, "input", "context", "the row"))
     context = "" if context is None else _text(context, "input")
-    question = f"{instruction}\n\n{context}" if context.strip() else instruction
+    question = "\n\n".join(text for text in (instruction, context) if text.strip()) or instruction
     return [
         message
         for asked, answered in (*_history(record.get("history")), (question, output))
@@ -478,7 +554,7 @@ def _history(value: object) -> Iterator[tuple[str, str]]:
 
 def _prompt_completion(record: Mapping[str, object]) -> list[Message]:
     """Two texts, or two lists of turns; the prompt's assistant turns carry no loss unless the row says so."""
-    prompt, completion = _field(record, "prompt"), _field(record, "completion")
+    prompt, completion = (_turns_or_text(_field(record, name)) for name in ("prompt", "completion"))
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = _turns(prompt, "prompt", _OPENAI_ROLES)
         for message in asked:
@@ -491,9 +567,16 @@ def _prompt_completion(record: Mapping[str, object]) -> list[Message]:
     ]
 
 
+def _turns_or_text(value: object) -> object:
+    """A list of turns where a text is the JSON of one, as a CSV file has it; else the value as it is."""
+    parsed = _parsed(value)
+    are_turns = isinstance(parsed, list) and all(isinstance(turn, dict) and "role" in turn for turn in parsed)
+    return parsed if parsed and are_turns else value
+
+
 def _with_system(messages: list[Message], record: Mapping[str, object]) -> list[Message]:
     """Put a row's system prompt in front, unless the turns begin with the same."""
-    prompts = {name: _text(record[name], name) for name in ("system", "system_prompt") if record.get(name) is not None}
+    prompts = {name: _text(record[name], name) for name in _SYSTEM_KEYS if record.get(name) is not None}
     prompts = {name: text for name, text in prompts.items() if text.strip()}
     if not prompts:
         return messages
@@ -524,6 +607,8 @@ def _tools(record: Mapping[str, object]) -> str | None:
             if "input_schema" in function and "parameters" not in function:  # Anthropic's word
                 function["parameters"] = function.pop("input_schema")
             tool = {"type": "function", "function": function}
+        if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
+            raise UnusableRowError("wrong_type", f"tool {number} does not name a function")
         tools.append(tool)
     return _json(tools, name)
 

@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import itertools
-import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from less_assets.method.data import raw_rows
+from less_assets.method.data.conversations import parsed_json
 from less_assets.method.data.json_array import ArrayElements
 from less_assets.method.data.raw_rows import BLOCK_BYTES, Line, Place, RawRow, too_large
 
@@ -46,7 +46,21 @@ DIALECTS: dict[DialectName, Dialect] = {
     "tab": Dialect("\t", quoted=False),  # IANA text/tab-separated-values
     "tab_quoted": Dialect("\t"),
 }
+_QUOTED = r'"[^"]*+(?:""[^"]*+)*+"'
+_QUOTED_ESCAPED = r'"[^"\\]*+(?:\\["\\,\r\n][^"\\]*+)*+"'
+_NOTHING_ESCAPED = re.compile(r'(?<!\\)(?:\\\\)*+\\([^"\\,\r\n])')
 _ENDED_LINES = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+
+
+def _record_of(dialect: Dialect) -> re.Pattern[str]:
+    """What a record of a dialect with quotation marks looks like: they are around a field, or there are none."""
+    quoted, plain = _QUOTED, rf'[^"{dialect.delimiter}\r\n]*+'
+    if dialect.escape:
+        quoted, plain = _QUOTED_ESCAPED, r'[^"\\,\r\n]*+(?:\\["\\,][^"\\,\r\n]*+)*+'
+    return re.compile(f"(?:{quoted}|{plain})(?:{dialect.delimiter}(?:{quoted}|{plain}))*+[\r\n]*")
+
+
+_RECORDS = {name: _record_of(dialect) for name, dialect in DIALECTS.items() if dialect.quoted}
 
 
 class Lines:
@@ -164,7 +178,7 @@ def _skip(rows: Lines | ArrayElements | CsvRecords, count: int, begins: tuple[in
 
 def _parse_json(number: int, line: bytes) -> RawRow:
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_equal_names)
+        record = parsed_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RawRow(number, None, "invalid_utf8", f"byte {line[error.start]:#04x} at byte {error.start} of the row")
     except (ValueError, RecursionError) as error:
@@ -174,14 +188,6 @@ def _parse_json(number: int, line: bytes) -> RawRow:
     if not isinstance(record, dict):
         return RawRow(number, None, "wrong_type", f"a JSON object is expected, not {type(record).__name__}")
     return RawRow(number, record)
-
-
-def _without_equal_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object's fields; of two equal names Python would keep the last without a word."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"the field {next(iter(repeated(name for name, _ in pairs)))!r} stands twice in an object")
-    return fields
 
 
 def repeated(names: Iterable[str]) -> list[str]:
@@ -209,7 +215,7 @@ class CsvRecords:
     def __init__(self, stream: io.BufferedIOBase, dialect: DialectName) -> None:
         # An unterminated quote ends as an error after so many characters instead of swallowing the rest of the file.
         csv.field_size_limit(raw_rows.MAX_ROW_BYTES)
-        self._dialect = DIALECTS[dialect]
+        self._dialect, self._record = DIALECTS[dialect], _RECORDS.get(dialect)
         self._lines = Lines(stream, escape=self._dialect.escape)
         self._reader = csv.reader(
             self._feed(),
@@ -223,6 +229,7 @@ class CsvRecords:
 
     def _begin_record(self) -> None:
         self._first_line, self._size, self._digest = self.place.line + 1, 0, hashlib.blake2b(digest_size=16)
+        self._text = ""
 
     @property
     def place(self) -> Place:
@@ -242,7 +249,9 @@ class CsvRecords:
                 # All that the reader needs to know of it is whether a quoted field goes on in the next line.
                 yield '"\n' if line.quotes % 2 and self._dialect.quoted else "\n"
             else:
-                yield line.content.decode("utf-8", errors="surrogateescape")
+                text = line.content.decode("utf-8", errors="surrogateescape")
+                self._text += text if self._size <= raw_rows.MAX_ROW_BYTES else ""
+                yield text
 
     def __iter__(self) -> Iterator[CsvRecord]:
         return self
@@ -253,9 +262,22 @@ class CsvRecords:
             fields = next(self._reader)
         except csv.Error as problem:
             error = str(problem)
+        if fields and self._size <= raw_rows.MAX_ROW_BYTES and not self._is_written_right():
+            fields, error = None, self._what_is_wrong()
         record = CsvRecord(fields, self._first_line, self._size, error, self._digest.digest())
         self._begin_record()
         return record
+
+
+    def _is_written_right(self) -> bool:
+        """Whether the record is what the dialect allows: Python's reader takes some other things, and guesses."""
+        special = '"' in self._text or (self._dialect.escape is not None and self._dialect.escape in self._text)
+        return not special or self._record is None or self._record.fullmatch(self._text) is not None
+
+    def _what_is_wrong(self) -> str:
+        if self._dialect.escape and (other := _NOTHING_ESCAPED.search(self._text)):
+            return f"a backslash stands before {other[1]!r}, and what that means is not known"
+        return "a quotation mark stands in a field that is not quoted"
 
 
 def read_csv_records(

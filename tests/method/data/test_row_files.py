@@ -61,6 +61,9 @@ def range_digests(path: str, ranges: list[tuple[int, int]]) -> list[str]:
 
 # ---- JSON lines ----
 
+GOES_ON = re.compile(rb"(\xef\xbb\xbf)?\s*[\[{][^\r\n]*(?<=[\[{,])[ \t]*[\r\n]")
+"""A first line that is not all of its value: refused."""
+
 json_line = st.one_of(
     st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"").replace(b"\r", b"")),
     st.dictionaries(st.text(max_size=3), st.text(max_size=8), max_size=3).map(
@@ -79,6 +82,7 @@ json_line = st.one_of(
 def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, line_end, last_ends, limit):
     content = line_end.join(lines) + line_end * last_ends
     assume(not re.match(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|\Z)", content))  # one array of objects: refused
+    assume(not GOES_ON.match(content))
     path = write(folder / "any.jsonl", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
@@ -94,6 +98,7 @@ def test_any_jsonl_bytes_are_counted_and_sliced_alike(folder, lines, line_end, l
 
 @given(st.lists(st.sampled_from([b'{"a": 1}', b"\r", b"\n", b"{", b"\xff"]), max_size=12), st.integers(10, 30))
 def test_mixed_line_ends_in_jsonl_give_the_lines_of_an_editor(folder, parts, limit):
+    assume(not GOES_ON.match(b"".join(parts)))
     path = write(folder / "mixed.jsonl", b"".join(parts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(raw_rows, "MAX_ROW_BYTES", limit)
@@ -395,6 +400,57 @@ def test_equal_names_are_refused_in_every_kind_of_file(folder):
     assert (row.status, row.detail) == ("invalid_json", "the field 'a' stands twice in an object")
 
 
+@pytest.mark.parametrize(
+    ("record", "dialect", "problem"),
+    [
+        ('q, "a"', "comma", "a quotation mark stands in a field that is not quoted"),
+        ('say "hi",a', "comma", "a quotation mark stands in a field that is not quoted"),
+        ('q;5" pipe', "semicolon", "a quotation mark stands in a field that is not quoted"),
+        ('q\t5" pipe', "tab_quoted", "a quotation mark stands in a field that is not quoted"),
+        (r'"C:\new",a', "backslash", "a backslash stands before 'n'"),
+        (r"C:\\\new,a", "backslash", "a backslash stands before 'n'"),
+        (r'"C:\\new, \"x\"",a', "backslash", None),
+        (r"say \"hi\",x\,y", "backslash", None),
+        ('"a,\n""b""",""', "comma", None),
+    ],
+)
+def test_a_field_that_the_reader_would_guess_at_is_refused(folder, record, dialect, problem):
+    header = {"semicolon": "q;a", "tab_quoted": "q\ta"}.get(dialect, "q,a")
+    end = "x;y" if dialect == "semicolon" else "x\ty" if dialect == "tab_quoted" else "x,y"
+    path = write(folder / "guess.csv", f"{header}\n{record}\n{end}\n".encode())
+    first, last = read_raw(path, dialect=dialect)
+    assert last.record == {"q": "x", "a": "y"}
+    if problem:
+        assert first.status == "invalid_csv"
+        assert problem in first.detail
+    else:
+        assert first.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", gzip.compress(b"q,a\nx,y\n"), "compressed with gzip"),
+        ("a.jsonl", lzma.compress(b"{}"), "compressed with xz"),
+        ("a.tsv", b"PK\x03\x04rest", "a zip archive"),
+        ("a.csv", "q,a\nx,y\n".encode("utf-16"), "UTF-16"),
+        ("a.json", '[{"a": 1}]'.encode("utf-16"), "UTF-16"),
+        ("a.csv", b'"q,a\nx,y\n', "header cannot be read"),
+        ("a.json", b'{"data": [\n{"a": 1},\n{"a": 2}\n]}', "goes on in the next line"),
+        ("a.jsonl", b'\xef\xbb\xbf{"data": [\r\n{"a": 1},\r\n{"a": 2}\r\n]}', "goes on in the next line"),
+        ("a.jsonl", b'{\n  "a": 1\n}\n', "goes on in the next line"),
+        ("a.jsonl", b'{"a": 1},\n{"a": 2},\n{"a": 3}', "goes on in the next line"),
+        ("a.ndjson", b'["x",\n{"a": 1}]', "goes on in the next line"),
+    ],
+)
+def test_a_file_that_is_something_else_than_its_name_says_is_refused_as_a_whole(folder, name, content, words):
+    path = write(folder / name, content)
+    for read in (count_rows, lambda path: list(read_raw(path)), lambda path: range_digests(path, [(0, 1)])):
+        with pytest.raises(PoolFormatError, match=words) as refused:
+            read(path)
+        assert refused.value.fix
+
+
 @given(
     table=st.lists(st.lists(st.text("ab \"',;\\", max_size=4), min_size=2, max_size=2), max_size=5),
     newline=st.sampled_from([b"\n", b"\r\n", b"\r"]),
@@ -501,6 +557,23 @@ def test_a_folder_saved_to_disk_is_read_through_its_arrow_files(tmp_path):
         assert list(read_raw(look.files[1], first_row, 70)) == rows[first_row : first_row + 70]
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"_data_files": [{"filename": "0.arrow"}, {"filename": "1.arrow"}]}, r"not there: 1\.arrow"),
+        ({"_data_files": [{"filename": "0.arrow"}], "_indices_data_files": [{"filename": "i.arrow"}]}, "indices"),
+    ],
+)
+def test_a_saved_dataset_that_is_not_all_of_its_files_is_refused(tmp_path, state, words):
+    table = pa.table({"prompt": ["q"], "completion": ["a"]})
+    with pa.OSFile(str(tmp_path / "0.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(PoolFormatError, match=words) as refused:
+        list_files(str(tmp_path))
+    assert refused.value.fix
+
+
 def test_arrow_files_of_both_kinds_give_the_rows_and_digests_of_parquet(tmp_path):
     table = pa.table({"a": [f"row {number}" for number in range(100)]})
     pq.write_table(table, tmp_path / "t.parquet")
@@ -575,9 +648,11 @@ def test_a_folder_of_one_split_or_none_is_read_whole_and_names_what_it_skips(tmp
     for name in [*data, *other]:
         (tmp_path / name).write_bytes(b"{}")
     (tmp_path / "more").mkdir()
+    (tmp_path / "extra").mkdir()
+    (tmp_path / "extra" / "rows.jsonl").write_bytes(b"{}")
     look = look_into(str(tmp_path))
     assert [path.rsplit("/", 1)[-1] for path in look.files] == data
-    assert sorted(path.rsplit("/", 1)[-1] for path in look.skipped) == sorted(other)
+    assert sorted(path.rsplit("/", 1)[-1] for path in look.skipped) == sorted([*other, "extra"])
     assert look_into(str(tmp_path / "*.json*")).files == look.files
     assert look_into(str(tmp_path / "state.json")) == ([str(tmp_path / "state.json")], [])
 

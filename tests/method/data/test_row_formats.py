@@ -440,3 +440,90 @@ def test_a_tools_schema_in_anthropics_words_is_its_parameters():
     tools = [{"name": "f", "input_schema": {"type": "object"}}]
     stored = json.loads(normalize({"prompt": "q", "completion": "a", "tools": tools}).tools)
     assert stored == [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+# ---- the same kinds under other words ----
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        *(({key: "hm"}, key) for key in ("reasoning_content", "thinking", "reasoning", "cot", "thoughts")),
+        *(({key: ["x.png"]}, key) for key in ("image_path", "image_urls", "video_url", "audio_path", "attachments")),
+        *(({key: "bad"}, key) for key in ("rejected_output", "rejected_completion", "chosen_output")),
+        *(({key: [0, 1]}, key) for key in ("mask", "assistant_mask", "loss_weights", "weights", "token_masks")),
+        ({"train_on_inputs": True}, "train_on_inputs"),
+        ({"tool_calls": [CALL]}, "tool_calls"),
+        ({"history": [["first?", "first"]]}, "history"),
+        ({"developer": "Be brief."}, "developer"),
+        ({"label": -1}, "label"),
+        ({"label": " Rejected"}, "label"),
+        ({"desirable": False}, "desirable"),
+    ],
+)
+def test_a_field_of_the_row_is_refused_under_its_other_words_too(more, name):
+    assert refusal({"prompt": "q", "completion": "a", **more}).status == f"unsupported_field: {name}"
+    empty = {key: None for key in more}
+    assert normalize({"prompt": "q", "completion": "a", **empty}) == normalize({"prompt": "q", "completion": "a"})
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        *(({key: value}, key) for key in ("loss_scale", "train_on_turn", "is_masked") for value in (0.0, False)),
+        ({"ignore": True}, "ignore"),
+        ({"cot": "hm"}, "cot"),
+        ({"recipient": "functions.f"}, "recipient"),
+        ({"content": [{"type": "text", "text": "a", "train": False}, {"type": "text", "text": "b"}]}, "train"),
+        ({"content": [{"type": "text", "text": "a", "weight": 0}]}, "weight"),
+        ({"tool_calls": [CALL], "function_call": CALL["function"]}, "function_call"),
+        ({"tool_calls": [{**CALL, "arguments": {"x": 1}}]}, "tool_calls"),
+    ],
+)
+def test_a_field_of_a_turn_is_refused_under_its_other_words_too(more, name):
+    assert refusal({"messages": [USER, {"role": "assistant", "content": "a", **more}]}).status == (
+        f"unsupported_field: {name}"
+    )
+
+
+@pytest.mark.parametrize("key", ["system_message", "system_instruction"])
+def test_a_system_prompt_may_have_other_names(key):
+    assert normalize({"messages": ASKED, key: "Be brief."}).messages[0] == {"role": "system", "content": "Be brief."}
+    assert unknown_keys({"messages": ASKED, key: "Be brief."}) == []
+
+
+def test_turns_that_a_csv_file_has_as_text_are_turns():
+    prompt, completion = json.dumps([*LONGER[:3]]), json.dumps(LONGER[3:])
+    assert learned({"prompt": prompt, "completion": completion}) == ["Yes."]
+    assert refusal({"prompt": prompt, "completion": "Yes."}).status == "wrong_type"
+    assert learned({"prompt": '["no", "turns"]', "completion": '[{"x": 1}]'}) == ['[{"x": 1}]']
+
+
+def test_a_question_that_is_all_in_the_input_begins_with_no_blank_line():
+    assert normalize({"instruction": "", "input": "2 + 2?", "output": "4"}).messages == ASKED
+
+
+@pytest.mark.parametrize("empty", ["", []])
+def test_an_empty_list_of_turns_does_not_hide_the_rows_other_format(empty):
+    assert normalize({"messages": empty, "prompt": "2 + 2?", "completion": "4"}).messages == ASKED
+    assert detect_format({"messages": empty}) == "messages"
+
+
+def test_equal_names_in_json_text_are_refused_as_in_a_line():
+    turns = '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "content": "b"}]'
+    assert "'content' stands twice" in refusal({"messages": turns}).detail
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}
+    problem = refusal({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    assert (problem.status, "'x' stands twice" in problem.detail) == ("wrong_type", True)
+
+
+@pytest.mark.parametrize("tool", [{}, {"type": "web_search"}, {"type": "function", "function": "f"}])
+def test_a_tool_without_a_name_is_refused(tool):
+    assert refusal({"messages": ASKED, "tools": [tool]}).detail == "tool 1 does not name a function"
+
+
+def test_unknown_keys_inside_parts_and_calls_are_named():
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    turns = [USER, {"role": "assistant", "content": [part], "tool_calls": [{**CALL, "id": "1", "output": "42"}]}]
+    assert unknown_keys({"messages": turns}) == ["messages[].content[].cache_control", "messages[].tool_calls[].output"]
+    assert unknown_keys({"messages": [USER, {"role": "assistant", "content": '[{"mood": 1}]'}]}) == []
