@@ -33,8 +33,12 @@ _CONTENT, _REASONING = 0, 1
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _DAY_CALL = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+_DAY_ASKED_FOR = re.compile(r"strftime_now(?!\s+is\s+(?:not\s+)?(?:defined|none)\b)|\{#.*?#\}", re.DOTALL)
 _TOOL = {"name": "find_page", "description": "Find.", "parameters": {"type": "object", "properties": {}}}
 _CALL = '[{"id":"a1b2c3d4e","type":"function","function":{"name":"find_page","arguments":{"title":"Zebra"}}}]'
+
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template can end with."""
 
 UnusableStatus = Literal[
     "template_refuses",
@@ -170,8 +174,11 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], tools: str | None) -> str:
         schemas = json.loads(tools) if tools else None
-        template = _with_day(str(self._tokenizer.get_chat_template(tools=schemas)), self._date)
         try:
+            template = self._tokenizer.get_chat_template(tools=schemas)
+            if not isinstance(template, str):
+                raise TypeError(f"the tokenizer's template is of type {type(template).__name__}, not text")
+            template = _with_day(template, self._date)
             return str(
                 self._tokenizer.apply_chat_template(
                     [self._for_template(message) for message in messages],
@@ -180,7 +187,7 @@ class ChatTemplate:
                     tokenize=False,
                 )
             )
-        except (TemplateError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        except _FAILURES as error:
             raise UnusableConversationError("template_refuses", f"the template says: {error}") from error
 
     def _for_template(self, message: Message) -> dict[str, Any]:
@@ -391,7 +398,7 @@ class ChatTemplate:
 def _with_day(template: str, date: datetime.date) -> str:
     """The template with the day written out wherever it asks for today's, which transformers would fill in."""
     frozen = _DAY_CALL.sub(lambda call: json.dumps(date.strftime(call[1] or call[2] or "")), template)
-    if re.search(r"strftime_now\s*\(", frozen):
+    if any(not mention[0].startswith("{#") for mention in _DAY_ASKED_FOR.finditer(frozen)):
         raise ChatFormatError(
             "The chat template writes a day in a form that it computes, so that the day cannot be frozen.",
             where="chat template",

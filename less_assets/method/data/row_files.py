@@ -474,7 +474,7 @@ def _refuse_other_kinds(path: str, stream: io.BufferedReader) -> None:
         )
     for mark, kind in _NOT_TEXT.items():
         if start.startswith(mark):
-            raise PoolFormatError(f"This file is {kind}, though its name says text.", where=path, fix="correct its name")
+            raise PoolFormatError(f"This file is {kind}, not text.", where=path, fix="correct its name")
 
 
 def _csv(path: str, stream: io.BufferedReader, dialect: SourceDialect) -> tuple[CsvRecords, CsvRecord | None]:

@@ -6,7 +6,6 @@ files are `row_files.py`, conversations `conversations.py`, tables of rows `exam
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
@@ -607,7 +606,8 @@ def _tools(record: Mapping[str, object]) -> str | None:
             if "input_schema" in function and "parameters" not in function:  # Anthropic's word
                 function["parameters"] = function.pop("input_schema")
             tool = {"type": "function", "function": function}
-        if not isinstance(tool.get("function"), dict) or not isinstance(tool["function"].get("name"), str):
+        described = tool.get("function")
+        if not isinstance(described, dict) or not isinstance(described.get("name"), str):
             raise UnusableRowError("wrong_type", f"tool {number} does not name a function")
         tools.append(tool)
     return _json(tools, name)

@@ -268,7 +268,6 @@ class CsvRecords:
         self._begin_record()
         return record
 
-
     def _is_written_right(self) -> bool:
         """Whether the record is what the dialect allows: Python's reader takes some other things, and guesses."""
         special = '"' in self._text or (self._dialect.escape is not None and self._dialect.escape in self._text)

@@ -361,10 +361,45 @@ def test_the_day_is_the_projects_whatever_day_it_is(name):
     assert str(datetime.date.today().year) not in family.tokenizer.decode(ids[2])
 
 
-def test_a_day_that_cannot_be_frozen_is_an_error():
-    template = CHATML.replace("{{ '<|im_start|>'", "{% set form = '%Y' %}{{ strftime_now(form) + '<|im_start|>'", 1)
+@pytest.mark.parametrize(
+    "day",
+    [
+        "{% set form = '%Y' %}{{ strftime_now(form) }}",
+        "{% set today = strftime_now %}{{ today('%Y') }}",
+        "{{ [strftime_now][0]('%Y') }}",
+        "{{ strftime_now\n('%Y' ~ '') }}",
+    ],
+)
+def test_a_day_that_cannot_be_frozen_is_an_error(day):
+    template = day + CHATML.replace("WRITTEN", "{{ m['content'] }}")
     with pytest.raises(ChatFormatError, match="cannot be frozen"):
         ChatEncoder(make_tokenizer(template, None, "<|im_end|>", ["<|im_start|>"]), "template", LENGTH).row("x", TALK)
+
+
+def test_a_day_that_is_asked_for_only_if_it_can_be_is_frozen():
+    day = "{# strftime_now #}{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}"
+    template = day + CHATML.replace("WRITTEN", "{{ m['content'] }}")
+    tokenizer = make_tokenizer(template, None, "<|im_end|>", ["<|im_start|>"])
+    encoded = ChatEncoder(tokenizer, "template", LENGTH, datetime.date(1999, 12, 31)).row("x", TALK)
+    assert tokenizer.decode(encoded.input_ids).startswith("1999")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"rag": CHATML, "tool_use": CHATML}, "no default"),
+        ([{"name": "default", "template": CHATML}], "of type list"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "recursion"),
+        ("{% for m in messages %}", "unexpected end|Unexpected end"),
+    ],
+)
+def test_a_template_that_cannot_run_is_one_error_that_names_it(template, words):
+    tokenizer = make_tokenizer(CHATML, None, "<|im_end|>", ["<|im_start|>"])
+    tokenizer.chat_template = template
+    with pytest.raises(ChatFormatError, match=words) as refused:
+        ChatEncoder(tokenizer, "template", LENGTH).row("x", TALK)
+    assert refused.value.fix
 
 
 # ---- what a template leaves out of a row ----

@@ -463,7 +463,7 @@ def test_a_tools_schema_in_anthropics_words_is_its_parameters():
 )
 def test_a_field_of_the_row_is_refused_under_its_other_words_too(more, name):
     assert refusal({"prompt": "q", "completion": "a", **more}).status == f"unsupported_field: {name}"
-    empty = {key: None for key in more}
+    empty = dict.fromkeys(more)
     assert normalize({"prompt": "q", "completion": "a", **empty}) == normalize({"prompt": "q", "completion": "a"})
 
 
