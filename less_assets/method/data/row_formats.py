@@ -236,15 +236,17 @@ def unknown_keys(record: Mapping[str, object], format: RowFormat = "auto") -> li
             if isinstance(turn, dict):
                 for text in ("content", "value"):
                     unknown += _unknown_of_objects(turn.get(text), f"{name}[].{text}", _PART_KEYS)
-                unknown += _unknown_of_objects(_parsed(turn.get("tool_calls")), f"{name}[].tool_calls", _CALL_KEYS)
+                called = "value" if turn.get("from") == "function_call" else "function_call"
+                for calls in (turn.get("tool_calls"), turn.get(called)):
+                    unknown += _unknown_of_objects(_parsed(calls), f"{name}[].tool_calls", _CALL_KEYS)
     return list(dict.fromkeys(key.encode("utf-8", "backslashreplace").decode() for key in unknown))
 
 
 def _unknown_of_objects(objects: object, name: str, known: Collection[str]) -> list[str]:
-    """Keys of a list's objects that are none of those known and say something."""
+    """Keys of a list's objects, or of one object, that are none of those known and say something."""
     return [
         f"{name}[].{key}"
-        for item in (objects if isinstance(objects, list) else ())
+        for item in (objects if isinstance(objects, list) else [objects])
         if isinstance(item, dict)
         for key, value in item.items()
         if key not in known and not _is_empty(value)
@@ -377,6 +379,8 @@ def _turn(turn: object, what: str, roles: Mapping[str, str]) -> Message:
     for name in named:
         if not _is_empty(turn[name]):
             raise _unsupported(name, f"{what} has {name!r}, which cannot be carried")
+    if not sharegpt:
+        _refuse_other_words(turn, what)
     message: Message = {"role": roles[said_role], "content": ""}
     calls: list[object] = []
     if said_role == "function_call":
@@ -406,6 +410,15 @@ def _turn(turn: object, what: str, roles: Mapping[str, str]) -> Message:
         if turn.get(name) is not None:
             _set_mask(message, turn[name], name, what)
     return message
+
+
+def _refuse_other_words(turn: Mapping[str, object], what: str) -> None:
+    """Refuse a turn in OpenAI's words that says something else in ShareGPT's."""
+    if not _is_empty(turn.get("value")) and turn["value"] != turn.get("content"):
+        raise _unsupported("value", f"{what} has 'content' and 'value', and they differ")
+    speaker = turn.get("from")
+    if isinstance(speaker, str) and _SHAREGPT_ROLES.get(speaker, turn["role"]) != _OPENAI_ROLES[str(turn["role"])]:
+        raise _unsupported("from", f"{what} has 'role' and 'from', and they differ")
 
 
 def _content(value: object, what: str) -> str:
@@ -580,11 +593,12 @@ def _with_system(messages: list[Message], record: Mapping[str, object]) -> list[
     if not prompts:
         return messages
     name, prompt = next(iter(prompts.items()))
-    spoken = [
-        turn["content"] for turn in messages if turn["role"] in ("system", "developer") and turn["content"].strip()
-    ]
+    said = [turn for turn in messages if turn["content"].strip()]
+    spoken = [turn["content"] for turn in said if turn["role"] in ("system", "developer")]
     if {*prompts.values(), *spoken} != {prompt}:
         raise _unsupported(name, "the row has several system prompts, and they differ")
+    if spoken and said[0]["role"] not in ("system", "developer"):
+        raise _unsupported(name, "the row's system prompt is said in a later turn, too")
     return messages if spoken else [{"role": "system", "content": prompt}, *messages]
 
 

@@ -527,3 +527,32 @@ def test_unknown_keys_inside_parts_and_calls_are_named():
     turns = [USER, {"role": "assistant", "content": [part], "tool_calls": [{**CALL, "id": "1", "output": "42"}]}]
     assert unknown_keys({"messages": turns}) == ["messages[].content[].cache_control", "messages[].tool_calls[].output"]
     assert unknown_keys({"messages": [USER, {"role": "assistant", "content": '[{"mood": 1}]'}]}) == []
+
+
+@pytest.mark.parametrize(
+    ("turn", "status"),
+    [
+        ({"role": "user", "content": "q", "value": "r"}, "unsupported_field: value"),
+        ({"role": "user", "content": "q", "from": "gpt"}, "unsupported_field: from"),
+        ({"role": "function", "content": "q", "from": "human"}, "unsupported_field: from"),
+        ({"role": "user", "content": "q", "value": "q", "from": "human"}, None),
+        ({"role": "user", "content": "q", "value": "", "from": "Ann"}, None),
+    ],
+)
+def test_a_turn_that_says_other_things_in_sharegpts_words_is_refused(turn, status):
+    row = {"messages": [*ASKED, turn, *ASKED]}
+    if status:
+        assert refusal(row).status == status
+    else:
+        assert normalize(row).messages == [*ASKED, USER, *ASKED]
+
+
+def test_a_system_prompt_that_is_said_later_too_is_refused():
+    later = [*ASKED, {"role": "system", "content": "s"}, *LONGER]
+    assert refusal({"messages": later, "system": "s"}).status == "unsupported_field: system"
+
+
+def test_unknown_keys_of_a_call_of_sharegpt_are_named():
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}, "mood": "hm"}'}
+    turns = [{"from": "human", "value": "q"}, call, {"from": "observation", "value": "r"}]
+    assert unknown_keys({"conversations": turns}) == ["conversations[].tool_calls[].mood"]
