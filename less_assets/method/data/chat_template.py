@@ -448,7 +448,7 @@ def _thought_apart(message: Message) -> Message:
 
 
 def _check_calls(written: str, message: Message) -> None:
-    """Refuse a rendering that leaves out the name, a text or a whole number among the arguments of a call.
+    """Refuse a rendering that leaves out the name, or a value among the arguments, of a call.
 
     What several calls say must be there as often: some templates write the first call only.
     """
@@ -459,22 +459,31 @@ def _check_calls(written: str, message: Message) -> None:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise UnusableConversationError("template_refuses", "a call names no function")
         arguments = function.get("arguments")
-        with contextlib.suppress(ValueError):
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if isinstance(arguments, str) and not any(form in written for form in _forms(arguments)):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
         names[function["name"]] += 1
-        texts.update(_texts(arguments))
+        texts.update(() if arguments is None else _texts(arguments))
     for said, needed in (names | texts).items():
-        forms = {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]} - {""}
+        forms = _forms(said)
         if forms and sum(map(written.count, forms)) < needed:
             raise UnusableConversationError("template_drops_text", f"{said!r} of a call is not in the text")
 
 
+_AS_PYTHON = {"true": "True", "false": "False", "null": "None"}
+
+
+def _forms(said: str) -> set[str]:
+    """How a template may write a text: as it is, or as in JSON; words of JSON also as Python has them."""
+    return {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1], _AS_PYTHON.get(said, said)} - {""}
+
+
 def _texts(value: object) -> Iterator[str]:
-    """The texts inside a JSON value, keys and whole numbers too."""
+    """The texts inside a JSON value; keys, numbers, truth values and nulls too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield str(value)
+    elif value is None or isinstance(value, int | float):
+        yield json.dumps(value)
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)

@@ -445,6 +445,26 @@ def test_calls_that_differ_in_a_number_only_must_all_be_in_the_text(name, status
     assert encoder(FAMILIES[name]).row("row", turns, TOOLS).status == status
 
 
+@pytest.mark.parametrize("days", [2, 2.5, True, None, "two"])
+@pytest.mark.parametrize(("value", "kept"), [("| tojson", object), ("| string", object), ("if v is string", str)])
+def test_a_value_of_a_call_that_is_left_out_is_seen(days, value, kept):
+    body = f"""{{{{ m.content }}}}{{% for c in m.tool_calls or [] %}}{{{{ c.function.name }}}}
+        {{%- for k, v in c.function.arguments.items() %}}{{{{ ' ' + k + '=' }}}}{{{{ v {value} }}}}{{% endfor %}}
+        {{%- endfor %}}"""
+    made = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "days": days}}}]
+    turns = [user("Rain?"), said("", tool_calls=json.dumps(made)), answer("Rain."), said("Yes.")]
+    encoded = with_body(body).row("row", turns)
+    assert encoded.status == ("ok" if isinstance(days, kept) else "template_drops_text"), encoded.problem
+
+
+@pytest.mark.parametrize("more", [{}, {"arguments": None}, {"arguments": "null"}, {"arguments": ""}])
+def test_a_call_without_arguments_says_its_name_only(more):
+    made = json.dumps([{"type": "function", "function": {"name": "weather", **more}}])
+    turns = [user("Rain?"), said("", tool_calls=made), answer("Rain."), said("Yes.")]
+    body = with_body("{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}")
+    assert body.row("row", turns).status == "ok"
+
+
 def test_an_answer_that_the_template_repeats_is_not_trained_on():
     body = with_body("{{ m['content'] }}{{ messages[2]['content'] if messages | length == 4 and loop.last }}")
     encoded = body.row("row", [SYSTEM, user("Who?"), said("The fox."), user("Sure?")])
