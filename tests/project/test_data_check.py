@@ -67,7 +67,7 @@ def test_all_problems_are_told_at_once_each_with_its_place_and_what_to_do(folder
 
 
 def test_a_source_without_a_usable_row_says_why(folder: Path):
-    write_rows(folder / "good.jsonl", "{\n", {"messages": []}, {"text": "?"})
+    write_rows(folder / "good.jsonl", "{]\n", {"messages": []}, {"text": "?"})
     (told,) = problems(folder)
     assert "no usable example in the first 256 rows" in told
     assert "invalid_json: 1" in told
