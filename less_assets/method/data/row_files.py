@@ -75,6 +75,8 @@ _SPLITS = {
     "held_out": "test",
 }
 _SPLIT_WORD = re.compile(rf"(?:^|(?<=[-._ ]))({'|'.join(_SPLITS)})(?=[-._ 0-9]|$)", re.IGNORECASE)
+# How the parts of one table are numbered, as in `train-00000-of-00002.parquet`.
+_PART = re.compile(r"(?P<table>.*)-(?P<number>\d{5})-of-(?P<parts>\d{5})(?P<suffix>\..+)")
 _ARRAY_OF_OBJECTS = re.compile(rb"\s*\[\s*(?:\{|\Z)")
 # A first line that ends so goes on in the next: no row in a line of its own does.
 _GOES_ON = re.compile(rb"\s*[\[{][^\r\n]*(?<=[\[{,])[ \t]*[\r\n]")
@@ -138,8 +140,8 @@ def look_into(path: str) -> FoundFiles:
             `zip://folder/file.jsonl::hf://…/archive.zip`. Local paths stay relative if given so.
 
     Raises:
-        PoolFormatError: If there is no such file, none that matches, or if a folder holds several splits or several
-            subfolders with data.
+        PoolFormatError: If there is no such file, none that matches, or if a folder holds several splits, several
+            subfolders with data, or some of the numbered parts of a table only.
     """
     with _reading(path):
         filesystem, stripped = fsspec.url_to_fs(path)
@@ -157,6 +159,7 @@ def look_into(path: str) -> FoundFiles:
         below = _folders_with_data(filesystem, others) if is_folder else []
         if is_folder:
             _refuse_several_splits(path, files or below)
+            _refuse_missing_parts(path, files)
         if not files and len(below) == 1:
             inner = look_into(below[0])
             others = [*(other for other in others if other not in below), *inner.skipped]
@@ -245,6 +248,23 @@ def _refuse_several_splits(path: str, names: list[str]) -> None:
             where=path,
             fix=f"write which one is meant: {patterns}",
         )
+
+
+def _refuse_missing_parts(path: str, files: list[str]) -> None:
+    """Refuse a folder whose files are numbered as parts of a whole, and not all are there."""
+    tables: dict[tuple[str, int, str], set[int]] = {}
+    for match in (_PART.fullmatch(_name(file)) for file in files):
+        if match:
+            table = (match["table"], int(match["parts"]), match["suffix"])
+            tables.setdefault(table, set()).add(int(match["number"]))
+    for (table, parts, suffix), numbers in tables.items():
+        if missing := sorted(set(range(parts)) - numbers):
+            raise PoolFormatError(
+                f"Of the {parts} files `{table}-…-of-{parts:05d}{suffix}`, {len(missing)} are not there: "
+                f"{table}-{missing[0]:05d}-of-{parts:05d}{suffix}" + (", …" if len(missing) > 1 else "."),
+                where=path,
+                fix="fetch the others, or give the files that are there as a pattern, if they are meant",
+            )
 
 
 def _split(path: str) -> tuple[str, str] | None:

@@ -789,3 +789,13 @@ def test_ranges_out_of_order_are_a_mistake_of_the_caller(folder):
     path = write(folder / "order.jsonl", b"{}\n{}\n")
     with pytest.raises(ValueError, match="ascend"):
         range_digests(path, [(1, 1), (0, 1)])
+
+
+def test_a_folder_that_lacks_a_numbered_part_of_a_table_is_refused(tmp_path):
+    for name in ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(PoolFormatError, match=r"Of the 3 files .* 1 are not there: train-00001"):
+        list_files(str(tmp_path))
+    assert len(list_files(f"{tmp_path}/*.jsonl")) == 3, "a pattern says that these are meant"
+    (tmp_path / "train-00001-of-00003.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert len(list_files(str(tmp_path))) == 4
