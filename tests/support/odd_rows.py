@@ -201,7 +201,7 @@ def _as_alpaca(texts: list[str], draw: random.Random) -> Row:
     *before, question, answer = texts
     row: Row = {"instruction": question, draw.choice(["output", "response"]): answer}
     instruction, gap, more = question.partition("\n\n")
-    if gap and more.strip() and draw.random() < 0.7:
+    if instruction.strip() and gap and more.strip() and draw.random() < 0.7:
         row |= {"instruction": instruction, draw.choice(["input", "context"]): more}
     elif draw.random() < 0.3:
         row["input"] = draw.choice(["", None])

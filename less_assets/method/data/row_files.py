@@ -255,8 +255,8 @@ def _refuse_missing_parts(path: str, files: list[str]) -> None:
     tables: dict[tuple[str, int, str], set[int]] = {}
     for match in (_PART.fullmatch(_name(file)) for file in files):
         if match:
-            table = (match["table"], int(match["parts"]), match["suffix"])
-            tables.setdefault(table, set()).add(int(match["number"]))
+            numbered_as = (match["table"], int(match["parts"]), match["suffix"])
+            tables.setdefault(numbered_as, set()).add(int(match["number"]))
     for (table, parts, suffix), numbers in tables.items():
         if missing := sorted(set(range(parts)) - numbers):
             raise PoolFormatError(
