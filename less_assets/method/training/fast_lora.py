@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 PACKED_SHARE = 0.95
 """Rows are packed if at most this share of a batch is no padding; making a mask costs about as much as 5 % of it."""
+PACKED_TOKENS = 4096
+"""Rows with more tokens together are not packed: the mask over all pairs of them would need much memory."""
 
 
 class FastLora:
@@ -84,7 +86,9 @@ class FastLora:
         lengths = ((labels != IGNORED) * columns).amax(1) if self._cuts else columns[-1:].expand(len(ids))
         width = int(lengths.max())
         kept = columns <= lengths[:, None]
-        self._packs = self._packed is not None and int(kept.sum()) <= PACKED_SHARE * len(ids) * width
+        self._packs = self._packed is not None and int(kept.sum()) <= min(
+            PACKED_TOKENS, PACKED_SHARE * len(ids) * width
+        )
         if not self._packs:
             kept[:, :width] = True
         self._whole, self._width, self._kept = ids.shape, width, kept.flatten().nonzero().squeeze(1)

@@ -124,8 +124,8 @@ def test_rows_are_packed_where_the_model_keeps_them_apart(family):
     assert seen == [(1, sum(before_the_last_loss)) if family in PACKED else (6, seen[0][1])]
 
 
-@pytest.mark.parametrize("family", PACKED)
-def test_recomputed_packed_rows_have_the_same_gradients(monkeypatch, tmp_path, family):
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_recomputed_packed_rows_have_the_same_gradients(tmp_path, family):
     lora = LoraSettings(rank=4, alpha=8, dropout=0.25, target_modules=FAMILIES[family][1])
     curves = [
         train_adapter(
