@@ -215,6 +215,12 @@ def test_the_readmes_example_is_a_project_that_checks_clean(tmp_path):
     assert check_data(project) == []
 
 
+def test_the_tables_of_the_study_are_those_of_its_results():
+    _, _, tables = (ROOT / "benchmarks/results/selection_quality.md").read_text().partition("\n\n")
+    assert tables.startswith("**Validation loss")
+    assert tables.strip() in (ROOT / "docs/evaluation.md").read_text()
+
+
 def test_stored_tables_have_exactly_the_documented_columns(tiny_project):
     settings = tiny_project.settings
     settings["pool"]["sources"] = settings["pool"]["sources"][:1]
