@@ -6,6 +6,7 @@ Belongs here: which rows have gradients, and the way from a row of the shard to 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -13,8 +14,10 @@ import polars as pl
 from less_assets.lineage.lineage import Lineage
 from less_assets.method.selection.influence import SIMILARITY_DIMENSION, similarity_vectors
 from less_assets.reading.files import FEATURES, KEPT
-from less_assets.store.features import FeatureReader, open_features
 from less_assets.store.tables import read_parquet
+
+if TYPE_CHECKING:
+    from less_assets.store.features import FeatureReader
 
 PREFILTERED = "prefiltered"
 """Status of a usable row that the prefilter leaves out: never ranked, in the sample that has gradients or not."""
@@ -42,7 +45,7 @@ class ShardFeatures:
         rows: Rows of the shard.
     """
 
-    reader: FeatureReader
+    reader: "FeatureReader"
     numbers: np.ndarray | None
     rows: int
 
@@ -53,6 +56,8 @@ class ShardFeatures:
         Raises:
             LessAssetsError: It is not there, stale or damaged.
         """
+        from less_assets.store.features import open_features  # Zarr takes as long to load as a plan
+
         reader = open_features(lineage.folder("train_gradients", f"{checkpoint}|{shard}"), FEATURES)
         if (kept := kept_rows(lineage, shard)) is None:
             return cls(reader, None, reader.rows)

@@ -29,13 +29,13 @@ from less_assets.reading.rows import conversations_of
 from less_assets.reading.shard_features import kept_rows
 from less_assets.steps.asset import Asset
 from less_assets.steps.shown import Shown, Stored, Table, one_table
-from less_assets.store.features import FeatureWriter, open_features
 from less_assets.store.files import read_bytes
 from less_assets.store.tables import read_parquet, write_json, write_parquet
 
 if TYPE_CHECKING:
     from less_assets.method.data.chat import EncodedExample
     from less_assets.method.gradients.features import RowStatus
+    from less_assets.store.features import FeatureWriter
 
 REASONS = 20
 """Reasons shown for rows that cannot be encoded with the chat template, the most frequent ones."""
@@ -44,6 +44,7 @@ REASONS = 20
 def extract_train_gradients(work: StepInputs) -> StepResult:
     """Extract a shard's features block by block; blocks that an interrupted run finished are kept."""
     from less_assets.method.gradients.features import RowStatus
+    from less_assets.store.features import FeatureWriter
 
     checkpoint, shard = split(work.partition)
     settings = work.project.gradients
@@ -142,6 +143,8 @@ def _feature_summary(work: StepInputs, statuses: type[RowStatus], tokens: int) -
 
 def close_datastore(work: StepInputs) -> StepResult:
     """Check that every shard's features are whole, and list them."""
+    from less_assets.store.features import open_features
+
     checkpoint = work.partition
     rows: dict[str, int] = {}
     usable = loss_tokens = 0

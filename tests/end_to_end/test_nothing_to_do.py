@@ -14,7 +14,7 @@ from less_assets.running.dagster_home import opened_records
 from less_assets.running.home_folder import RECORDED_FILE, dagster_home
 from less_assets.steps.registry import open_store
 
-HEAVY = ("torch", "transformers", "peft", "dagster")
+HEAVY = ("torch", "transformers", "peft", "dagster", "zarr")
 COMMAND = (
     "import sys\n"
     "from less_assets.cli import app\n"
