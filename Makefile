@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export LESS_PROJECT ?= demo/project.yaml
-# pip writes byte code while it installs; python does it at first import anyway, for the modules that are used.
+# Containers often forbid byte code. Then each of the many processes compiles thousands of modules anew, for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
+# pip writes byte code while it installs; python does it at first import, for the modules that are used.
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile
 
 .PHONY: env demo test coverage dev bench newcomer soak audit clean
