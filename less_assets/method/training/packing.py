@@ -81,7 +81,8 @@ class PackedAttention(FastAttention):
             strict=True,
         ):
             seen = {"is_causal": True} if block is None else {"attn_mask": block}
-            rows.append(super().__torch_function__(scaled_dot_product_attention, (), (q, k, v), {**seen, **options}))
+            given = {**seen, "dropout_p": dropout_p, **options}
+            rows.append(super().__torch_function__(scaled_dot_product_attention, (), (q, k, v), given))
         return torch.cat(rows, dim=2)
 
     def _blocks_of(self, mask: Tensor) -> list[Tensor | None]:
