@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from less_assets.method.data.conversations import Conversation, carries_loss
-from less_assets.method.data.row_formats import HARMLESS_KEYS, UnusableRowError, normalize, unknown_keys
+from less_assets.method.data.row_formats import UnusableRowError, normalize, unknown_keys
+from less_assets.method.data.row_keys import HARMLESS_KEYS
 
 RESULT = Path(__file__).parent / "results/formats.md"
 HEADINGS = ("format", "field", "example", "what happens")

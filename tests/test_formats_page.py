@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from benchmarks.formats import RESULT, as_markdown, table
-from less_assets.method.data.row_formats import HARMLESS_KEYS, UNSUPPORTED_ROW_KEYS, normalize
+from less_assets.method.data.row_formats import normalize
+from less_assets.method.data.row_keys import HARMLESS_KEYS, UNSUPPORTED_ROW_KEYS
 
 PAGE = Path(__file__).parents[1] / "docs/row-formats.md"
 

@@ -43,14 +43,8 @@ from less_assets.method.data.chat import IGNORED, ChatEncoder
 from less_assets.method.data.conversations import ROLES, Conversation, carries_loss, example_id, for_trainers, stated
 from less_assets.method.data.examples import read_rows
 from less_assets.method.data.row_files import count_rows, scan_ranges
-from less_assets.method.data.row_formats import (
-    MASK_KEYS,
-    REASONING_KEYS,
-    ROW_STATUSES,
-    UNSUPPORTED_ROW_KEYS,
-    UNSUPPORTED_TURN_KEYS,
-    normalize,
-)
+from less_assets.method.data.row_formats import ROW_STATUSES, normalize
+from less_assets.method.data.row_keys import MASK_KEYS, REASONING_KEYS, UNSUPPORTED_ROW_KEYS, UNSUPPORTED_TURN_KEYS
 from less_assets.method.data.targets import TargetExample, read_evaluation, read_targets, target_table
 from less_assets.project.project import parse_project
 from less_assets.store.artifacts import ArtifactStore

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from less_assets.method.data.conversations import MESSAGE_TYPES
-from less_assets.method.data.row_formats import MASK_KEYS, REASONING_KEYS
+from less_assets.method.data.row_keys import MASK_KEYS, REASONING_KEYS
 
 Row = dict[str, Any]
 Turn = dict[str, Any]

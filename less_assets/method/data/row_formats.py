@@ -6,7 +6,6 @@ files are `row_files.py`, conversations `conversations.py`, tables of rows `exam
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -18,6 +17,24 @@ from less_assets.method.data.conversations import (
     carries_loss,
     json_text,
     parsed_json,
+)
+from less_assets.method.data.row_keys import (
+    CALL_KEYS,
+    CONTENT_PARTS,
+    FORMAT_KEYS,
+    HARMLESS_KEYS,
+    MASK_KEYS,
+    PART_KEYS,
+    REASONING_KEYS,
+    ROW_KEYS,
+    SYSTEM_KEYS,
+    TURN_KEYS,
+    UNSUPPORTED_OF_ROWS,
+    UNSUPPORTED_OF_TURNS,
+    UNSUPPORTED_ROW_KEYS,
+    UNSUPPORTED_TURN_KEYS,
+    VERDICT_KEYS,
+    VERDICTS_AGAINST,
 )
 
 RowFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt"]
@@ -54,85 +71,6 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Keys of an assistant turn that hold what it thought."""
-
-MASK_KEYS = ("weight", "train", "training", "loss", "loss_mask")
-"""Keys of a turn that say whether it carries loss: 0, 1, false or true."""
-
-_MEDIA_KEYS = (
-    *("images", "image", "image_url", "videos", "video", "audios", "audio", "input_audio"),
-    *("image_urls", "image_path", "image_paths", "image_file", "image_files", "img", "pixel_values"),
-    *("video_url", "video_path", "video_paths", "audio_url", "audio_path", "audio_paths", "speech"),
-    *("media", "attachments"),
-)
-
-_CONTENT_PARTS = (
-    *(*_MEDIA_KEYS, "input_image", "video_url", "audio_url", "file", "input_file", "document", "refusal"),
-    *("thinking", "redacted_thinking", "reasoning", "tool_use", "tool_result", "tool_call"),
-)
-
-UNSUPPORTED_ROW_KEYS = (
-    *_MEDIA_KEYS,
-    *("rejected", "rejected_response", "rejected_responses", "rejected_messages"),
-    *("chosen", "chosen_response", "chosen_messages"),
-    *("chat_template_kwargs", "enable_thinking", "documents"),
-    *("completion_mask", "assistant_masks", "train_mask", "loss_weight", "sample_weight"),
-    *("loss_scale", "loss_multiplier", "train_on_inputs", "train_on_input", "train_on_prompt"),
-    *(*REASONING_KEYS, "thought", "thoughts", "think", "cot", "chain_of_thought"),
-    *("tool_calls", "function_call", "developer", "developer_prompt"),
-)
-"""Keys of a row that cannot be carried, whatever their value, unless it is empty; see also `_UNSUPPORTED_OF_ROWS`."""
-
-UNSUPPORTED_TURN_KEYS = (
-    *_MEDIA_KEYS,
-    *("file", "refusal", "train_detail", "tools", "functions", "channel"),
-    *("recipient", "think", "cot", "chain_of_thought"),
-    *("thought", "thoughts", "reasoning_text", "reasoning_details", "thinking_blocks"),
-    *("loss_weight", "mask", "masked", "trainable", "no_loss", "ignore", "skip"),
-)
-"""Keys of a turn that cannot be carried, whatever their value, unless it is empty; see also `_UNSUPPORTED_OF_TURNS`."""
-
-_UNSUPPORTED_OF_ROWS = re.compile(r"(?:rejected|chosen)_.+|(?:.+_)?(?:mask|masks|weight|weights)")
-_UNSUPPORTED_OF_TURNS = re.compile(r"(?:.+_)?(?:loss|mask|masks|masked|weight|weights|train|trainable)(?:_.+)?")
-"""More such keys, whole: an answer to avoid, a mask or a weight under any name that has no agreed meaning."""
-
-_FORMAT_KEYS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "input", "context", "output", "response", "history"),
-    "sharegpt": ("conversations",),
-}
-
-_SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
-
-ROW_KEYS = (*_SYSTEM_KEYS, "tools", "functions", "loss_mask")
-"""Keys of a row that every format may have, and that are carried."""
-
-VERDICT_KEYS = ("label", "kto_tag", "train", "loss", "desirable", "accepted")
-"""Keys of a row that refuse it where they are false, 0, -1 or a word of `_VERDICTS_AGAINST`.
-
-Other values but true and 1 are no verdict, and counted.
-"""
-
-_VERDICTS_AGAINST = (0, -1, "rejected", "undesirable", "bad")
-
-HARMLESS_KEYS = frozenset(
-    {
-        *("id", "idx", "index", "uuid", "uid", "hash", "example_id", "prompt_id", "conversation_id", "rank", "score"),
-        *("source", "source_id", "dataset", "dataset_name", "subset", "split", "subtask", "task", "task_name"),
-        *("task_type", "type", "category", "categories", "topic", "topics", "tag", "tags", "domain", "difficulty"),
-        *("language", "lang", "locale", "license", "url", "link", "title", "author", "model", "model_name"),
-        *("version", "created", "created_at", "timestamp", "date", "meta", "metadata"),
-        *("turns", "num_turns", "n_turns", "tokens", "num_tokens", "length"),
-    }
-)
-"""Keys of rows and turns that only describe: they are left out without a word."""
-
-_TURN_KEYS = ("role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name")
-_CALL_KEYS = ("id", "type", "index", "function", "name", "arguments", "parameters", "args", "input")
-_PART_KEYS = ("type", "text")
 
 
 class UnusableRowError(Exception):
@@ -224,21 +162,21 @@ def unknown_keys(record: Mapping[str, object], format: RowFormat = "auto") -> li
         Keys of the row, and `messages[].KEY` (or `conversations[].KEY`, …) for keys of turns; each once.
     """
     row_format = detect_format(record) if format == "auto" else format
-    own_keys = _FORMAT_KEYS.get(str(row_format), ())
+    own_keys = FORMAT_KEYS.get(str(row_format), ())
     known = {*own_keys, *ROW_KEYS, *UNSUPPORTED_ROW_KEYS, *VERDICT_KEYS, "weight", *HARMLESS_KEYS}
     unknown = [str(key) for key, value in record.items() if key not in known and not _is_empty(value)]
     unknown += [key for key in VERDICT_KEYS if not _is_empty(record.get(key)) and _verdict(record[key]) != 1]
-    known_of_turns = {*_TURN_KEYS, *REASONING_KEYS, *MASK_KEYS, *UNSUPPORTED_TURN_KEYS, *HARMLESS_KEYS}
+    known_of_turns = {*TURN_KEYS, *REASONING_KEYS, *MASK_KEYS, *UNSUPPORTED_TURN_KEYS, *HARMLESS_KEYS}
     for name in own_keys:
         turns = _parsed(record.get(name)) if name != "history" else None
         unknown += _unknown_of_objects(turns, name, known_of_turns)
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
                 for text in ("content", "value"):
-                    unknown += _unknown_of_objects(turn.get(text), f"{name}[].{text}", _PART_KEYS)
+                    unknown += _unknown_of_objects(turn.get(text), f"{name}[].{text}", PART_KEYS)
                 called = "value" if turn.get("from") == "function_call" else "function_call"
                 for calls in (turn.get("tool_calls"), turn.get(called)):
-                    unknown += _unknown_of_objects(_parsed(calls), f"{name}[].tool_calls", _CALL_KEYS)
+                    unknown += _unknown_of_objects(_parsed(calls), f"{name}[].tool_calls", CALL_KEYS)
     return list(dict.fromkeys(key.encode("utf-8", "backslashreplace").decode() for key in unknown))
 
 
@@ -261,7 +199,7 @@ def other_columns(record: Mapping[str, object], format: RowFormat = "auto") -> d
         format: As in `normalize`.
     """
     row_format = detect_format(record) if format == "auto" else format
-    read = {*_FORMAT_KEYS.get(str(row_format), ()), *ROW_KEYS}
+    read = {*FORMAT_KEYS.get(str(row_format), ()), *ROW_KEYS}
     return {name: value for name, value in record.items() if name not in read}
 
 
@@ -280,13 +218,13 @@ def _unsupported(name: str, detail: str) -> UnusableRowError:
 def _refuse_unsupported(record: Mapping[str, object], row_format: str | None) -> None:
     named = [name for name in UNSUPPORTED_ROW_KEYS if name in record]
     carried = (*ROW_KEYS, "weight")
-    named += [name for name in record if name not in carried and _UNSUPPORTED_OF_ROWS.fullmatch(str(name))]
+    named += [name for name in record if name not in carried and UNSUPPORTED_OF_ROWS.fullmatch(str(name))]
     named += ["history"] if row_format != "alpaca" else []
     for name in named:
         if not _is_empty(record.get(name)):
             raise _unsupported(name, f"the row has {name!r}, which cannot be carried")
     for name in VERDICT_KEYS:
-        if _verdict(record.get(name)) in _VERDICTS_AGAINST:
+        if _verdict(record.get(name)) in VERDICTS_AGAINST:
             raise _unsupported(name, f"{name} is {record[name]!r}: the answer is one not to learn")
     weight = record.get("weight")
     if not _is_empty(weight) and _verdict(weight) != 1:
@@ -375,7 +313,7 @@ def _turn(turn: object, what: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(said_role, str) or said_role not in roles:
         raise UnusableRowError("unknown_role", f"{what} has the role {said_role!r}"[:200])
     named = [name for name in UNSUPPORTED_TURN_KEYS if name in turn]
-    named += [name for name in turn if name not in MASK_KEYS and _UNSUPPORTED_OF_TURNS.fullmatch(str(name))]
+    named += [name for name in turn if name not in MASK_KEYS and UNSUPPORTED_OF_TURNS.fullmatch(str(name))]
     for name in named:
         if not _is_empty(turn[name]):
             raise _unsupported(name, f"{what} has {name!r}, which cannot be carried")
@@ -450,7 +388,7 @@ def _content(value: object, what: str) -> str:
 
 def _changes_a_part(name: object) -> bool:
     """Whether a key, or the type, of a content part makes it more than its text: media, a thought, a mask."""
-    return name in _CONTENT_PARTS or bool(_UNSUPPORTED_OF_TURNS.fullmatch(str(name)))
+    return name in CONTENT_PARTS or bool(UNSUPPORTED_OF_TURNS.fullmatch(str(name)))
 
 
 def _reasoning(turn: Mapping[str, object], what: str, role: str) -> str | None:
@@ -588,7 +526,7 @@ def _turns_or_text(value: object) -> object:
 
 def _with_system(messages: list[Message], record: Mapping[str, object]) -> list[Message]:
     """Put a row's system prompt in front, unless the turns begin with the same."""
-    prompts = {name: _text(record[name], name) for name in _SYSTEM_KEYS if record.get(name) is not None}
+    prompts = {name: _text(record[name], name) for name in SYSTEM_KEYS if record.get(name) is not None}
     prompts = {name: text for name, text in prompts.items() if text.strip()}
     if not prompts:
         return messages

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 PACKED_SHARE = 0.95
-"""Rows are packed if at most this share of a batch is no padding; making a mask costs about as much as 5 % of it."""
+"""Rows are packed if at most this share of a batch is no padding; less would hardly pay for making a mask."""
 PACKED_TOKENS = 4096
 """Rows with more tokens together are not packed: the mask over all pairs of them would need much memory."""
 
