@@ -148,7 +148,8 @@ def meaning(draw: random.Random) -> Meaning:
 def _tool(draw: random.Random) -> Row:
     function: Row = {"name": draw.choice(["weather", "find_page"]), "description": draw.choice(["Tell.", "Ünï"])}
     if draw.random() < 0.8:
-        function["parameters"] = {"type": "object", "properties": {"city": {"type": "string"}}}
+        city: Row = {"type": "string"} | draw.choice([{}, {"description": 'A "town".\n'}, {"enum": ["Ås", "Oslo"]}])
+        function["parameters"] = {"type": "object", "properties": {"city": city}}
     return {"type": "function", "function": function}
 
 

@@ -19,7 +19,7 @@ import polars as pl
 from less_assets.errors import ChatFormatError, TargetFormatError
 from less_assets.method import DEFAULT_DATE
 from less_assets.method.data.chat_template import AssistantTurn, UnusableConversationError, chat_template, loss_spans
-from less_assets.method.data.conversations import Message, carries_loss, stated
+from less_assets.method.data.conversations import Message, carries_loss, participant, stated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -386,6 +386,8 @@ def _refuse_fields_of_tulu(messages: Sequence[Message], tools: str | None) -> No
         raise UnusableConversationError("unsupported_field: tool_calls", "the Tulu format shows no tool calls")
     if any(message.get("reasoning") for message in messages):
         raise UnusableConversationError("unsupported_field: reasoning", "the Tulu format shows no reasoning")
+    if any(participant(message) for message in messages):
+        raise UnusableConversationError("unsupported_field: name", "the Tulu format shows no names of participants")
 
 
 # ---- text to tokens ----

@@ -14,8 +14,7 @@ import datetime
 import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -24,7 +23,8 @@ from jinja2.exceptions import TemplateError
 
 from less_assets.errors import ChatFormatError
 from less_assets.method import DEFAULT_DATE
-from less_assets.method.data.conversations import Message, carries_loss, stated
+from less_assets.method.data.conversations import Message, carries_loss, participant, stated
+from less_assets.method.data.tool_texts import left_out_of_calls, left_out_of_tools, names_a_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ UnusableStatus = Literal[
     "unsupported_field: tools",
     "unsupported_field: tool_calls",
     "unsupported_field: reasoning",
+    "unsupported_field: name",
 ]
 
 
@@ -247,6 +248,14 @@ class ChatTemplate:
             raise UnusableConversationError("unsupported_field: tool_calls", "the template shows no tool calls")
         if not able.reasoning and any(message.get("reasoning") for message in messages):
             raise UnusableConversationError("unsupported_field: reasoning", "the template shows no reasoning")
+        named = {f"\ue002{turn}\ue003": turn for turn, message in enumerate(messages) if participant(message)}
+        if named:
+            marks = {turn: mark for mark, turn in named.items()}
+            text = self._render([_renamed(message, marks.get(turn)) for turn, message in enumerate(messages)], tools)
+            hidden = next((turn for mark, turn in named.items() if mark not in text), None)
+            if hidden is not None:
+                said = f"the name {messages[hidden]['name']!r} of turn {hidden + 1} is not in the text"
+                raise UnusableConversationError("unsupported_field: name", said)
 
     def _located(self, messages: list[Message], tools: str | None) -> tuple[str, list[AssistantTurn]]:
         skeleton = self._skeleton(messages, tools)
@@ -439,6 +448,10 @@ def _marked(turn: int, message: Message) -> Message:
     return marked
 
 
+def _renamed(message: Message, name: str | None) -> Message:
+    return message if name is None else {**message, "name": name}
+
+
 def _thought_apart(message: Message) -> Message:
     """A turn whose content begins with a thought, with the thought as its reasoning."""
     inside = _THOUGHT.fullmatch(message["content"]) if message["role"] == "assistant" else None
@@ -448,58 +461,18 @@ def _thought_apart(message: Message) -> Message:
 
 
 def _check_calls(written: str, message: Message) -> None:
-    """Refuse a rendering that leaves out the name, or a value among the arguments, of a call.
-
-    What several calls say must be there as often: some templates write the first call only.
-    """
-    names: Counter[str] = Counter()
-    texts: Counter[str] = Counter()
-    for call in json.loads(message.get("tool_calls") or "[]"):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UnusableConversationError("template_refuses", "a call names no function")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str) and not any(form in written for form in _forms(arguments)):
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
-        names[function["name"]] += 1
-        texts.update(() if arguments is None else _texts(arguments))
-    for said, needed in (names | texts).items():
-        forms = _forms(said)
-        if forms and sum(map(written.count, forms)) < needed:
-            raise UnusableConversationError("template_drops_text", f"{said!r} of a call is not in the text")
-
-
-_AS_PYTHON = {"true": "True", "false": "False", "null": "None"}
-
-
-def _forms(said: str) -> set[str]:
-    """How a template may write a text: as it is, or as in JSON; words of JSON also as Python has them."""
-    return {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1], _AS_PYTHON.get(said, said)} - {""}
-
-
-def _texts(value: object) -> Iterator[str]:
-    """The texts inside a JSON value; keys, numbers, truth values and nulls too."""
-    if isinstance(value, str):
-        yield value
-    elif value is None or isinstance(value, int | float):
-        yield json.dumps(value)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield name
-            yield from _texts(item)
+    """Refuse a rendering that leaves out a part of a turn's calls."""
+    calls = json.loads(message.get("tool_calls") or "[]")
+    if not all(names_a_function(call) for call in calls):
+        raise UnusableConversationError("template_refuses", "a call names no function")
+    if problem := left_out_of_calls(written, calls):
+        raise UnusableConversationError("template_drops_text", problem)
 
 
 def _check_whole(messages: Sequence[Message], tools: str | None, skeleton: _Skeleton) -> None:
     """Refuse a rendering that leaves out a text or tool, repeats an assistant's, or changes the order of turns."""
-    for tool in json.loads(tools or "[]"):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and not any(name in segment for segment in skeleton.segments):
-            raise UnusableConversationError("template_drops_text", f"the tool {name!r} is not in the text")
+    if problem := left_out_of_tools("\0".join(skeleton.segments), json.loads(tools or "[]")):
+        raise UnusableConversationError("template_drops_text", problem)
     for turn, message in enumerate(messages):
         for which in (_CONTENT, _REASONING):
             text = _text(message, which)

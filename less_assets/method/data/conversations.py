@@ -102,6 +102,16 @@ def carries_loss(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("train") is not False
 
 
+def participant(message: Message) -> str | None:
+    """Return who speaks, where the name says more than the role: not a tool's, whose call names it.
+
+    Args:
+        message: The turn.
+    """
+    name = message.get("name")
+    return None if not name or message["role"] == "tool" or name.casefold() == message["role"] else name
+
+
 def is_very_short(messages: Sequence[Message]) -> bool:
     """Return whether the turns with loss together have at most `SHORT_ANSWER` characters: a word or two.
 

@@ -45,7 +45,9 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 LONG = "{{ m['content'] if m['content'] | length < 12 else m['content'][:12] }}"
 TWICE = "{{ m['content'] + m['content'] if 'fox' in m['content'] else m['content'] }}"
 NAMES = (
-    "{% if loop.first %}{% for t in tools or [] %}{{ t.function.name[:9] }}{% endfor %}{% endif %}{{ m['content'] }}"
+    "{% if loop.first %}{% for t in tools or [] %}"
+    "{{ t.function.name[:9] + t.function.description + t.function.parameters.properties | join(' ') }}"
+    "{% endfor %}{% endif %}{{ m['content'] }}"
     "{% for c in m['tool_calls'] or [] %}{{ c.function.name + ' ' + (c.function.arguments.values() | join)[:8] }}"
     "{% endfor %}"
 )
@@ -492,3 +494,55 @@ def test_a_tool_or_an_argument_that_is_left_out_is_seen(city, tool, problem):
     encoded = with_body(NAMES).row("row", turns, tools)
     assert encoded.status == ("template_drops_text" if problem else "ok")
     assert problem is None or problem in encoded.problem
+
+
+SHOWN = {
+    "names": "{{ t.function.name }}",
+    "described": "{{ t.function.name + t.function.description | replace('\n', ' ') }}",
+    "parameters": "{{ t.function.name + t.function.description + ' ' + t.function.parameters.properties | join(' ') }}",
+    "all": "{{ t | tojson }}",
+    "as Python": "{{ t }}",
+}
+
+
+@pytest.mark.parametrize(
+    ("shown", "problem"),
+    [
+        ("names", "Tell the"),
+        ("described", "'city'"),
+        ("parameters", "town"),
+        ("all", None),
+        ("as Python", None),
+    ],
+)
+def test_what_a_template_leaves_out_of_a_tool_is_seen(shown, problem):
+    city = {"type": "string", "description": 'A "town".', "enum": ["Zürich", "a\\b"], "default": None}
+    function = {"name": "weather", "description": "Tell the\n 'weather'.", "parameters": {"properties": {"city": city}}}
+    tools = json.dumps([{"type": "function", "function": function}], ensure_ascii=False)
+    body = (
+        f"{{% if loop.first %}}{{% for t in tools or [] %}}{SHOWN[shown]}{{% endfor %}}{{% endif %}}{{{{ m.content }}}}"
+    )
+    encoded = with_body(body).row("row", [user("Rain?"), said("Yes.")], tools)
+    assert encoded.status == ("template_drops_text" if problem else "ok"), encoded.problem
+    assert problem is None or problem in encoded.problem
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "status"),
+    [
+        ("{{ m.content }}", {"name": "Ann"}, "unsupported_field: name"),
+        ("{{ m.content }}", {"name": "User"}, "ok"),
+        ("{{ m.content }}", {"name": ""}, "ok"),
+        ("{{ (m.name or '') + ': ' + m.content }}", {"name": "Ann"}, "ok"),
+        ("{{ ((m.name or '') if loop.last else '') + m.content }}", {"name": "Ann"}, "unsupported_field: name"),
+    ],
+)
+def test_a_participant_whose_name_is_left_out_is_seen(body, fields, status):
+    encoded = with_body(body).row("row", [user("Ann?") | fields, said("Yes.")])
+    assert encoded.status == status, encoded.problem
+    assert status == "ok" or "'Ann' of turn 1" in encoded.problem
+
+
+def test_the_tulu_format_shows_no_participants():
+    tulu = ChatEncoder(FAMILIES["qwen2_5"].tokenizer, "tulu", LENGTH)
+    assert tulu.row("row", [user("Who?") | {"name": "Ann"}, said("Me.")]).status == "unsupported_field: name"
