@@ -19,7 +19,7 @@ from less_assets.orchestration.definitions import build_definitions
 from less_assets.planning import rehearsal
 from less_assets.planning.rehearsal import rehearse
 from less_assets.project.project import load_project
-from less_assets.reading.files import EXAMPLES, SAMPLE
+from less_assets.reading.files import EXAMPLES, SAMPLE, SUBSET
 from less_assets.running.runner import GraphRunner, Request, register_shards
 from less_assets.steps.registry import ASSETS, open_lineage, open_store
 from less_assets.store.tables import read_parquet
@@ -170,6 +170,22 @@ def change_evaluation(finished: Finished) -> None:
     finished.tiny.settings["tasks"][0]["evaluation"]["limit"] = 2
 
 
+def change_questions(finished: Finished) -> None:
+    write_rows(finished.tiny.folder / "held_out/sky.jsonl", [question(600 + place, "red") for place in range(3)])
+
+
+def change_certificate(finished: Finished) -> None:
+    finished.tiny.settings["gradients"]["certificate_rows"] = 10
+
+
+def exclude_row(finished: Finished) -> None:
+    """The row that `less` ranks first for a task."""
+    lineage = open_lineage(load_project(finished.tiny.path), open_store(load_project(finished.tiny.path)))
+    chosen = read_parquet(lineage.folder("selected_subset", "less|sky"), SUBSET).sort("rank")["example_id"][0]
+    finished.tiny.settings["exclude"] = ["left-out.jsonl"]
+    (finished.tiny.folder / "left-out.jsonl").write_text(json.dumps({"example_id": chosen, "reason": "wrong"}) + "\n")
+
+
 def change_targets(finished: Finished) -> None:
     write_rows(finished.tiny.folder / "targets/sky.jsonl", [question(700 + place, "red") for place in range(4)])
 
@@ -184,8 +200,10 @@ EXACTLY_KNOWN = [
     change_report,
     change_evaluation,
     change_spaces,
+    change_questions,
+    change_certificate,
 ]
-KNOWN_AT_MOST = [add_file, change_row, remove_source, change_targets, change_rank]
+KNOWN_AT_MOST = [add_file, change_row, remove_source, change_targets, change_rank, exclude_row]
 """The rows that `less` selects are known once gradients and scores are made: whether its models change, too."""
 
 
