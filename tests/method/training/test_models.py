@@ -30,6 +30,7 @@ from less_assets.method.training.models import (
     attach_adapter,
     count_adapter_parameters,
     find_base,
+    is_fast_at_bfloat16,
     load_adapter,
     load_base,
     load_tokenizer,
@@ -367,6 +368,21 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
             (faster / "weights").write_text("faster")
     assert (tmp_path / "model" / "weights").read_text() == "faster"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16\n", True),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16\n", False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16\n\nflags\t\t: fpu\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
+        ("", False),
+    ],
+)
+def test_bfloat16_is_taken_where_its_products_are_faster(cpuinfo, fast):
+    assert is_fast_at_bfloat16(cpuinfo) == fast
 
 
 def test_devices_and_dtypes():
