@@ -6,7 +6,8 @@
 Each side is a process with SmolLM2-135M-Instruct loaded, both in the dtype that today's `auto` means here, on one
 thread. A turn is one epoch of `train_adapter` over rows of the demo's pool, from a new adapter to the written folder.
 What counts are the processor's seconds, which other processes do not change much. `training_over_landed` is the median
-over rounds of today's tokens/s ÷ landed's; `training_loss_deviation` is how far a step's losses lie apart at most, relative to them.
+over rounds of today's tokens/s ÷ landed's; `training_loss_deviation` is how far a step's losses lie apart at most,
+relative to them.
 """
 
 from __future__ import annotations
