@@ -188,7 +188,7 @@ def plan(
             from less_assets.planning.estimate import nothing_due
 
             lineage, _, needed = idle
-            _print_planned(nothing_due(needed), lineage, as_json)
+            _print_planned(nothing_due(lineage, needed), lineage, as_json)
             return
     with told(), _opened(project) as (loaded, store, instance, runner):
         from less_assets.compute.models import ModelLoader, cache_folder

@@ -22,6 +22,7 @@ from less_assets.project.project import Project
 from less_assets.project.task_sections import Task
 from less_assets.project.warmup_steps import few_steps, steps_of
 from less_assets.reading.certificates import CERTIFICATES
+from less_assets.reading.rows import few_warmup_steps
 from less_assets.running.request import Partition, Request
 from less_assets.steps.certificates import certificate_work
 from less_assets.steps.registry import ASSETS, GUESSES
@@ -105,17 +106,19 @@ class Estimate:
         return sum(asset.amount.bytes or 0 for asset in self.assets if asset.amount)
 
 
-def nothing_due(partitions: Mapping[str, Sequence[Partition]]) -> Estimate:
+def nothing_due(lineage: Lineage, partitions: Mapping[str, Sequence[Partition]]) -> Estimate:
     """The plan of a request whose artifacts are all fresh.
 
     Args:
+        lineage: Knows what is stored.
         partitions: Asset -> partitions that the request needs, in the order of the run.
     """
     lines = [
         AssetEstimate(asset, dict.fromkeys(keys, Status("fresh")), frozenset(), None, None)
         for asset, keys in partitions.items()
     ]
-    return Estimate(lines, [], [], [], [], ratios=[], few_warmup_steps=None)
+    few = few_warmup_steps(lineage) if "warmup_checkpoints" in partitions else None
+    return Estimate(lines, [], [], [], [], ratios=[], few_warmup_steps=few)
 
 
 def estimate(

@@ -65,7 +65,7 @@ def remember_recorded(project: Project, store: ArtifactStore, request: Request) 
     try:
         versions = {
             asset: {partition or "": lineage.fresh(asset, partition).data_version for partition in partitions}
-            for asset, partitions in needed(lineage, request).items()
+            for asset, partitions in _made(lineage, request).items()
         }
         content = {"storage": str(store.root), "records": _state_of_records(home), "versions": versions}
         write_atomically(UPath(home / RECORDED_FILE), json.dumps(content).encode())
@@ -99,7 +99,7 @@ def nothing_to_do(
     try:
         PoolFiles.scan(project, store)
         lineage = open_lineage(project, store)
-        wanted = needed(lineage, request)
+        wanted = _made(lineage, request)
         fresh = all(
             lineage.status(asset, partition).state == "fresh"
             and versions[asset][partition or ""] == lineage.fresh(asset, partition).data_version
@@ -112,6 +112,14 @@ def nothing_to_do(
     except (LessAssetsError, KeyError):  # the run says what is wrong with a file, and knows what is new
         return None
     return lineage, wanted
+
+
+def _made(lineage: Lineage, request: Request) -> dict[str, list[Partition]]:
+    """What a run that a request starts has made in the end: what is needed, without checkpoints of no weight."""
+    return {
+        asset: [partition for partition in partitions if not lineage.is_left_out(asset, partition)]
+        for asset, partitions in needed(lineage, request).items()
+    }
 
 
 def _state_of_records(home: Path) -> list[list[int]]:

@@ -11,15 +11,18 @@ from less_assets.inspection.explain import explain_row
 from less_assets.inspection.trace import trace_row
 from less_assets.method.selection.ranking import score_matrix
 from less_assets.orchestration.definitions import build_definitions
-from less_assets.planning.estimate import Estimate, estimate
+from less_assets.planning.estimate import Estimate, estimate, nothing_due
 from less_assets.project.project import load_project
 from less_assets.reading.files import score_file
+from less_assets.running.dagster_home import opened_records
+from less_assets.running.home_folder import nothing_to_do, remember_recorded
 from less_assets.running.request import Request
 from less_assets.running.runner import GraphRunner, register_shards
 from less_assets.steps.registry import open_lineage, open_store
 from less_assets.store.tables import read_parquet
 
 REPORT = Request(tasks=("sums",), recipes=("less", "exact"), until="selection_report")
+SUBSETS = Request(tasks=("sums",), recipes=("less", "exact"), until="selected_subset", extras=False)
 OF_CHECKPOINTS = ("train_gradients", "gradient_datastore", "target_gradients")
 
 
@@ -67,6 +70,20 @@ def test_the_plan_knows_it_before_and_after(made):
         assert [checkpoints_of(statuses[asset]) for asset in OF_CHECKPOINTS] == [{"epoch-2"}] * 3
         assert "the warm-up has 2 optimizer steps, fewer than 20" in planned.few_warmup_steps
     assert made.plan().due == 0
+
+
+def test_with_nothing_to_do_the_missing_gradients_are_not_missed(made):
+    project = load_project(made.tiny.path)
+    store = open_store(project)
+    with opened_records(store):
+        remember_recorded(project, store, SUBSETS)
+    found = nothing_to_do(project, store, SUBSETS)
+    assert found is not None
+    lineage, partitions = found
+    assert [checkpoints_of(partitions[asset]) for asset in OF_CHECKPOINTS] == [{"epoch-2"}] * 3
+    planned = nothing_due(lineage, partitions)
+    assert planned.due == 0
+    assert "the warm-up has 2 optimizer steps, fewer than 20" in planned.few_warmup_steps
 
 
 def test_scores_are_those_of_the_other_checkpoint(made):
