@@ -76,7 +76,8 @@ def test_with_nothing_to_do_the_missing_gradients_are_not_missed(made):
     project = load_project(made.tiny.path)
     store = open_store(project)
     with opened_records(store):
-        remember_recorded(project, store, SUBSETS)
+        pass  # Dagster's database is there
+    remember_recorded(project, store, SUBSETS)
     found = nothing_to_do(project, store, SUBSETS)
     assert found is not None
     lineage, partitions = found
