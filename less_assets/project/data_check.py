@@ -58,8 +58,8 @@ def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None)
             unknown[source.name] = counts
     for path in project.exclude:
         problems += _exclude_file(project, path)
-    for path in project.warmup.imported or []:
-        problems += _imported_checkpoint(project, path)
+    for number in range(len(project.warmup.imported or [])):
+        problems += _imported_checkpoint(project, number)
     for task in project.tasks:
         if task.examples:
             problems += _targets(project, task.name, task.examples)
@@ -122,6 +122,21 @@ def few_warmup_steps(project: Project) -> list[str]:
     sampled = max(1, int(warmup.fraction * len(ids) + 1e-9))
     said = few_steps(warmup, steps_of(warmup, sampled), sampled)
     return [f"warmup: {said}"] if said else []
+
+
+def few_logged_rates(project: Project) -> list[str]:
+    """A line for each imported checkpoint whose mean learning rate rests on few logged steps."""
+    from less_assets.method.training.trainer_state import few_logged_steps, read_trainer_state
+
+    lines = []
+    for path in project.warmup.imported or [] if project.warmup.mean_learning_rates is None else []:
+        try:
+            said = few_logged_steps(read_trainer_state(Path(path)))
+        except _TROUBLE:  # `check_data` tells it
+            continue
+        if said:
+            lines.append(f"warmup.import ({project.as_written(path)}): {said}")
+    return lines
 
 
 def not_built(project: Project) -> list[Problem]:
@@ -236,13 +251,22 @@ def _exclude_file(project: Project, path: str) -> Iterator[Problem]:
         yield _told(f"exclude ({project.as_written(path)})", error)
 
 
-def _imported_checkpoint(project: Project, path: str) -> Iterator[Problem]:
+def _imported_checkpoint(project: Project, number: int) -> Iterator[Problem]:
+    """It must hold an adapter, and its mean learning rate must be known and give it a weight."""
+    from less_assets.method.training.trainer_state import mean_learning_rate, read_trainer_state
+
+    warmup = project.warmup
+    path = (warmup.imported or [])[number]
+    where = f"warmup.import ({project.as_written(path)})"
     if not (Path(path) / "adapter_config.json").is_file():
-        yield Problem(
-            f"warmup.import ({project.as_written(path)})",
-            "there is no adapter_config.json",
-            "name the folder of a PEFT checkpoint, as transformers' Trainer saves it",
-        )
+        fix = "name the folder of a PEFT checkpoint, as transformers' Trainer saves it"
+        yield Problem(where, "there is no adapter_config.json", fix)
+        return
+    stated = warmup.mean_learning_rates[number] if warmup.mean_learning_rates else None
+    try:
+        mean_learning_rate(read_trainer_state(Path(path)), stated, Path(path))
+    except _TROUBLE as error:
+        yield _told(where, error)
 
 
 def _scores(project: Project, recipe: Recipe) -> Iterator[Problem]:

@@ -229,3 +229,46 @@ def test_rows_to_leave_out_are_looked_up_and_a_bad_line_is_named(folder: Path):
     (folder / "out.jsonl").unlink()
     (problem,) = problems(folder, *excluding)
     assert "exclude (out.jsonl)" in problem
+
+
+def imported(folder: Path, rates: list[float], more: str = "", *, epoch: float = 1.0) -> Path:
+    """A checkpoint from elsewhere that logged these rates in an epoch of 40 steps, imported by the project."""
+    checkpoint = folder / "run/checkpoint-40"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    logged = [{"step": 40, "epoch": epoch, "learning_rate": rate} for rate in rates]
+    state = {"global_step": 40, "epoch": epoch, "log_history": logged}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "project.yaml").write_text(PROJECT + "warmup: {import: [run/checkpoint-40]" + more + "}\n")
+    return folder / "project.yaml"
+
+
+@pytest.mark.parametrize(
+    ("rates", "what"), [([0.0] * 40, "is 0, the mean of 40 logged steps"), ([], "not known"), ([-1e-5], "is -1e-05")]
+)
+def test_an_imported_checkpoint_without_weight_is_told_before_anything_is_computed(folder: Path, rates, what: str):
+    (told,) = map(str, check_data(load_project(imported(folder, rates))))
+    assert told.startswith("warmup.import (run/checkpoint-40)")
+    assert what in told
+    assert "warmup.mean_learning_rates" in told
+    run = CliRunner().invoke(app, ["run", "--project", str(folder / "project.yaml")])
+    assert run.exit_code == 1
+    assert what in run.stderr
+    assert check_data(load_project(imported(folder, rates, ", mean_learning_rates: [0.0001]"))) == []
+
+
+@pytest.mark.parametrize(("logged", "told"), [(2, True), (10, False)])
+def test_check_tells_of_rates_that_few_logged_steps_stand_for(folder: Path, logged: int, told: bool):
+    project = imported(folder, [1e-5] * logged)
+    checked = CliRunner().invoke(app, ["check", "--project", str(project)])
+    assert checked.exit_code == 0, checked.output
+    assert (f"{logged} logged steps of about 40" in checked.stdout) == told
+    imported(folder, [1e-5] * logged, ", mean_learning_rates: [0.0001]")
+    assert "logged steps" not in CliRunner().invoke(app, ["check", "--project", str(project)]).stdout
+
+
+def test_a_damaged_trainer_state_is_a_problem_and_no_crash(folder: Path):
+    project = imported(folder, [1e-5])
+    (folder / "run/checkpoint-40/trainer_state.json").write_text('{"epoch": ')
+    (told,) = map(str, check_data(load_project(project)))
+    assert "damaged" in told
