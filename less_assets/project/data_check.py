@@ -149,6 +149,9 @@ def not_built(project: Project) -> list[Problem]:
 
 
 def _base_model(where: str, base: str) -> Iterator[Problem]:
+    """It must be there, as far as that is known without the network, and have no adapter beside its weights."""
+    from less_assets.method.training.adapter_files import refuse_adapter_files
+
     if base.startswith("gguf:"):
         package, _, name = base.removeprefix("gguf:").partition("/")
         try:
@@ -167,6 +170,11 @@ def _base_model(where: str, base: str) -> Iterator[Problem]:
             yield Problem(where, f"there is no folder {base}", "correct the path, or give a Hugging Face id")
         elif missing:
             yield Problem(where, f"{base} has no {' and no '.join(missing)}", "save model and tokenizer there")
+        else:
+            try:
+                refuse_adapter_files(Path(base))
+            except LessAssetsError as error:
+                yield _told(where, error)
 
 
 def unknown_keys_in_words(unknown: Mapping[str, Counter[str]]) -> list[str]:

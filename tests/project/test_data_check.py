@@ -141,6 +141,20 @@ def test_the_model_of_a_recipe_is_looked_at_too(folder: Path):
     assert told.startswith("recipe all")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_model_with_an_adapter_beside_its_weights_is_told_before_anything_is_computed(folder: Path, name: str):
+    model = folder / "adapted"
+    model.mkdir()
+    for file in ("config.json", "tokenizer_config.json", name):
+        (model / file).write_text("{}")
+    for old, new in (("owner/model", "./adapted"), ("strategy: full", "strategy: full, model: ./adapted")):
+        (told,) = problems(folder, old, new)
+        assert name in told
+        assert "merge_and_unload" in told
+    (model / name).unlink()
+    assert problems(folder, "strategy: full", "strategy: full, model: ./adapted") == []
+
+
 def test_imported_checkpoints_and_harness_files_must_exist(folder: Path):
     told = problems(
         folder, "evaluation: {held_out: held-out.jsonl}", "evaluation: {harness: task.yaml}\nwarmup: {import: [run/5]}"

@@ -26,12 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
-from less_assets.errors import CheckpointImportError, CorruptArtifactError, ModelLoadError
+from less_assets.errors import CheckpointImportError, ModelLoadError
 from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.per_example import lora_parameters
+from less_assets.method.training.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from less_assets.method.training.epoch_folder import MOMENTS, read_moments, write_epoch
 from less_assets.method.training.files import tensor_metadata
-from less_assets.method.training.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from less_assets.method.training.models import load_adapter
 from less_assets.method.training.trainer_state import few_logged_steps, read_trainer_state
 from less_assets.method.training.trainer_state import mean_learning_rate as learning_rate_of
 from less_assets.method.training.training import trainable_parameters
