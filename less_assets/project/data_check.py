@@ -16,6 +16,7 @@ from less_assets.project.sections import Recipe, Source
 from less_assets.project.task_sections import Evaluation, TargetExamples, Task
 from less_assets.project.warmup_steps import enough_rows, few_steps, steps_of
 from less_assets.project.yaml_file import Problem
+from less_assets.store.files import open_root
 
 PEEK_ROWS = 256
 """Rows looked at in each file."""
@@ -47,7 +48,7 @@ def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None)
     Returns:
         All problems, in the order of the project file; empty if the first run can begin.
     """
-    problems = [*not_built(project), *_base_model("model.base", project.model.base)]
+    problems = [*_storage(project), *not_built(project), *_base_model("model.base", project.model.base)]
     if project.model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         fix = "pip install bitsandbytes on a machine with CUDA, or leave `quantization` out"
         problems.append(Problem("model.quantization", "the Python package 'bitsandbytes' is not installed", fix))
@@ -146,6 +147,14 @@ def not_built(project: Project) -> list[Problem]:
         fix = "pip install 'less-assets[ray]', or use `backend: local`"
         problems.append(Problem("compute.backend", f"the Python package {package!r} is not installed", fix))
     return problems
+
+
+def _storage(project: Project) -> Iterator[Problem]:
+    """Its client must be installed; nothing is asked of a bucket."""
+    try:
+        open_root(project.storage.root)
+    except LessAssetsError as error:
+        yield Problem("storage.root", error.what, error.fix)
 
 
 def _base_model(where: str, base: str) -> Iterator[Problem]:

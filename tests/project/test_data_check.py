@@ -1,9 +1,11 @@
 """What `less-assets check` finds in the data that a project names."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
+import fsspec  # noqa: F401 - its registry is looked up below
 import pytest
 from typer.testing import CliRunner
 
@@ -165,6 +167,14 @@ def test_imported_checkpoints_and_harness_files_must_exist(folder: Path):
 def test_a_file_system_whose_package_is_missing_is_a_problem_and_no_crash(folder: Path):
     (told,) = problems(folder, "good.jsonl", "nosuchprotocol://bucket/x.jsonl")
     assert told.startswith("source good (nosuchprotocol://bucket/x.jsonl)")
+
+
+def test_a_missing_package_of_the_storage_is_told_before_anything_is_computed(folder: Path, monkeypatch):
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails, as if it were not installed
+    (told,) = problems(folder, "name: checked", "name: checked\nstorage: {root: gs://bucket/prefix}")
+    assert told.startswith("storage.root")
+    assert "pip install gcsfs" in told
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not on this machine")
