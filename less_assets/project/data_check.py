@@ -159,7 +159,7 @@ def _storage(project: Project) -> Iterator[Problem]:
 
 def _base_model(where: str, base: str) -> Iterator[Problem]:
     """It must be there, as far as that is known without the network, and have no adapter beside its weights."""
-    from less_assets.method.training.adapter_files import refuse_adapter_files
+    from less_assets.method.training.base_checks import refuse_adapter_files
 
     if base.startswith("gguf:"):
         package, _, name = base.removeprefix("gguf:").partition("/")

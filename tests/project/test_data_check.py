@@ -1,6 +1,7 @@
 """What `less-assets check` finds in the data that a project names."""
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -296,3 +297,19 @@ def test_a_damaged_trainer_state_is_a_problem_and_no_crash(folder: Path):
     (folder / "run/checkpoint-40/trainer_state.json").write_text('{"epoch": ')
     (told,) = map(str, check_data(load_project(project)))
     assert "damaged" in told
+
+
+def test_check_names_both_sizes_where_a_pad_token_was_added_to_the_tokenizer_alone(folder: Path, tiny_model: Path):
+    from transformers import AutoTokenizer
+
+    model = Path(shutil.copytree(tiny_model, folder / "model"))
+    embeddings = json.loads((model / "config.json").read_text())["vocab_size"]
+    (folder / "project.yaml").write_text(PROJECT.replace("owner/model", "./model"))
+    assert CliRunner().invoke(app, ["check", "--project", str(folder / "project.yaml")]).exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    checked = CliRunner().invoke(app, ["check", "--project", str(folder / "project.yaml")])
+    assert checked.exit_code == 1
+    assert f"{embeddings + 1} tokens, but the model only {embeddings} embeddings" in checked.stdout
+    assert "[PAD]" in checked.stdout

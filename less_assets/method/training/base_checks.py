@@ -1,24 +1,45 @@
 """What is refused of a base model: adapters that would be taken for a part of it, and sizes that do not fit.
 
-Belongs here: looking at what transformers says of the loading, at a model that is loaded, and at the shapes that an
-adapter's file holds. Names of files are `adapter_files.py`, loading itself is `models.py`.
+Belongs here: looking at a folder's names, at what transformers says of the loading, at a model that is loaded, and at
+the shapes that an adapter's file holds. It is imported without torch, so that `check` can look, too. Loading itself is
+`models.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from less_assets.errors import ModelLoadError
 
 if TYPE_CHECKING:
     import transformers
     from peft import PeftModel
+    from torch import nn
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def refuse_adapter_files(folder: Path) -> None:
+    """Refuse a folder with an adapter: transformers would load it on top of the weights without a word.
+
+    It would come off again with the first checkpoint's adapter, and other numbers would be the base's from then on.
+
+    Raises:
+        ModelLoadError: The folder holds an adapter.
+    """
+    adapter = next(
+        (name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin") if (folder / name).exists()), None
+    )
+    if adapter is not None:
+        raise ModelLoadError(
+            f"The base model's folder also holds an adapter ({adapter}), so it does not say which model is the base.",
+            where=str(folder),
+            fix="Name the model without the adapter in `model.base`; or merge the adapter into the weights "
+            "(`PeftModel.merge_and_unload()`), save the result to a folder of its own and name that.",
+        )
 
 
 def refuse_other_weights(info: Mapping[str, Any], where: str) -> None:
@@ -59,6 +80,9 @@ def refuse_adapter_layers(model: nn.Module, where: str) -> None:
     Raises:
         ModelLoadError: It has such layers.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     adapted = [
         name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
@@ -109,13 +133,29 @@ def check_vocabulary(
     Raises:
         ModelLoadError: The tokenizer has more tokens than the model has embeddings.
     """
-    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    embeddings = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    refuse_larger_vocabulary(tokenizer, embeddings, model.name_or_path)
+
+
+def refuse_larger_vocabulary(
+    tokenizer: transformers.PreTrainedTokenizerBase, embeddings: int, where: str | None
+) -> None:
+    """Refuse a tokenizer with more tokens than a model has embeddings.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        embeddings: The model's number of embeddings.
+        where: Named in errors.
+
+    Raises:
+        ModelLoadError: It names both sizes, and the first token without an embedding.
+    """
     if len(tokenizer) > embeddings:
         added = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= embeddings)
         named = f" (the first without one is {added[0][1]!r}, id {added[0][0]})" if added else ""
         raise ModelLoadError(
             f"The tokenizer has {len(tokenizer)} tokens, but the model only {embeddings} embeddings{named}.",
-            where=model.name_or_path,
+            where=where,
             fix="Use the tokenizer as the model's authors saved it, without tokens added later (a pad token is not "
             f"needed), or call `model.resize_token_embeddings({len(tokenizer)})`, then save both.",
         )

@@ -29,7 +29,7 @@ from transformers import Trainer
 from less_assets.errors import CheckpointImportError, ModelLoadError
 from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.per_example import lora_parameters
-from less_assets.method.training.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from less_assets.method.training.base_checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from less_assets.method.training.epoch_folder import MOMENTS, read_moments, write_epoch
 from less_assets.method.training.files import tensor_metadata
 from less_assets.method.training.models import load_adapter

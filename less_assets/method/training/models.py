@@ -32,15 +32,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from less_assets.errors import ModelLoadError
-from less_assets.method.training.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, refuse_adapter_files
 from less_assets.method.training.base_checks import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     check_vocabulary,
+    refuse_adapter_files,
     refuse_adapter_layers,
     refuse_other_weights,
     refuse_weights_of_the_base,
 )
 from less_assets.method.training.files import (
     MODEL_FILES,
+    OWN_CODE,
     file_digest,
     folder_digest,
     tensor_shapes,
@@ -81,17 +84,19 @@ class BaseModel:
         base: Its name in the project file.
         folder: Local folder with configuration, tokenizer and safetensors.
         revision: Commit of a Hugging Face repository, SHA-256 of a GGUF file, None for a folder.
+        own_code: Whether Python files that come with it are run: they are part of its digest then.
     """
 
     base: str
     folder: Path
     revision: str | None = None
+    own_code: bool = False
 
     @cached_property
     def digest(self) -> str:
         """64 hex digits that change when weights or tokenizer do; reading a folder's files for it takes time."""
         if self.revision is None:
-            return folder_digest(self.folder)
+            return folder_digest(self.folder, own_code=self.own_code)
         return hashlib.sha256(f"{self.base.partition('@')[0]}@{self.revision}".encode()).hexdigest()
 
     @cached_property
@@ -123,7 +128,7 @@ def find_base(base: str, cache_dir: Path, *, trust_remote_code: bool = False) ->
     if Path(base).expanduser().is_dir():
         folder = Path(base).expanduser().absolute()
         refuse_adapter_files(folder)
-        return BaseModel(base, folder)
+        return BaseModel(base, folder, own_code=trust_remote_code)
     if base.startswith(("/", ".", "~")):
         raise ModelLoadError("The folder of the base model does not exist.", where=base, fix="Correct `model.base`.")
     folder = _fetch(base, trust_remote_code)
@@ -426,7 +431,7 @@ def _without_adapter(model: transformers.PreTrainedModel | PeftModel) -> transfo
 
 def _fetch(base: str, trust_remote_code: bool) -> Path:
     name, _, revision = base.partition("@")
-    patterns = [*MODEL_FILES, "*.py"] if trust_remote_code else list(MODEL_FILES)
+    patterns = [*MODEL_FILES, OWN_CODE] if trust_remote_code else list(MODEL_FILES)
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except hub_errors.GatedRepoError as error:
