@@ -45,17 +45,24 @@ def prepare_home(store: ArtifactStore, home: str | os.PathLike[str] | None = Non
     with storage_trouble(UPath(folder), "create"):
         folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder / "creating.lock"), storage_trouble(UPath(folder), "write"):
-        _claim(folder, store)
+        claim_home(folder, store)
         settings = folder / "dagster.yaml"
         if not settings.exists():
             settings.write_text(DEFAULT_SETTINGS.read_text())
     return folder
 
 
-def _claim(home: Path, store: ArtifactStore) -> None:
-    """Write down whose home it is, or refuse it if it is another project's.
+def claim_home(home: Path, store: ArtifactStore) -> None:
+    """Write down whose home a folder is, or refuse it if it is another project's.
 
     A project that was moved together with its home has another root at the same relative place: that is accepted.
+
+    Args:
+        home: The folder; it is there.
+        store: The project's artifacts.
+
+    Raises:
+        StorageError: The home belongs to another project, or cannot be written.
     """
     root = local_path(store.root)
     owner = {"storage": str(root.absolute() if root else store.root)}
@@ -75,7 +82,8 @@ def _claim(home: Path, store: ArtifactStore) -> None:
             "project is gone, remove the file",
         )
     if written != owner:
-        path.write_text(json.dumps(owner, indent=1) + "\n")
+        with storage_trouble(UPath(path), "write"):
+            path.write_text(json.dumps(owner, indent=1) + "\n")
 
 
 @contextmanager

@@ -56,6 +56,19 @@ def test_a_home_that_is_named_wins_and_is_refused_to_another_project(tmp_path, m
     assert "DAGSTER_HOME" in refused.value.fix
 
 
+def test_dagster_that_is_started_without_us_does_not_show_another_projects_records(tmp_path, tiny_project, monkeypatch):
+    home = tmp_path / "named"
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    monkeypatch.setenv("LESS_PROJECT", str(tiny_project.path))
+    prepare_home(ArtifactStore(str(tmp_path / "other")))
+    code = "import less_assets.running.code_location"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "belongs to another project" in loaded.stderr
+    (home / OWNER_FILE).unlink()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    assert json.loads((home / OWNER_FILE).read_text())["storage"] == str(tmp_path / "artifacts")
+
+
 def test_a_project_that_moved_takes_its_records_along(tmp_path):
     prepare_home(ArtifactStore(str(tmp_path / "before")))
     shutil.move(tmp_path / "before", tmp_path / "after")
