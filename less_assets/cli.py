@@ -133,6 +133,7 @@ def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False)
     from less_assets.inspection.pool_counts import counts_in_words, encode_sample
     from less_assets.project.data_check import (
         check_data,
+        few_logged_rates,
         few_warmup_steps,
         skipped_files,
         unknown_excluded,
@@ -147,7 +148,7 @@ def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False)
         if not problems:
             problems, sample = encode_sample(loaded)
         notes = (*skipped_files(loaded), *unknown_keys_in_words(unknown), *unknown_excluded(loaded))
-        notes += tuple(few_warmup_steps(loaded))
+        notes += (*few_warmup_steps(loaded), *few_logged_rates(loaded))
         if as_json:
             named = [{"where": problem.where, "what": problem.what, "fix": problem.fix} for problem in problems]
             verdict = {"project": loaded.name, "usable": not problems, "problems": named}

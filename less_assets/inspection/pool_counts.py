@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from less_assets.errors import ChatFormatError
+from less_assets.errors import ChatFormatError, ModelLoadError
 from less_assets.inspection.text_table import text_table
 from less_assets.lineage.lineage import Lineage
-from less_assets.project.model_files import tokenizer_at_hand
+from less_assets.project.model_files import embeddings_by_config, tokenizer_at_hand
 from less_assets.project.project import Project
 from less_assets.project.yaml_file import Problem
 from less_assets.reading.files import EXAMPLES, score_file
@@ -68,20 +68,25 @@ def encode_sample(project: Project) -> tuple[list[Problem], dict[str, Any] | Non
     """Count as `pool_counts` a few hundred rows of all sources: the first ones of some of their files.
 
     Returns:
-        Why no conversation can be encoded at all; and the counts, `for_example` as file:line, or None if that is so or
-        the tokenizer is not on this machine.
+        Why no conversation can be encoded at all, or for this model; and the counts, `for_example` as file:line, or
+        None if that is so or the tokenizer is not on this machine.
 
     Raises:
         PoolFormatError: A file cannot be read; `check_data` has said so before.
     """
     from less_assets.method.data.chat import ChatEncoder, check_chat_format
+    from less_assets.method.training.base_checks import refuse_larger_vocabulary
 
     model = project.model
     tokenizer = tokenizer_at_hand(model.base, trust_remote_code=model.trust_remote_code)
     if tokenizer is None:
         return [], None
     try:
+        if embeddings := embeddings_by_config(model.base):
+            refuse_larger_vocabulary(tokenizer, embeddings, model.base)
         check_chat_format(tokenizer, model.chat_format, model.date)
+    except ModelLoadError as error:
+        return [Problem("model.base", error.what, error.fix)], None
     except ChatFormatError as error:
         return [Problem("model.chat_format", error.what, error.fix)], None
     return [], _counted(_sample(project, ChatEncoder(tokenizer, model.chat_format, model.max_length, model.date)))

@@ -16,6 +16,7 @@ from less_assets.project.sections import Recipe, Source
 from less_assets.project.task_sections import Evaluation, TargetExamples, Task
 from less_assets.project.warmup_steps import enough_rows, few_steps, steps_of
 from less_assets.project.yaml_file import Problem
+from less_assets.store.files import open_root
 
 PEEK_ROWS = 256
 """Rows looked at in each file."""
@@ -47,7 +48,7 @@ def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None)
     Returns:
         All problems, in the order of the project file; empty if the first run can begin.
     """
-    problems = [*not_built(project), *_base_model("model.base", project.model.base)]
+    problems = [*_storage(project), *not_built(project), *_base_model("model.base", project.model.base)]
     if project.model.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         fix = "pip install bitsandbytes on a machine with CUDA, or leave `quantization` out"
         problems.append(Problem("model.quantization", "the Python package 'bitsandbytes' is not installed", fix))
@@ -58,8 +59,8 @@ def check_data(project: Project, unknown: dict[str, Counter[str]] | None = None)
             unknown[source.name] = counts
     for path in project.exclude:
         problems += _exclude_file(project, path)
-    for path in project.warmup.imported or []:
-        problems += _imported_checkpoint(project, path)
+    for number in range(len(project.warmup.imported or [])):
+        problems += _imported_checkpoint(project, number)
     for task in project.tasks:
         if task.examples:
             problems += _targets(project, task.name, task.examples)
@@ -124,6 +125,21 @@ def few_warmup_steps(project: Project) -> list[str]:
     return [f"warmup: {said}"] if said else []
 
 
+def few_logged_rates(project: Project) -> list[str]:
+    """A line for each imported checkpoint whose mean learning rate rests on few logged steps."""
+    from less_assets.method.training.trainer_state import few_logged_steps, read_trainer_state
+
+    lines = []
+    for path in project.warmup.imported or [] if project.warmup.mean_learning_rates is None else []:
+        try:
+            said = few_logged_steps(read_trainer_state(Path(path)))
+        except _TROUBLE:  # `check_data` tells it
+            continue
+        if said:
+            lines.append(f"warmup.import ({project.as_written(path)}): {said}")
+    return lines
+
+
 def not_built(project: Project) -> list[Problem]:
     """What the project file may say but this version cannot do yet: refused before anything is computed."""
     problems = []
@@ -133,7 +149,18 @@ def not_built(project: Project) -> list[Problem]:
     return problems
 
 
+def _storage(project: Project) -> Iterator[Problem]:
+    """Its client must be installed; nothing is asked of a bucket."""
+    try:
+        open_root(project.storage.root)
+    except LessAssetsError as error:
+        yield Problem("storage.root", error.what, error.fix)
+
+
 def _base_model(where: str, base: str) -> Iterator[Problem]:
+    """It must be there, as far as that is known without the network, and have no adapter beside its weights."""
+    from less_assets.method.training.base_checks import refuse_adapter_files
+
     if base.startswith("gguf:"):
         package, _, name = base.removeprefix("gguf:").partition("/")
         try:
@@ -152,6 +179,11 @@ def _base_model(where: str, base: str) -> Iterator[Problem]:
             yield Problem(where, f"there is no folder {base}", "correct the path, or give a Hugging Face id")
         elif missing:
             yield Problem(where, f"{base} has no {' and no '.join(missing)}", "save model and tokenizer there")
+        else:
+            try:
+                refuse_adapter_files(Path(base))
+            except LessAssetsError as error:
+                yield _told(where, error)
 
 
 def unknown_keys_in_words(unknown: Mapping[str, Counter[str]]) -> list[str]:
@@ -236,13 +268,22 @@ def _exclude_file(project: Project, path: str) -> Iterator[Problem]:
         yield _told(f"exclude ({project.as_written(path)})", error)
 
 
-def _imported_checkpoint(project: Project, path: str) -> Iterator[Problem]:
+def _imported_checkpoint(project: Project, number: int) -> Iterator[Problem]:
+    """It must hold an adapter, and its mean learning rate must be known and give it a weight."""
+    from less_assets.method.training.trainer_state import mean_learning_rate, read_trainer_state
+
+    warmup = project.warmup
+    path = (warmup.imported or [])[number]
+    where = f"warmup.import ({project.as_written(path)})"
     if not (Path(path) / "adapter_config.json").is_file():
-        yield Problem(
-            f"warmup.import ({project.as_written(path)})",
-            "there is no adapter_config.json",
-            "name the folder of a PEFT checkpoint, as transformers' Trainer saves it",
-        )
+        fix = "name the folder of a PEFT checkpoint, as transformers' Trainer saves it"
+        yield Problem(where, "there is no adapter_config.json", fix)
+        return
+    stated = warmup.mean_learning_rates[number] if warmup.mean_learning_rates else None
+    try:
+        mean_learning_rate(read_trainer_state(Path(path)), stated, Path(path))
+    except _TROUBLE as error:
+        yield _told(where, error)
 
 
 def _scores(project: Project, recipe: Recipe) -> Iterator[Problem]:

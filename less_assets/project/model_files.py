@@ -5,6 +5,7 @@ hashes are `lineage/file_digests.py`.
 """
 
 import importlib.util
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,21 @@ def gguf_file(base: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     files = [Path(location) / name for location in (spec.submodule_search_locations if spec else None) or ()]
     return next((file for file in files if file.is_file()), None)
+
+
+def embeddings_by_config(base: str) -> int | None:
+    """How many tokens a model has embeddings for, by its `config.json`; None if it is no folder or does not say.
+
+    Args:
+        base: As in the project file.
+    """
+    try:
+        config = json.loads((Path(base) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    parts = [config.get("text_config"), config] if isinstance(config, dict) else []
+    sizes = [part.get("vocab_size") for part in parts if isinstance(part, dict)]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def tokenizer_at_hand(base: str, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase | None":

@@ -18,7 +18,7 @@ from upath import UPath
 
 from less_assets.errors import LessAssetsError, StorageError
 from less_assets.running.home_folder import dagster_home
-from less_assets.running.killed_runs import living_processes
+from less_assets.running.killed_runs import living_processes, lock_holders
 from less_assets.running.runner import open_instance
 from less_assets.store.artifacts import ArtifactStore, exclusive_lock
 from less_assets.store.files import local_path, storage_trouble
@@ -45,17 +45,24 @@ def prepare_home(store: ArtifactStore, home: str | os.PathLike[str] | None = Non
     with storage_trouble(UPath(folder), "create"):
         folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder / "creating.lock"), storage_trouble(UPath(folder), "write"):
-        _claim(folder, store)
+        claim_home(folder, store)
         settings = folder / "dagster.yaml"
         if not settings.exists():
             settings.write_text(DEFAULT_SETTINGS.read_text())
     return folder
 
 
-def _claim(home: Path, store: ArtifactStore) -> None:
-    """Write down whose home it is, or refuse it if it is another project's.
+def claim_home(home: Path, store: ArtifactStore) -> None:
+    """Write down whose home a folder is, or refuse it if it is another project's.
 
     A project that was moved together with its home has another root at the same relative place: that is accepted.
+
+    Args:
+        home: The folder; it is there.
+        store: The project's artifacts.
+
+    Raises:
+        StorageError: The home belongs to another project, or cannot be written.
     """
     root = local_path(store.root)
     owner = {"storage": str(root.absolute() if root else store.root)}
@@ -75,7 +82,8 @@ def _claim(home: Path, store: ArtifactStore) -> None:
             "project is gone, remove the file",
         )
     if written != owner:
-        path.write_text(json.dumps(owner, indent=1) + "\n")
+        with storage_trouble(UPath(path), "write"):
+            path.write_text(json.dumps(owner, indent=1) + "\n")
 
 
 @contextmanager
@@ -87,16 +95,35 @@ def opened_records(store: ArtifactStore, home: str | os.PathLike[str] | None = N
         home: The folder; None: `dagster_home`.
 
     Raises:
-        StorageError: The home is another project's, or a database stayed locked; it says by whom.
+        StorageError: The home is another project's; its `dagster.yaml` names a storage whose package is not installed;
+            or a database stayed locked, and it says by whom.
     """
     folder = prepare_home(store, home)
     with _patient(folder):
         with exclusive_lock(folder / "creating.lock"):  # two first commands at once would both create Dagster's tables
-            instance = open_instance(folder)
+            with _packages_of(folder):
+                instance = open_instance(folder)
             instance.get_runs(limit=1)
             instance.get_asset_keys(limit=1)
         with instance:
             yield instance
+
+
+@contextmanager
+def _packages_of(home: Path) -> Iterator[None]:
+    """Name the package that `dagster.yaml` wants and that is not installed."""
+    try:
+        yield
+    except Exception as error:
+        missing = next((cause for cause in _causes(error) if isinstance(cause, ModuleNotFoundError)), None)
+        if missing is None or not missing.name:
+            raise
+        package = missing.name.partition(".")[0]
+        raise StorageError(
+            f"Dagster's records are to be kept with the Python package {package!r}, which is not installed.",
+            where=str(home / "dagster.yaml"),
+            fix=f"pip install {package.replace('_', '-')}, or take what names it out of the file",
+        ) from error
 
 
 @contextmanager
@@ -116,7 +143,7 @@ def _patient(home: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, LessAssetsError) or not _says_locked(error):
             raise
-        holders = living_processes(home)
+        holders = lock_holders(home) or living_processes(home)
         raise StorageError(
             f"Dagster's records stayed locked for {PATIENCE_SECONDS:g} s; "
             + (
@@ -133,12 +160,15 @@ def _patient(home: Path) -> Iterator[None]:
         event.remove(sqlalchemy.Engine, "connect", wait)
 
 
-def _says_locked(error: BaseException | None) -> bool:
+def _says_locked(error: BaseException) -> bool:
     """Whether SQLite's complaint of a lock is at the bottom of an error."""
+    return any(isinstance(cause, sqlite3.OperationalError) and "locked" in str(cause) for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     seen: set[int] = set()  # an error that is raised again can be in its own chain
     while error is not None and id(error) not in seen:
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-            return True
+        yield error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return False

@@ -1,9 +1,12 @@
 """What `less-assets check` finds in the data that a project names."""
 
 import json
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
+import fsspec  # noqa: F401 - its registry is looked up below
 import pytest
 from typer.testing import CliRunner
 
@@ -141,6 +144,20 @@ def test_the_model_of_a_recipe_is_looked_at_too(folder: Path):
     assert told.startswith("recipe all")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_a_model_with_an_adapter_beside_its_weights_is_told_before_anything_is_computed(folder: Path, name: str):
+    model = folder / "adapted"
+    model.mkdir()
+    for file in ("config.json", "tokenizer_config.json", name):
+        (model / file).write_text("{}")
+    for old, new in (("owner/model", "./adapted"), ("strategy: full", "strategy: full, model: ./adapted")):
+        (told,) = problems(folder, old, new)
+        assert name in told
+        assert "merge_and_unload" in told
+    (model / name).unlink()
+    assert problems(folder, "strategy: full", "strategy: full, model: ./adapted") == []
+
+
 def test_imported_checkpoints_and_harness_files_must_exist(folder: Path):
     told = problems(
         folder, "evaluation: {held_out: held-out.jsonl}", "evaluation: {harness: task.yaml}\nwarmup: {import: [run/5]}"
@@ -151,6 +168,14 @@ def test_imported_checkpoints_and_harness_files_must_exist(folder: Path):
 def test_a_file_system_whose_package_is_missing_is_a_problem_and_no_crash(folder: Path):
     (told,) = problems(folder, "good.jsonl", "nosuchprotocol://bucket/x.jsonl")
     assert told.startswith("source good (nosuchprotocol://bucket/x.jsonl)")
+
+
+def test_a_missing_package_of_the_storage_is_told_before_anything_is_computed(folder: Path, monkeypatch):
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "gs", raising=False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails, as if it were not installed
+    (told,) = problems(folder, "name: checked", "name: checked\nstorage: {root: gs://bucket/prefix}")
+    assert told.startswith("storage.root")
+    assert "pip install gcsfs" in told
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not on this machine")
@@ -229,3 +254,62 @@ def test_rows_to_leave_out_are_looked_up_and_a_bad_line_is_named(folder: Path):
     (folder / "out.jsonl").unlink()
     (problem,) = problems(folder, *excluding)
     assert "exclude (out.jsonl)" in problem
+
+
+def imported(folder: Path, rates: list[float], more: str = "", *, epoch: float = 1.0) -> Path:
+    """A checkpoint from elsewhere that logged these rates in an epoch of 40 steps, imported by the project."""
+    checkpoint = folder / "run/checkpoint-40"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    logged = [{"step": 40, "epoch": epoch, "learning_rate": rate} for rate in rates]
+    state = {"global_step": 40, "epoch": epoch, "log_history": logged}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "project.yaml").write_text(PROJECT + "warmup: {import: [run/checkpoint-40]" + more + "}\n")
+    return folder / "project.yaml"
+
+
+@pytest.mark.parametrize(
+    ("rates", "what"), [([0.0] * 40, "is 0, the mean of 40 logged steps"), ([], "not known"), ([-1e-5], "is -1e-05")]
+)
+def test_an_imported_checkpoint_without_weight_is_told_before_anything_is_computed(folder: Path, rates, what: str):
+    (told,) = map(str, check_data(load_project(imported(folder, rates))))
+    assert told.startswith("warmup.import (run/checkpoint-40)")
+    assert what in told
+    assert "warmup.mean_learning_rates" in told
+    run = CliRunner().invoke(app, ["run", "--project", str(folder / "project.yaml")])
+    assert run.exit_code == 1
+    assert what in run.stderr
+    assert check_data(load_project(imported(folder, rates, ", mean_learning_rates: [0.0001]"))) == []
+
+
+@pytest.mark.parametrize(("logged", "told"), [(2, True), (10, False)])
+def test_check_tells_of_rates_that_few_logged_steps_stand_for(folder: Path, logged: int, told: bool):
+    project = imported(folder, [1e-5] * logged)
+    checked = CliRunner().invoke(app, ["check", "--project", str(project)])
+    assert checked.exit_code == 0, checked.output
+    assert (f"{logged} logged steps of about 40" in checked.stdout) == told
+    imported(folder, [1e-5] * logged, ", mean_learning_rates: [0.0001]")
+    assert "logged steps" not in CliRunner().invoke(app, ["check", "--project", str(project)]).stdout
+
+
+def test_a_damaged_trainer_state_is_a_problem_and_no_crash(folder: Path):
+    project = imported(folder, [1e-5])
+    (folder / "run/checkpoint-40/trainer_state.json").write_text('{"epoch": ')
+    (told,) = map(str, check_data(load_project(project)))
+    assert "damaged" in told
+
+
+def test_check_names_both_sizes_where_a_pad_token_was_added_to_the_tokenizer_alone(folder: Path, tiny_model: Path):
+    from transformers import AutoTokenizer
+
+    model = Path(shutil.copytree(tiny_model, folder / "model"))
+    embeddings = json.loads((model / "config.json").read_text())["vocab_size"]
+    (folder / "project.yaml").write_text(PROJECT.replace("owner/model", "./model"))
+    assert CliRunner().invoke(app, ["check", "--project", str(folder / "project.yaml")]).exit_code == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    checked = CliRunner().invoke(app, ["check", "--project", str(folder / "project.yaml")])
+    assert checked.exit_code == 1
+    assert f"{embeddings + 1} tokens, but the model only {embeddings} embeddings" in checked.stdout
+    assert "[PAD]" in checked.stdout

@@ -7,6 +7,7 @@ import pytest
 from less_assets.errors import ProjectFileError
 from less_assets.lineage.model_versions import model_stamp
 from less_assets.method.training.files import folder_digest
+from less_assets.method.training.models import find_base
 from less_assets.project.model_files import template_writes_day
 from less_assets.project.project import load_project
 
@@ -72,6 +73,15 @@ def test_the_day_is_a_setting_where_the_template_asks_for_it(folder):
 def test_what_is_no_day_is_refused(folder):
     with pytest.raises(ProjectFileError, match="must be a date such as"):
         project(folder, more=", date: today")
+
+
+@pytest.mark.parametrize("file", ["tokenization_own.py", "source.spm"])
+def test_a_models_own_code_counts_where_it_is_run_and_every_tokenizers_files_always(folder, file):
+    model = folder / "model"
+    before = [find_base(str(model), folder, trust_remote_code=trusted).digest for trusted in (False, True)]
+    (model / file).write_text("changed")
+    after = [find_base(str(model), folder, trust_remote_code=trusted).digest for trusted in (False, True)]
+    assert [old != new for old, new in zip(before, after, strict=True)] == [file.endswith(".spm"), True]
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.json"])

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
@@ -52,6 +54,19 @@ def test_a_home_that_is_named_wins_and_is_refused_to_another_project(tmp_path, m
     assert str(tmp_path / "one") in str(refused.value)
     assert OWNER_FILE in refused.value.where
     assert "DAGSTER_HOME" in refused.value.fix
+
+
+def test_dagster_that_is_started_without_us_does_not_show_another_projects_records(tmp_path, tiny_project, monkeypatch):
+    home = tmp_path / "named"
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    monkeypatch.setenv("LESS_PROJECT", str(tiny_project.path))
+    prepare_home(ArtifactStore(str(tmp_path / "other")))
+    code = "import less_assets.running.code_location"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "belongs to another project" in loaded.stderr
+    (home / OWNER_FILE).unlink()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    assert json.loads((home / OWNER_FILE).read_text())["storage"] == str(tmp_path / "artifacts")
 
 
 def test_a_project_that_moved_takes_its_records_along(tmp_path):
@@ -123,3 +138,38 @@ def test_who_holds_a_locked_database_is_named(tmp_path, monkeypatch):
     finally:
         os.kill(holder, 9)
         os.waitpid(holder, 0)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="only Linux tells who holds a lock")
+@pytest.mark.parametrize("database", ["history/runs.db", "history/runs/index.db"])
+def test_a_stranger_that_holds_a_database_is_named(tmp_path, monkeypatch, database):
+    monkeypatch.setattr(dagster_home, "PATIENCE_SECONDS", 0.3)
+    store = ArtifactStore(str(tmp_path))
+    with opened_records(store):
+        pass
+    code = (
+        "import sqlite3, sys; connection = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "connection.execute('BEGIN EXCLUSIVE'); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / ".dagster" / database)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
+        stranger.stdout.readline()
+        with pytest.raises(StorageError, match="stayed locked") as refused, opened_records(store) as instance:
+            nothing.execute_in_process(instance=instance)
+        stranger.stdin.close()
+    assert f"process {stranger.pid} on {os.uname().nodename}" in str(refused.value)
+    assert database in str(refused.value), "its command is shown"
+
+
+def test_a_storage_of_dagsters_records_whose_package_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dagster_postgres", None)  # importing it fails, as if it were not installed
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("storage: {postgres: {postgres_url: 'postgresql://nobody@nowhere/none'}}\n")
+    with (
+        pytest.raises(StorageError, match="dagster_postgres") as refused,
+        opened_records(ArtifactStore(str(tmp_path / "artifacts")), home),
+    ):
+        pass
+    assert refused.value.where == str(home / "dagster.yaml")
+    assert "pip install dagster-postgres" in refused.value.fix

@@ -98,20 +98,30 @@ _SIZES: dict[str, object] = {
 
 _PARTICULAR: dict[str, dict[str, object]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 32, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "deepseek_v32": {"index_head_dim": 16},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "dots1": {"num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "falcon_h1": {"mamba_d_head": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+    | {"indexer_budget": 64, "indexer_compress_ratio": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "roc_bert": {"shape_vocab_size": 10, "pronunciation_vocab_size": 10},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "n_mamba_heads": 2}
+    | {"attention_hidden_size": 64, "attention_head_dim": 16, "use_mamba_kernels": False}
+    | {"layer_types": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -28,11 +28,17 @@ MODEL_FILES = (
     "*.txt",
     "*.model",
     "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "*.codes",
+    "*.vocab",
     "*.jinja",
     "additional_chat_templates/*.jinja",
     "README.md",
 )
 """What is fetched of a repository on Hugging Face; all but the card make up a folder's digest."""
+OWN_CODE = "*.py"
+"""Python files of a model and its tokenizer: fetched, and in the digest, where they are run."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
@@ -119,9 +125,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 in hex over names and contents of a model folder's weights, configuration and tokenizer."""
-    files = {file for pattern in MODEL_FILES[:-1] for file in folder.glob(pattern)}
+def folder_digest(folder: Path, *, own_code: bool = False) -> str:
+    """SHA-256 in hex over names and contents of a model folder's weights, configuration and tokenizer.
+
+    Args:
+        folder: The model's folder.
+        own_code: Whether its Python files are run, and so count as well.
+    """
+    patterns = [*MODEL_FILES[:-1], OWN_CODE] if own_code else MODEL_FILES[:-1]
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder).as_posix()}\0{file_digest(file)}\n".encode())

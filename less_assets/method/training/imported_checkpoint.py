@@ -10,7 +10,6 @@ step.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -19,7 +18,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -28,16 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
-from less_assets.errors import CheckpointImportError, CorruptArtifactError, ModelLoadError
+from less_assets.errors import CheckpointImportError, ModelLoadError
 from less_assets.method.gradients.directions import AdamMoments
 from less_assets.method.gradients.per_example import lora_parameters
+from less_assets.method.training.base_checks import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from less_assets.method.training.epoch_folder import MOMENTS, read_moments, write_epoch
 from less_assets.method.training.files import tensor_metadata
-from less_assets.method.training.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from less_assets.method.training.models import load_adapter
+from less_assets.method.training.trainer_state import few_logged_steps, read_trainer_state
+from less_assets.method.training.trainer_state import mean_learning_rate as learning_rate_of
 from less_assets.method.training.training import trainable_parameters
 from less_assets.method.training.warmup import Checkpoint, load_checkpoint
 
-TRAINER_STATE = "trainer_state.json"
 ROWS_SHOWN = 20
 
 _MOMENT_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -59,8 +59,6 @@ _SHARDED = {
 }
 BITSANDBYTES_STATE = "__bnb_optimizer_quant_state__"
 """Where younger versions of bitsandbytes put a parameter's moments in a `state_dict`."""
-FEW_STEPS = 10
-"""Logged steps below which the mean learning rate of a longer epoch may be far from what was used."""
 
 # Key of a parameter's state -> which optimizer has it. Γ needs Adam's own two moments in full.
 _FOREIGN_STATES = {
@@ -126,13 +124,11 @@ def import_checkpoint(
     if not source.is_dir():
         raise CheckpointImportError("There is no such folder.", where=str(source), fix="Correct `warmup.import`.")
     _refuse_sharded(source)
-    trainer_state = _read_trainer_state(source)
-    rates, losses = _epoch_log(trainer_state)
-    rate = _mean_learning_rate(rates, mean_learning_rate, source)
+    trainer_state = read_trainer_state(source)
+    rate = learning_rate_of(trainer_state, mean_learning_rate, source)
     adapted = _load_foreign_adapter(model, source)
     lora_parameters(adapted)  # refuses by name what has no exact per-example gradients
     file = _optimizer_file(source)
-    expected_step = _expected_step(source, trainer_state)
     if file.name == MOMENTS:
         moments = read_moments(file)
         paired_by = "name"
@@ -146,17 +142,17 @@ def import_checkpoint(
     else:
         state = read_optimizer_state(file)
         paired_by = "name" if state.names is not None else "order, shape and step"
-    moments = pair_moments(state, adapted, expected_step=expected_step, where=str(file))
+    moments = pair_moments(state, adapted, expected_step=trainer_state.step, where=str(file))
     imported: dict[str, Any] = {"source": source.name, "optimizer": file.name, "paired_by": paired_by}
     if state.weight_decay:
         imported["weight_decay"] = sorted(set(state.weight_decay))
-    if mean_learning_rate is None and (warning := _few_logged_steps(rates, trainer_state)):
+    if mean_learning_rate is None and (warning := few_logged_steps(trainer_state)):
         imported["warnings"] = [warning]
     record = {
         "epoch": epoch,
         "step": moments.step,
         "mean_learning_rate": rate,
-        "losses": losses,
+        "losses": [*trainer_state.losses],
         "imported": imported,
     }
     write_epoch(folder, adapted, moments, record)
@@ -462,80 +458,3 @@ def _load_foreign_adapter(model: Any, source: Path) -> PeftModel:
         shutil.copyfile(source / ADAPTER_CONFIG, Path(converted) / ADAPTER_CONFIG)
         save_file({str(name): value.contiguous() for name, value in weights.items()}, Path(converted) / ADAPTER_WEIGHTS)
         return load_adapter(model, Path(converted), trainable=True)
-
-
-def _read_trainer_state(source: Path) -> dict[str, Any]:
-    file = source / TRAINER_STATE
-    if not file.is_file():
-        return {}
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptArtifactError(f"The file is damaged: {error}", where=str(file)) from error
-    return state if isinstance(state, dict) else {}
-
-
-def _expected_step(source: Path, trainer_state: Mapping[str, Any]) -> int | None:
-    """Optimizer steps done according to `trainer_state.json`, else to a name such as `checkpoint-105`."""
-    step = trainer_state.get("global_step")
-    if isinstance(step, int) and step > 0:
-        return step
-    match = re.fullmatch(r"checkpoint-(\d+)", source.name)
-    return int(match.group(1)) if match else None
-
-
-def _mean_learning_rate(rates: Sequence[float], stated: float | None, source: Path) -> float:
-    """The mean rate η̄ of the epoch: as stated, else of the logged steps.
-
-    Raises:
-        CheckpointImportError: It is not known, or not a positive number: every influence would be 0.
-    """
-    fix = "Give it in the project file: `warmup.mean_learning_rates`, one number per imported checkpoint."
-    if stated is None and not rates:
-        what = f"The mean learning rate of the epoch is not known: no {TRAINER_STATE} with learning rates in its log."
-        raise CheckpointImportError(what, where=str(source), fix=fix)
-    rate = fmean(rates) if stated is None else stated
-    if not 0 < rate < math.inf:
-        logged = f", the mean of {len(rates)} logged steps in {TRAINER_STATE}" if stated is None else ""
-        what = f"The mean learning rate of the epoch is {rate:g}{logged}; the checkpoint would have no weight."
-        raise CheckpointImportError(what, where=str(source), fix=fix)
-    return rate
-
-
-def _few_logged_steps(rates: Sequence[float], trainer_state: Mapping[str, Any]) -> str | None:
-    """What to tell a person if so few of the epoch's steps were logged that their mean rate may be far off."""
-    step, epoch = trainer_state.get("global_step"), trainer_state.get("epoch")
-    if not isinstance(step, int) or not isinstance(epoch, int | float) or not 0 < epoch < math.inf:
-        return None
-    steps = round(step / epoch) if epoch > 1 else step
-    if len(rates) >= min(steps, FEW_STEPS):
-        return None
-    return (
-        f"the mean learning rate is that of {len(rates)} logged steps of about {steps}; "
-        "give it in warmup.mean_learning_rates if the rate changed in between"
-    )
-
-
-def _epoch_log(trainer_state: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Learning rates and losses that Trainer has logged in the epoch that ends here (or that holds this step)."""
-    epoch, history = trainer_state.get("epoch"), trainer_state.get("log_history")
-    if not isinstance(epoch, int | float) or not isinstance(history, list) or not math.isfinite(epoch):
-        return [], []
-    # Epochs end at 0.99 where the last batch is incomplete, or a rounding error above the whole number.
-    first = math.ceil(epoch - 1e-3) - 1
-    entries = [
-        entry
-        for entry in history
-        if isinstance(entry, dict)
-        and isinstance(entry.get("epoch"), int | float)
-        and first + 1e-3 < entry["epoch"] <= epoch
-    ]
-    rates, losses = (
-        [
-            float(entry[key])
-            for entry in entries
-            if isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-        ]
-        for key in ("learning_rate", "loss")
-    )
-    return rates, losses

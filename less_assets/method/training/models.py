@@ -32,8 +32,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from less_assets.errors import ModelLoadError
+from less_assets.method.training.base_checks import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_vocabulary,
+    refuse_adapter_files,
+    refuse_adapter_layers,
+    refuse_other_weights,
+    refuse_weights_of_the_base,
+)
 from less_assets.method.training.files import (
     MODEL_FILES,
+    OWN_CODE,
     file_digest,
     folder_digest,
     tensor_shapes,
@@ -41,9 +51,6 @@ from less_assets.method.training.files import (
     write_tensors,
 )
 from less_assets.method.training.licences import card_licence, package_licence
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -77,17 +84,19 @@ class BaseModel:
         base: Its name in the project file.
         folder: Local folder with configuration, tokenizer and safetensors.
         revision: Commit of a Hugging Face repository, SHA-256 of a GGUF file, None for a folder.
+        own_code: Whether Python files that come with it are run: they are part of its digest then.
     """
 
     base: str
     folder: Path
     revision: str | None = None
+    own_code: bool = False
 
     @cached_property
     def digest(self) -> str:
         """64 hex digits that change when weights or tokenizer do; reading a folder's files for it takes time."""
         if self.revision is None:
-            return folder_digest(self.folder)
+            return folder_digest(self.folder, own_code=self.own_code)
         return hashlib.sha256(f"{self.base.partition('@')[0]}@{self.revision}".encode()).hexdigest()
 
     @cached_property
@@ -118,12 +127,12 @@ def find_base(base: str, cache_dir: Path, *, trust_remote_code: bool = False) ->
         return _find_gguf(base, cache_dir)
     if Path(base).expanduser().is_dir():
         folder = Path(base).expanduser().absolute()
-        _refuse_adapter_files(folder)
-        return BaseModel(base, folder)
+        refuse_adapter_files(folder)
+        return BaseModel(base, folder, own_code=trust_remote_code)
     if base.startswith(("/", ".", "~")):
         raise ModelLoadError("The folder of the base model does not exist.", where=base, fix="Correct `model.base`.")
     folder = _fetch(base, trust_remote_code)
-    _refuse_adapter_files(folder)
+    refuse_adapter_files(folder)
     return BaseModel(base, folder, revision=folder.name)
 
 
@@ -166,17 +175,16 @@ def load_base(
         options["device_map"] = device_map
     with _loading(base), _without_progress_bars():
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            files.folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            files.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refuse_other_weights names both sizes
+            **options,
         )
     model, info = loaded
-    if info["missing_keys"]:  # transformers would go on with random numbers
-        missing = sorted(info["missing_keys"])
-        raise ModelLoadError(
-            f"{len(missing)} weights of the base model are missing, the first is {missing[0]}.",
-            where=str(files.folder),
-            fix="Fetch the model again.",
-        )
-    _refuse_adapter_layers(model, str(files.folder))
+    refuse_other_weights(info, str(files.folder))
+    refuse_adapter_layers(model, str(files.folder))
     if device_map is None:
         model.to(target)
     check_vocabulary(model, tokenizer)
@@ -210,26 +218,6 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
-
-
-def check_vocabulary(
-    model: transformers.PreTrainedModel | PeftModel, tokenizer: transformers.PreTrainedTokenizerBase
-) -> None:
-    """Refuse a tokenizer that can produce ids for which the model has no embedding.
-
-    Raises:
-        ModelLoadError: The tokenizer has more tokens than the model has embeddings.
-    """
-    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > embeddings:
-        added = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= embeddings)
-        named = f" (the first without one is {added[0][1]!r}, id {added[0][0]})" if added else ""
-        raise ModelLoadError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model only {embeddings} embeddings{named}.",
-            where=model.name_or_path,
-            fix="Use the tokenizer as the model's authors saved it, without tokens added later (a pad token is not "
-            f"needed), or call `model.resize_token_embeddings({len(tokenizer)})`, then save both.",
-        )
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -387,6 +375,7 @@ def load_adapter(
     stored = tensor_shapes(folder / ADAPTER_WEIGHTS)
     base = _without_adapter(model)
     fix = f"Check that it was trained on {base.name_or_path}."
+    refuse_weights_of_the_base(stored, base, str(folder))
     try:
         with _without_future_warnings():
             adapted = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
@@ -440,39 +429,9 @@ def _without_adapter(model: transformers.PreTrainedModel | PeftModel) -> transfo
     return base
 
 
-def _refuse_adapter_files(folder: Path) -> None:
-    """Refuse a folder with an adapter: transformers would load it on top of the weights without a word.
-
-    It would come off again with the first checkpoint's adapter, and other numbers would be the base's from then on.
-    """
-    adapter = next(
-        (name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "adapter_model.bin") if (folder / name).exists()), None
-    )
-    if adapter is not None:
-        raise ModelLoadError(
-            f"The base model's folder also holds an adapter ({adapter}), so it does not say which model is the base.",
-            where=str(folder),
-            fix="Name the model without the adapter in `model.base`; or merge the adapter into the weights "
-            "(`PeftModel.merge_and_unload()`), save the result to a folder of its own and name that.",
-        )
-
-
-def _refuse_adapter_layers(model: nn.Module, where: str) -> None:
-    """Refuse a base model some of whose layers are an adapter's, wherever they came from (a model's own code)."""
-    adapted = [
-        name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    ]
-    if adapted:
-        raise ModelLoadError(
-            f"The base model has {len(adapted)} adapter layers once it is loaded, the first is {adapted[0]}.",
-            where=where,
-            fix="Merge the adapter into the weights (`PeftModel.merge_and_unload()`), save the result and name that.",
-        )
-
-
 def _fetch(base: str, trust_remote_code: bool) -> Path:
     name, _, revision = base.partition("@")
-    patterns = [*MODEL_FILES, "*.py"] if trust_remote_code else list(MODEL_FILES)
+    patterns = [*MODEL_FILES, OWN_CODE] if trust_remote_code else list(MODEL_FILES)
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except hub_errors.GatedRepoError as error:

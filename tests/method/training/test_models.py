@@ -127,6 +127,33 @@ def test_a_pad_token_added_after_training_is_named_with_both_sizes(base, tmp_pat
     assert load_base(str(base), cache_dir=tmp_path)[1].pad_token_id == 32
 
 
+def test_weights_of_another_size_than_the_configuration_are_named_with_both_sizes(base, tmp_path):
+    configuration = (base / "config.json").read_bytes()
+    grown = tiny_llama()
+    grown.resize_token_embeddings(33)
+    grown.save_pretrained(base)
+    (base / "config.json").write_bytes(configuration)
+    with pytest.raises(ModelLoadError, match=r"33 × \d+ in the file, 32 × \d+ by config\.json"):
+        load_base(str(base), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [32, 33])
+def test_an_adapter_with_resized_embeddings_is_named_with_both_sizes_and_leaves_the_base_alone(tmp_path, tokens):
+    grown = tiny_llama()
+    grown.resize_token_embeddings(33)
+    attach_adapter(grown, LORA, 0).save_pretrained(tmp_path, save_embedding_layers=True)
+    model = tiny_llama()
+    model.resize_token_embeddings(tokens)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    said = rf"lm_head\.weight: 33 × \d+ in the file, {tokens} × \d+ in the base model"
+    with pytest.raises(ModelLoadError, match=said) as refused:
+        load_adapter(model, tmp_path)
+    assert "save_embedding_layers=False" in refused.value.fix
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_a_base_with_an_adapter_beside_its_weights_is_refused(base, tmp_path):
     adapted = randomise_b(attach_adapter(tiny_llama(), LORA, 0))
     save_adapter(adapted, base)
