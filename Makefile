@@ -31,11 +31,11 @@ test: env $(VENV)/.ray
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tests.architecture
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The share of lines that tests reach; what runs in processes that they start does not count.
 coverage: env $(VENV)/.ray
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov=less_assets --cov-report=term
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --cov=less_assets --cov-report=term
 
 demo/project.yaml: | env
 	$(BIN)/less-assets demo demo --no-run
