@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import polars as pl
 from pydantic import JsonValue
@@ -17,25 +17,19 @@ from less_assets.store.artifacts import ArtifactFolder, repair_command
 from less_assets.store.files import local_path, read_bytes, written_file
 
 
-def write_parquet(
-    folder: ArtifactFolder,
-    name: str,
-    frame: pl.DataFrame | pl.LazyFrame,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def write_parquet(folder: ArtifactFolder, name: str, frame: pl.DataFrame | pl.LazyFrame) -> None:
     """Write a table atomically; a LazyFrame streams through bounded memory.
 
     Args:
         folder: The artifact.
         name: File name, ending in `.parquet`.
         frame: Rows in their final order.
-        metadata: Key-value pairs for the Parquet footer.
     """
     with written_file(folder.path(name)) as file, _disk_trouble():
         if isinstance(frame, pl.LazyFrame):
-            frame.sink_parquet(file, compression="zstd", metadata=dict(metadata or {}))
+            frame.sink_parquet(file, compression="zstd")
         else:
-            frame.write_parquet(file, compression="zstd", metadata=dict(metadata or {}))
+            frame.write_parquet(file, compression="zstd")
 
 
 @contextlib.contextmanager
@@ -68,14 +62,6 @@ def read_parquet(folder: ArtifactFolder, name: str, columns: list[str] | None = 
 def scan_parquet(folder: ArtifactFolder, name: str) -> pl.LazyFrame:
     """Lazily read a table whose digest has been verified; a remote one is fetched whole (tables are per shard)."""
     return pl.scan_parquet(_source(folder, name))
-
-
-def parquet_metadata(folder: ArtifactFolder, name: str) -> dict[str, str]:
-    """Key-value pairs of a verified table's Parquet footer."""
-    try:
-        return dict(pl.read_parquet_metadata(_source(folder, name)))
-    except pl.exceptions.PolarsError as error:
-        raise _unreadable(folder, name) from error
 
 
 def write_json(folder: ArtifactFolder, name: str, document: JsonValue) -> None:

@@ -7,7 +7,6 @@ from less_assets.errors import CorruptArtifactError, MissingArtifactError
 from less_assets.store.artifacts import ArtifactStore
 from less_assets.store.files import list_files
 from less_assets.store.tables import (
-    parquet_metadata,
     read_json,
     read_parquet,
     scan_parquet,
@@ -28,18 +27,17 @@ def store(request, tmp_path) -> ArtifactStore:
 
 def write(store, fingerprint="0" * 16, frame=FRAME):
     with store.writing("scores/bbh", fingerprint) as folder:
-        write_parquet(folder, "scores.parquet", frame, metadata={"labels": '["x", "y"]'})
+        write_parquet(folder, "scores.parquet", frame)
         write_json(folder, "labels.json", {"labels": ["x", "ü"]})
         folder.seal(kind="influence_scores")
     return store.artifact("scores/bbh", fingerprint)
 
 
-def test_tables_come_back_with_types_and_metadata(store):
+def test_tables_come_back_with_their_types(store):
     folder = write(store)
     assert read_parquet(folder, "scores.parquet").equals(FRAME, null_equal=True)
     assert read_parquet(folder, "scores.parquet", ["example_id"]).columns == ["example_id"]
     assert scan_parquet(folder, "scores.parquet").collect().schema == FRAME.schema
-    assert parquet_metadata(folder, "scores.parquet")["labels"] == '["x", "y"]'
     assert read_json(folder, "labels.json") == {"labels": ["x", "ü"]}
 
 

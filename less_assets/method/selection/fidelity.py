@@ -318,13 +318,6 @@ def _is_constant(values: np.ndarray) -> bool:
     return np.unique(values).size < 2
 
 
-def top_overlap(a: np.ndarray, b: np.ndarray, share: float) -> float:
-    """Share of the best rows by one (n,) array that are among the best by another; at least one row is taken."""
-    count = max(1, round(share * len(a)))
-    best = [set(np.argsort(-np.asarray(scores, np.float64), kind="stable")[:count].tolist()) for scores in (a, b)]
-    return len(best[0] & best[1]) / count
-
-
 @dataclass(frozen=True)
 class StepEffects:
     """Predicted and real influence of n rows on the mean loss of a task's target examples.

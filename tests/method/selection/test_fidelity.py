@@ -24,7 +24,6 @@ from less_assets.method.selection.fidelity import (
     row_traits,
     spearman,
     step_effects,
-    top_overlap,
 )
 from less_assets.method.selection.ranking import Queue, queues_of
 
@@ -212,8 +211,6 @@ def test_measures_of_agreement_are_one_with_itself_and_bounded(values, seed):
         value = agreement(a, b)
         assert np.isnan(value) or -1 - 1e-9 <= value <= 1 + 1e-9
         assert np.isnan(agreement(a, a)) or agreement(a, a) == pytest.approx(1)
-    assert top_overlap(a, a, 0.2) == 1
-    assert 0 <= top_overlap(a, b, 0.2) <= 1
 
 
 @given(values=numbers, seed=st.integers(0, 100))
