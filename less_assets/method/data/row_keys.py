@@ -19,16 +19,13 @@ MEDIA_KEYS = (
 )
 
 CONTENT_PARTS = (
-    *(*MEDIA_KEYS, "input_image", "video_url", "audio_url", "file", "input_file", "document", "refusal"),
+    *(*MEDIA_KEYS, "input_image", "file", "input_file", "document", "refusal"),
     *("thinking", "redacted_thinking", "reasoning", "tool_use", "tool_result", "tool_call"),
 )
 
 UNSUPPORTED_ROW_KEYS = (
     *MEDIA_KEYS,
-    *("rejected", "rejected_response", "rejected_responses", "rejected_messages"),
-    *("chosen", "chosen_response", "chosen_messages"),
-    *("chat_template_kwargs", "enable_thinking", "documents"),
-    *("completion_mask", "assistant_masks", "train_mask", "loss_weight", "sample_weight"),
+    *("rejected", "chosen", "chat_template_kwargs", "enable_thinking", "documents"),
     *("loss_scale", "loss_multiplier", "train_on_inputs", "train_on_input", "train_on_prompt"),
     *(*REASONING_KEYS, "thought", "thoughts", "think", "cot", "chain_of_thought"),
     *("tool_calls", "function_call", "developer", "developer_prompt"),
@@ -37,10 +34,10 @@ UNSUPPORTED_ROW_KEYS = (
 
 UNSUPPORTED_TURN_KEYS = (
     *MEDIA_KEYS,
-    *("file", "refusal", "train_detail", "tools", "functions", "channel"),
+    *("file", "refusal", "tools", "functions", "channel"),
     *("recipient", "think", "cot", "chain_of_thought"),
     *("thought", "thoughts", "reasoning_text", "reasoning_details", "thinking_blocks"),
-    *("loss_weight", "mask", "masked", "trainable", "no_loss", "ignore", "skip"),
+    *("ignore", "skip"),
 )
 """Keys of a turn that cannot be carried, whatever their value, unless it is empty; see also `UNSUPPORTED_OF_TURNS`."""
 
