@@ -4,11 +4,11 @@ Belongs here: arguments, printing, exit codes. What runs and in which order is `
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -99,7 +99,7 @@ def init(
         write_project_file(answers, output, overwrite=force)
         print(f"wrote {output}")
     check(output)
-    at = "" if output == DEFAULT_PROJECT else f" --project {output}"
+    at = "" if output == DEFAULT_PROJECT else f" --project {shlex.quote(str(output))}"
     print(f"next: less-assets plan{at}   (what it costs), then less-assets run{at}")
 
 
@@ -130,32 +130,22 @@ def demo(
 @app.command()
 def check(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
     """Read the project file and look at the data; report every problem at once. Changes nothing."""
-    from less_assets.inspection.pool_counts import counts_in_words, encode_sample
-    from less_assets.project.data_check import (
-        check_data,
-        few_logged_rates,
-        few_warmup_steps,
-        skipped_files,
-        unknown_excluded,
-        unknown_keys_in_words,
-    )
-    from less_assets.project.project import load_project
+    from less_assets.inspection.pool_counts import counts_in_words
+    from less_assets.inspection.project_check import check_project, verdict_as_data
 
     with told():
-        loaded = load_project(project)
-        unknown: dict[str, Counter[str]] = {}
-        problems, sample = check_data(loaded, unknown), None
-        if not problems:
-            problems, sample = encode_sample(loaded)
-        notes = (*skipped_files(loaded), *unknown_keys_in_words(unknown), *unknown_excluded(loaded))
-        notes += (*few_warmup_steps(loaded), *few_logged_rates(loaded))
+        try:
+            checked = check_project(project)
+        except LessAssetsError as error:
+            if as_json:
+                print_json(verdict_as_data(error))
+            raise
         if as_json:
-            named = [{"where": problem.where, "what": problem.what, "fix": problem.fix} for problem in problems]
-            verdict = {"project": loaded.name, "usable": not problems, "problems": named}
-            print_json(verdict | {"notes": notes, "sample": sample})
-            raise typer.Exit(1 if problems else 0)
-        sampled = [counts_in_words(sample, "Sample of the pool")] if sample else []
-        for line in (*problems, *notes, *sampled):
+            print_json(verdict_as_data(checked))
+            raise typer.Exit(1 if checked.problems else 0)
+        loaded, problems = checked.project, checked.problems
+        sampled = [counts_in_words(checked.sample, "Sample of the pool")] if checked.sample else []
+        for line in (*problems, *checked.notes, *sampled):
             print(line)
         if problems:
             print(f"\n{counted(len(problems), 'problem')} found; nothing was computed.")
@@ -184,14 +174,14 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what `run` would make, why, and what it costs: tokens, time and bytes. Computes nothing that is kept."""
-    with told():
+    with told(as_json):
         if idle := _nothing_to_do(project, task, recipe, until, extras):
             from less_assets.planning.estimate import nothing_due
 
             lineage, _, needed = idle
             _print_planned(nothing_due(lineage, needed), lineage, as_json)
             return
-    with told(), _opened(project) as (loaded, store, instance, runner):
+    with told(as_json), _opened(project) as (loaded, store, instance, runner):
         from less_assets.compute.models import ModelLoader, cache_folder
         from less_assets.planning.estimate import estimate
         from less_assets.running.runner import register_shards
@@ -398,7 +388,7 @@ def explain(
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Say why a row scores as it does for a task. Computes nothing, unless --text gives a new row."""
-    with told(), _read(project) as lineage:
+    with told(as_json), _read(project) as lineage:
         from less_assets.compute.models import ModelLoader, cache_folder
         from less_assets.inspection.explain import explain_row, explain_text, in_words, selected_id
 
@@ -422,7 +412,7 @@ def trace(
     project: ProjectOption = DEFAULT_PROJECT,
 ) -> None:
     """Follow a row: back to its file, arrays, settings and code, forward to all that selected it. Computes nothing."""
-    with told(), _read(project) as lineage:
+    with told(as_json), _read(project) as lineage:
         from less_assets.inspection.trace import in_words, trace_row
 
         print_answer(trace_row(lineage, example_id), in_words, as_json)

@@ -33,7 +33,13 @@ def _rebuild(kind: type[LessAssetsError], what: str, where: str | None, fix: str
 
 
 class ProjectFileError(LessAssetsError):
-    """The project file cannot be used as it is."""
+    """The project file cannot be used as it is.
+
+    Attributes:
+        problems: Each problem as an error of its own, where the message lists several; else empty.
+    """
+
+    problems: tuple[LessAssetsError, ...] = ()
 
 
 class PoolFormatError(LessAssetsError):

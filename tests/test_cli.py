@@ -1,10 +1,12 @@
 """The command: what it says, what it returns, and that a user's mistake costs one clear message and no computing."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,9 @@ from support.tiny import write_rows
 from typer.testing import CliRunner
 
 from less_assets.cli import app
+from less_assets.errors import LessAssetsError
+from less_assets.running.terminal import print_event
+from less_assets.steps.selection import select_subset
 
 
 class Command:
@@ -229,16 +234,74 @@ def test_a_program_can_follow_a_run_to_the_path_of_each_subset(command):
     (subset,) = [event for event in told if event["event"] == "subset"]
     assert (subset["recipe"], subset["task"]) == ("short-seed0", "sums")
     assert len(Path(subset["path"]).read_text().splitlines()) == 3
-    selected = next(place for place, event in enumerate(told) if event.get("partitions") == ["short-seed0|sums"])
-    assert set(kinds[selected + 1 : kinds.index("subset")]) <= {"message"}, "not as soon as it is there"
     again = events(command("run", "--json", "--until", "selected_subset", "--recipe", "short-seed0").stdout)
-    assert [event["event"] for event in again if event["event"] in ("made", "subset")] == ["made", "subset"], "sky's"
+    assert [event["event"] for event in again if event["event"] in ("made", "subset")] == ["subset", "made"], "sky's"
+
+
+def test_the_path_of_a_subset_is_told_before_the_next_one_is_made(command, monkeypatch):
+    command.project.settings["recipes"] = [
+        {"name": name, "strategy": "random", "rows": rows} for name, rows in (("few", 3), ("more", 5), ("most", 7))
+    ]
+    there = []
+
+    def tell(events, kind, values):
+        if kind == "subset":
+            assert Path(values["path"]).is_file()
+            there.append(len(list((command.project.folder / "artifacts/selection").rglob("subset.jsonl"))))
+
+    monkeypatch.setattr("less_assets.running.watch.JsonEvents.tell", tell)
+    assert command("run", "--json", "--until", "selected_subset", "--task", "sums").exit_code == 0
+    assert there == [1, 2, 3], "all three are made in one run of Dagster"
+
+
+def test_the_path_of_a_subset_is_told_though_the_next_one_fails(command, monkeypatch):
+    command.project.settings["recipes"] = [
+        {"name": name, "strategy": "random", "rows": 3} for name in ("first", "second")
+    ]
+
+    def compute(work):
+        if work.partition == "first-seed0|sums":
+            raise LessAssetsError("no luck")
+        return select_subset(work)
+
+    replaced(monkeypatch, "selected_subset", compute=compute)
+    shown = command("run", "--json", "--until", "selected_subset", "--task", "sums")
+    assert shown.exit_code == 1
+    told = events(shown.stdout)
+    assert [event["recipe"] for event in told if event["event"] == "subset"] == ["second-seed0"]
+    assert told[-1]["event"] == "error"
 
 
 def test_an_error_is_an_event_for_programs(command):
     told = events(command("run", "--json", "--task", "smus").stdout)
     assert [event["event"] for event in told] == ["error"]
     assert "sums" in told[0]["fix"] + told[0]["what"]
+    assert told[0]["time"] > 1.7e9, "as every event has it"
+
+
+@pytest.mark.parametrize("arguments", [("plan", "--task", "smus"), ("explain", "sums", "none"), ("trace", "none")])
+def test_whatever_fails_with_json_says_so_in_json(command, arguments):
+    shown = command(*arguments, "--json")
+    (told,) = events(shown.stdout)
+    assert shown.exit_code == 1
+    assert told["event"] == "error"
+    assert told["what"]
+
+
+def test_a_full_disk_is_an_event_for_programs(command, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("less_assets.running.runner.register_shards", full)
+    shown = command("run", "--json")
+    assert shown.exit_code == 1
+    assert events(shown.stdout)[-1]["event"] == "error"
+    assert "No space left" in events(shown.stdout)[-1]["what"]
+
+
+def test_a_name_that_is_no_utf_8_does_not_break_json(capsys):
+    print_event("error", {"what": "bad\udcff.jsonl"})
+    assert json.loads(capsys.readouterr().out)["what"] == "bad\udcff.jsonl"
 
 
 def test_quiet_is_silent_until_the_end(command):
@@ -259,6 +322,21 @@ def test_check_and_plan_answer_programs(command):
     assert refused.exit_code == 1
     (problem,) = json.loads(refused.stdout)["problems"]
     assert "sky.jsonl" in problem["where"] + problem["what"]
+
+
+def test_check_tells_programs_what_is_wrong_with_the_project_file_itself(command, tmp_path):
+    command.project.settings["warmup"]["lerning_rate"] = 1e-3
+    del command.project.settings["tasks"]
+    refused = command("check", "--json")
+    assert refused.exit_code == 1
+    answer = json.loads(refused.stdout)
+    assert (answer["usable"], answer["project"]) == (False, None)
+    assert len(answer["problems"]) == 2
+    (misspelt,) = [problem for problem in answer["problems"] if "lerning_rate" in problem["what"]]
+    assert re.search(r"project\.yaml:\d+$", misspelt["where"])
+    assert "learning_rate" in misspelt["fix"]
+    missing = CliRunner().invoke(app, ["check", "--json", "--project", str(tmp_path / "none.yaml")])
+    assert "none.yaml" in json.loads(missing.stdout)["problems"][0]["where"]
 
 
 def test_in_a_terminal_a_run_has_one_block_and_leaves_the_result(command):
@@ -374,3 +452,14 @@ def test_the_installed_command_works_from_another_folder(command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "usable" in done.stdout
     assert done.stderr == ""
+
+
+def test_init_names_the_next_commands_so_that_they_can_be_pasted(command, tiny_model, tmp_path):
+    folder = command.project.folder
+    given = ["init", "--pool", str(folder / "data/plus.jsonl"), "--model", str(tiny_model)]
+    given += ["--examples", str(folder / "targets/sums.jsonl"), "-o", str(tmp_path / "my project.yaml")]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    (said,) = [line for line in done.output.splitlines() if line.startswith("next: ")]
+    words = shlex.split(said.replace("(", "").replace(")", ""))
+    assert words.count(str(tmp_path / "my project.yaml")) == 2

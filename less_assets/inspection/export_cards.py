@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 import yaml
 
+from less_assets.compute.progress import counted
 from less_assets.errors import MissingArtifactError, StaleArtifactError
 from less_assets.inspection.export_trainers import hub_name
 from less_assets.lineage.lineage import Lineage, split
@@ -89,7 +90,7 @@ def model_card(lineage: Lineage, key: str, base: str | None) -> str:
     parts = [
         f"# {_text(project.name)}: adapter of {_text(recipe)} for {_text(task)}",
         f"A LoRA adapter for {_base_words(lineage, project.recipe(recipe))}, trained on {summary['examples']:,} rows "
-        f"in {summary['steps']:,} optimizer steps. Mean loss of the last epoch: "
+        f"in {counted(summary['steps'], 'optimizer step')}. Mean loss of the last epoch: "
         f"{summary['mean_loss_of_last_epoch']:.3f} nats per token. It has the licence of the base "
         "model, as far as that asks for one; the rows' licences stand in the card of the data set.",
         f"Its fingerprint is `{lineage.fresh('finetuned_model', key).fingerprint}`. Chat format of training: "

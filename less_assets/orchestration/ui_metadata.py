@@ -35,6 +35,8 @@ from less_assets.steps.shown import (
 )
 from less_assets.store.entry_page import ENTRY_NAME
 
+FOLDER = "path"
+"""Entry of every materialization: the artifact's folder."""
 COLUMN_MEANINGS = {
     "aggregate": "how subtasks make one ranking",
     "answer": "the text that was generated",
@@ -140,7 +142,7 @@ def shown_metadata(
     return {
         **_in_order(values),
         **provenance(asset, manifest.inputs, upstream, _column_names(stored, asset)),
-        "path": dg.MetadataValue.path(str(stored.folder.root)),
+        FOLDER: dg.MetadataValue.path(str(stored.folder.root)),
         "fingerprint": manifest.fingerprint,
         **({} if seconds is None else {"seconds": seconds}),
     }

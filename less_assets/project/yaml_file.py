@@ -190,7 +190,9 @@ def _parse(text: str, file: str) -> MarkedData:
 def problems_error(file: str, problems: Sequence[Problem]) -> ProjectFileError:
     """One error that tells all problems of a file."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ProjectFileError("\n".join([f"{file} has {count}:", *(f"  {problem}" for problem in problems)]))
+    error = ProjectFileError("\n".join([f"{file} has {count}:", *(f"  {problem}" for problem in problems)]))
+    error.problems = tuple(ProjectFileError(problem.what, where=problem.where, fix=problem.fix) for problem in problems)
+    return error
 
 
 def _line(node: yaml.Node) -> int:

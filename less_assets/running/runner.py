@@ -8,6 +8,7 @@ import contextlib
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from less_assets.orchestration.dagster_internals import (
     partition_loading_context,
 )
 from less_assets.orchestration.materialization import CHECKS_LATER_TAG
+from less_assets.orchestration.ui_metadata import FOLDER
 from less_assets.project.project import Project
 from less_assets.reading.certificates import CERTIFICATES, certified_tasks, is_due, lacks_certificate
 from less_assets.reading.files import SUBSET_JSONL
@@ -154,8 +156,6 @@ class GraphRunner:
                     for name in together:
                         made[name].update(chunk)
                         self._tell("made", {"asset": name, "partitions": [key for key in chunk if key]})
-                        if name == "selected_subset":
-                            self._show_subsets(chunk)
             trouble = trouble or failures.first
             if due:
                 self._tell("asset_finished", {"asset": asset, "made": len(made[asset]), "failed": len(failed[asset])})
@@ -177,15 +177,17 @@ class GraphRunner:
             order.insert(last, CERTIFICATES)
         return order
 
-    def _show_subsets(self, keys: Sequence[Partition]) -> None:
-        """Say where the rows lie that were just selected."""
-        lineage = open_lineage(self._project, self._store)
-        for key in map(str, keys):
-            recipe, _, task = key.partition("|")
-            if self._project.recipe(recipe).strategy != "none":
-                path = str(lineage.folder("selected_subset", key).path(SUBSET_JSONL))
-                self._log(f"rows of {recipe} for {task}: {path}")
-                self._tell("subset", {"recipe": recipe, "task": task, "path": path})
+    def _show_subset(self, entry: dg.EventLogEntry) -> None:
+        """Say where rows lie the moment they are selected: a run of several partitions goes on with the next one."""
+        event = entry.dagster_event
+        if event is None or not event.is_step_materialization or event.asset_key != dg.AssetKey("selected_subset"):
+            return
+        recipe, _, task = str(event.partition).partition("|")
+        if self._project.recipe(recipe).strategy != "none":
+            folder = event.step_materialization_data.materialization.metadata[FOLDER].value
+            path = f"{folder}/{SUBSET_JSONL}"
+            self._log(f"rows of {recipe} for {task}: {path}")
+            self._tell("subset", {"recipe": recipe, "task": task, "path": path})
 
     def _not_waiting(self, lineage: Lineage, asset: str, due: Sequence[Partition]) -> list[Partition]:
         """What of an asset can be made although something has failed before; the log says how much cannot."""
@@ -270,9 +272,13 @@ class GraphRunner:
             tags |= {RANGE_START_TAG: str(partitions[0]), RANGE_END_TAG: str(partitions[-1])}
         else:
             partition_key = partitions[0]
+        run_id = str(uuid.uuid4())
+        if "selected_subset" in assets:
+            self._instance.add_event_listener(run_id, self._show_subset)
         with _interrupts():
             result = self._job.execute_in_process(
                 asset_selection=[dg.AssetKey(asset) for asset in assets],
+                run_id=run_id,
                 run_config={"loggers": {"console": {"config": {}}}},
                 partition_key=partition_key,
                 tags=tags,

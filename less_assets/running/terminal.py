@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -26,11 +26,14 @@ def told(as_json: bool = False) -> Iterator[None]:
         yield
     except LessAssetsError as error:
         if as_json:
-            print_json({"event": "error", "what": error.what, "where": error.where, "fix": error.fix}, indent=None)
+            print_event("error", {"what": error.what, "where": error.where, "fix": error.fix})
         print(f"\nerror: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:  # of a disk or folder that nobody above has named better
-        print(f"\nerror: {error}\n  to do: check free space and permissions; {KEPT}", file=sys.stderr)
+        fix = f"check free space and permissions; {KEPT}"
+        if as_json:
+            print_event("error", {"what": str(error), "where": error.filename, "fix": fix})
+        print(f"\nerror: {error}\n  to do: {fix}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print(f"\ninterrupted; {KEPT}", file=sys.stderr)
@@ -50,9 +53,27 @@ def termination_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def print_json(data: Mapping[str, Any], indent: int | None = 1) -> None:
-    """Print an object as JSON, on one line with `indent` None."""
-    print(json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False), flush=True)
+def as_json_text(data: Mapping[str, Any], indent: int | None = None) -> str:
+    """An object as JSON, on one line without `indent`; names of files that are no UTF-8 stand escaped."""
+    text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print an object as JSON."""
+    print(as_json_text(data, indent=1), flush=True)
+
+
+def print_event(kind: str, values: Mapping[str, Any], output: TextIO | None = None) -> None:
+    """Print one event for programs, a line: `event`, `time` (seconds since the epoch), and its values.
+
+    Args:
+        kind: What has happened.
+        values: What is known of it.
+        output: Receives the line; None: standard output.
+    """
+    event = {"event": kind, "time": round(time.time(), 3), **values}
+    print(as_json_text(event), file=output, flush=True)
 
 
 def print_answer(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
@@ -63,8 +84,7 @@ def print_answer(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], st
 def print_warning(line: str, as_json: bool) -> None:
     """Print a warning, or tell it as an event."""
     if as_json:
-        event = {"event": "message", "time": round(time.time(), 3), "level": "warning", "message": line}
-        print_json(event, indent=None)
+        print_event("message", {"level": "warning", "message": line})
     else:
         say(f"warning: {line}")
 

@@ -4,7 +4,6 @@ Belongs here: turning the runner's events and the lines of steps into either. Pl
 this: they are the log itself.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from less_assets.compute.progress import duration
+from less_assets.running.terminal import print_event
 
 SHOWN_READY = 4
 """Finished assets that the block names, the last one first."""
@@ -34,8 +34,7 @@ class JsonEvents:
 
     def tell(self, kind: str, values: Mapping[str, Any]) -> None:
         """Write an event."""
-        event = {"event": kind, "time": round(time.time(), 3), **values}
-        print(json.dumps(event, ensure_ascii=False, allow_nan=False), file=self._output, flush=True)
+        print_event(kind, values, self._output)
 
     def log(self, line: str) -> None:
         """Write a line of the runner as an event."""
