@@ -11,7 +11,9 @@ from less_assets.openmp import choose_wait_policy
 if TYPE_CHECKING:
     from less_assets.api import OpenProject, open_project, select
 
-__all__ = ["OpenProject", "open_project", "select"]
+    __version__: str
+
+__all__ = ["OpenProject", "__version__", "open_project", "select"]
 
 choose_wait_policy()
 
@@ -19,6 +21,10 @@ choose_wait_policy()
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("less-assets")
     from less_assets import api
 
     return getattr(api, name)

@@ -271,6 +271,11 @@ def _write_rows(path: Path, rows: "pl.DataFrame | Iterable[Mapping[str, Any]]", 
     records: Iterable[Mapping[str, Any]] = rows.iter_rows(named=True) if hasattr(rows, "iter_rows") else rows
     with path.open("w", encoding="utf-8") as file:
         for number, record in enumerate(records):
+            if not isinstance(record, Mapping):
+                raise LessAssetsError(
+                    f"Row {number} of `{what}` is a {type(record).__name__}, not a mapping of fields.",
+                    fix="pass a Polars frame or mappings; of a pandas frame `polars.from_pandas(frame)`",
+                )
             try:
                 file.write(json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n")
             except (TypeError, ValueError) as error:

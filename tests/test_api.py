@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import polars as pl
@@ -38,6 +39,7 @@ def test_importing_loads_no_heavy_library():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "dagster", "transformers", "polars", "pydantic"} & set(modules)
     assert {*less_assets.__all__} <= {*dir(less_assets)}
+    assert less_assets.__version__ == version("less-assets")
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = less_assets.nothing_here
 
@@ -93,6 +95,7 @@ def test_without_a_cache_nothing_is_left_behind(tiny_model, tmp_path, monkeypatc
         ({"fraction": 0.5, "count": 3}, "leave one of the two out"),
         ({"settings": {"warmup": {"epoch": 2}}}, "epochs"),
         ({"rows": [{"messages": {1, 2}}]}, "Row 0 of `rows`"),
+        ({"rows": {"prompt": ["a"], "completion": ["b"]}}, "Row 0 of `rows` is a str.*\n.*from_pandas"),
         ({"rows": [{"messages": question(1, "plus")}, {"score": float("nan")}]}, "Row 1 of `rows`"),
     ],
 )

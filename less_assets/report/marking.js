@@ -77,7 +77,7 @@ function buildMarks() {
   });
   const text = () => markLines().map((line) => `${JSON.stringify(line)}\n`).join("");
   byId("marks-copy").addEventListener("click", () =>
-    copyText(text(), "Copied: add it to a file that exclude of the project file names.", byId("mark-count")));
+    copyText(text(), "Copied. Add it to a file that the project file names under exclude.", byId("mark-count")));
   byId("marks-save").addEventListener("click", () => save("left-out.jsonl", markLines()));
   byId("marks-clear").addEventListener("click", () => { marks.clear(); keepMarks(); drawMarks(); drawLines(true); byId("left-out-title").focus(); });
   byId("excluded").hidden = !head.excluded.length;

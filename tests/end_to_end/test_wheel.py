@@ -1,5 +1,6 @@
-"""The wheel, installed outside the repository: a newcomer's way from an empty folder to a plan."""
+"""The wheel, installed outside the repository: a newcomer's way from an empty folder to selected rows."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -37,7 +38,7 @@ def environment(tmp_path_factory) -> Path:
     return folder / "venv/bin"
 
 
-def test_from_an_empty_folder_to_a_plan(environment, tiny_model, tmp_path):
+def test_from_an_empty_folder_to_selected_rows(environment, tiny_model, tmp_path):
     work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir()
     home.mkdir()
@@ -65,6 +66,10 @@ def test_from_an_empty_folder_to_a_plan(environment, tiny_model, tmp_path):
     assert {path.name for path in work.iterdir()} == {
         *("pool.jsonl", "sums.jsonl", "kept.jsonl", "project.yaml", "artifacts")
     }, "something lies beside the artifacts"
+    ran = less_assets("run", "--json", "--recipe", "less", "--until", "selected_subset")
+    (subset,) = [event for event in map(json.loads, ran.splitlines()) if event["event"] == "subset"]
+    assert len(Path(subset["path"]).read_text().splitlines()) == 20
+    assert "nothing was computed" in less_assets("run", "--recipe", "less", "--until", "selected_subset")
     assert (work / "artifacts/.dagster").is_dir()
     assert list(home.iterdir()) == []
 
