@@ -7,6 +7,7 @@ the cards say is `export_cards.py`, what trainers read `export_trainers.py`.
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections import defaultdict
@@ -22,10 +23,11 @@ import pyarrow.parquet as pq
 from less_assets.errors import LessAssetsError, MissingArtifactError, StaleArtifactError
 from less_assets.inspection.export_cards import dataset_card, model_card
 from less_assets.inspection.export_trainers import hub_name, write_trainer_files
-from less_assets.lineage.lineage import Lineage
+from less_assets.lineage.lineage import Lineage, split
 from less_assets.lineage.pool_files import data_path
 from less_assets.method.data.conversations import example_id, for_trainers, with_all_fields
 from less_assets.reading.files import EXAMPLES, SUBSET
+from less_assets.store.artifacts import ArtifactFolder
 from less_assets.store.tables import read_parquet
 
 DATA = "data/train-00000-of-00001.parquet"
@@ -93,7 +95,7 @@ def export_selection(
     """
     project = lineage.project
     recipe, key = project.recipe(recipe_key), f"{recipe_key}|{project.task(task).name}"
-    subset = with_all_fields(read_parquet(lineage.folder("selected_subset", key), SUBSET))
+    subset = with_all_fields(read_parquet(_selection(lineage, key), SUBSET))
     if subset.is_empty():
         raise LessAssetsError(
             f"{recipe_key} selects no rows: there is nothing to export.", fix="choose a recipe that selects rows"
@@ -125,6 +127,17 @@ def export_selection(
     link.symlink_to(folder.name)
     link.replace(output / LATEST)
     return Export(folder, output / LATEST, subset.height, left_out)
+
+
+def _selection(lineage: Lineage, key: str) -> ArtifactFolder:
+    """The folder of a selection, or an error whose command brings it up to date with all that it is made from."""
+    try:
+        return lineage.folder("selected_subset", key)
+    except (MissingArtifactError, StaleArtifactError) as error:
+        recipe, task = split(key)
+        project = shlex.quote(str(lineage.project.path))
+        fix = f"less-assets run --project {project} --task {task} --recipe {recipe}"
+        raise type(error)(error.what, where=error.where, fix=fix) from error
 
 
 def _content_digest(folder: Path) -> str:
@@ -277,7 +290,6 @@ def upload(export: Export, repository: str) -> list[str]:
         Addresses of what was uploaded.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api, addresses = HfApi(), []
     try:
@@ -291,9 +303,11 @@ def upload(export: Export, repository: str) -> list[str]:
                 commit_message=f"less-assets export {export.folder.name}",
             )
             addresses.append(str(address))
-    except (HfHubHTTPError, ValueError) as error:
+    except Exception as error:  # of the Hub, of whichever HTTP client it uses, of the network
         raise LessAssetsError(
-            f"The upload failed: {error}", where=repository, fix="look at the name, and log in with `hf auth login`"
+            f"The upload failed: {error}",
+            where=repository,
+            fix=f"look at the name and the network, and log in with `hf auth login`; the export is in {export.folder}",
         ) from error
     return addresses
 

@@ -125,12 +125,14 @@ def _selected(lineage: Lineage, recipe: ResolvedRecipe, task: str, subset: pl.Da
     settings = yaml.safe_dump(json.loads(json.dumps(_recipe_settings(lineage, recipe))))
     choice = choice_table(lineage, recipe.key, task)
     chosen = f" By trials of several recipes: {choice[1]}." if choice else ""
+    order = ", best first" if recipe.traits.scores else ""
+    model = "Model whose gradients were taken" if recipe.traits.scores == "influence" else "Model of the project"
     return (
         f"{subset.height:,} rows, selected from {pool['unique']:,} different usable rows by the recipe "
-        f"`{recipe.key}` for the task `{task}`, best first.{chosen}\n\n"
+        f"`{recipe.key}` for the task `{task}`{order}.{chosen}\n\n"
         f"Made with LESS Assets {version('less-assets')}. Fingerprint of the selection: `{manifest.fingerprint}`; "
-        f"version of its content: `{manifest.data_version}`. Model whose gradients were taken, where the recipe takes "
-        f"any: {_base_words(lineage, replace(recipe, model=None))}.\n\n"
+        f"version of its content: `{manifest.data_version}`. {model}: "
+        f"{_base_words(lineage, replace(recipe, model=None))}.\n\n"
         f"```yaml\n{settings}```\n\n| source | rows of the pool | selected |\n|---|---:|---:|\n{rows}"
     )
 

@@ -288,6 +288,42 @@ def test_the_command_exports_and_a_dry_run_uploads_nothing(project_file, tmp_pat
         assert said in refused.output
 
 
+def test_an_upload_that_fails_is_told_and_keeps_the_export(project_file, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise RuntimeError("no route to host")  # httpx's errors are no OSError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    given = ["export", "--project", str(project_file), "--task", "sums", "--recipe", "less", "-o", str(tmp_path)]
+    refused = CliRunner().invoke(app, [*given, "--push", "ann/rows"])
+    assert refused.exit_code == 1
+    assert isinstance(refused.exception, SystemExit), "a traceback"
+    assert "no route to host" in refused.output
+    assert "network" in refused.output
+    assert (tmp_path / "latest/README.md").is_file()
+
+
+def test_what_is_out_of_date_is_told_with_the_command_that_makes_all_of_it(project_file, tmp_path):
+    text = project_file.read_text()
+    project_file.write_text(text.replace("fraction: 0.3", "fraction: 0.2"))
+    try:
+        given = ["export", "--project", str(project_file), "--task", "sums", "--recipe", "less", "-o", str(tmp_path)]
+        refused = CliRunner().invoke(app, given)
+    finally:
+        project_file.write_text(text)
+    assert refused.exit_code == 1
+    assert f"less-assets run --project {project_file} --task sums --recipe less\n" in refused.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_says_best_first_and_gradients_only_of_a_recipe_that_ranks_by_them(lineage, tmp_path):
+    cards = [
+        (export_selection(lineage, "sums", recipe, tmp_path).latest / "README.md").read_text()
+        for recipe in ("less", "random-seed0")
+    ]
+    for said in ("best first", "whose gradients were taken"):
+        assert [said in card for card in cards] == [True, False]
+
+
 def test_the_adapter_is_no_part_of_the_uploaded_data_set(lineage, tmp_path):
     exported = export_selection(lineage, "sums", "less", tmp_path)
     data, adapter = planned_uploads(exported, "ann/rows")
