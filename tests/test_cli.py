@@ -299,6 +299,15 @@ def test_a_full_disk_is_an_event_for_programs(command, monkeypatch):
     assert "No space left" in events(shown.stdout)[-1]["what"]
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-m", "less_assets.cli", "check", "--json", "-p", str(command.project.path)]
+    done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_a_name_that_is_no_utf_8_does_not_break_json(capsys):
     print_event("error", {"what": "bad\udcff.jsonl"})
     assert json.loads(capsys.readouterr().out)["what"] == "bad\udcff.jsonl"

@@ -4,6 +4,8 @@ Belongs here: what all commands share. What each of them prints is its own.
 """
 
 import json
+import os
+import select
 import signal
 import sys
 import threading
@@ -30,6 +32,8 @@ def told(as_json: bool = False) -> Iterator[None]:
         print(f"\nerror: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:  # of a disk or folder that nobody above has named better
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise typer.Exit(128 + signal.SIGPIPE) from None
         fix = f"check free space and permissions; {KEPT}"
         if as_json:
             print_event("error", {"what": str(error), "where": error.filename, "fix": fix})
@@ -38,6 +42,16 @@ def told(as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {KEPT}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output has no reader any more, as before `| head`; then the rest of it is dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 @contextmanager
