@@ -3,6 +3,7 @@
 Belongs here: arguments, printing, exit codes. What runs and in which order is `running/runner.py`.
 """
 
+import io
 import os
 import shlex
 import signal
@@ -564,6 +565,9 @@ def main() -> None:
     """Entry point of the `less-assets` command."""
     # Telemetry and hub look-ups have no place in a command that must also work without a network.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # an encoding without ± shall not end a run of hours with a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():  # other libraries' progress bars, of downloads and conversions, are for terminals
         os.environ.setdefault("TQDM_DISABLE", "1")
     app()

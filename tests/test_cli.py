@@ -306,6 +306,23 @@ def test_a_reader_that_has_seen_enough_is_no_error(command):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_a_terminal_without_our_characters_gets_the_result_all_the_same(command):
+    arguments = [
+        sys.executable,
+        "-m",
+        "less_assets.cli",
+        "run",
+        "--until",
+        "pool_index",
+        "-p",
+        str(command.project.path),
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "TASK/recipes/RECIPE/\\u2026/subset.jsonl" in done.stdout
+
+
 def test_a_name_that_is_no_utf_8_does_not_break_json(capsys):
     print_event("error", {"what": "bad\udcff.jsonl"})
     assert json.loads(capsys.readouterr().out)["what"] == "bad\udcff.jsonl"
