@@ -218,7 +218,7 @@ def _check_loss(encoded: EncodedExample, turns: list[Message], template: str) ->
         if turn["role"] not in ("system", "developer", "tool") and "tool_calls" not in turn:
             said = turn["content"].strip()
             apart = _THOUGHT.fullmatch(said)
-            position = whole.find(apart[2].strip() if apart and said not in whole else said, position)
+            position = whole.find(apart[2].strip() if apart and said not in whole[position:] else said, position)
             assert position >= 0, f"{said!r} is not in the text"
 
 
