@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pty
@@ -326,6 +327,13 @@ def test_a_terminal_without_our_characters_gets_the_result_all_the_same(command)
 def test_a_name_that_is_no_utf_8_does_not_break_json(capsys):
     print_event("error", {"what": "bad\udcff.jsonl"})
     assert json.loads(capsys.readouterr().out)["what"] == "bad\udcff.jsonl"
+
+
+def test_json_is_json_where_the_encoding_lacks_a_character():
+    written = io.BytesIO()
+    output = io.TextIOWrapper(written, encoding="ascii", errors="backslashreplace")
+    print_event("error", {"what": "Ünï"}, output)
+    assert json.loads(written.getvalue())["what"] == "Ünï"
 
 
 def test_quiet_is_silent_until_the_end(command):

@@ -67,15 +67,19 @@ def termination_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def as_json_text(data: Mapping[str, Any], indent: int | None = None) -> str:
-    """An object as JSON, on one line without `indent`; names of files that are no UTF-8 stand escaped."""
+def as_json_text(data: Mapping[str, Any], indent: int | None = None, encoding: str | None = None) -> str:
+    """An object as JSON, on one line without `indent`; what an encoding (UTF-8 by default) has not stands escaped."""
     text = json.dumps(data, ensure_ascii=False, indent=indent, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode()
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    return text
 
 
 def print_json(data: Mapping[str, Any]) -> None:
     """Print an object as JSON."""
-    print(as_json_text(data, indent=1), flush=True)
+    print(as_json_text(data, indent=1, encoding=sys.stdout.encoding), flush=True)
 
 
 def print_event(kind: str, values: Mapping[str, Any], output: TextIO | None = None) -> None:
@@ -87,7 +91,7 @@ def print_event(kind: str, values: Mapping[str, Any], output: TextIO | None = No
         output: Receives the line; None: standard output.
     """
     event = {"event": kind, "time": round(time.time(), 3), **values}
-    print(as_json_text(event), file=output, flush=True)
+    print(as_json_text(event, encoding=(output or sys.stdout).encoding), file=output, flush=True)
 
 
 def print_answer(answer: dict[str, Any], in_words: Callable[[dict[str, Any]], str], as_json: bool) -> None:
