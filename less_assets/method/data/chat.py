@@ -121,7 +121,9 @@ class ChatEncoder:
         check_chat_format(self.tokenizer, self.chat_format, self.date)
         try:
             text, spans = self._spans(messages, tools)
-            ids, in_loss = _tokenize_spans(text, [span for _, *span in spans], self.tokenizer, begin=self._begins)
+            ids, in_loss = _tokenize_spans(
+                text, [span for _, *span in spans], self.tokenizer, begin=self._begins, exact=True
+            )
         except UnusableConversationError as problem:
             nothing = np.zeros(0, np.int32)
             return EncodedExample(example_id, nothing, nothing, str(problem), problem.status)
@@ -416,15 +418,30 @@ def _cut_left(ids: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _tokenize_spans(
-    text: str, spans: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, begin: bool
+    text: str,
+    spans: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    begin: bool,
+    exact: bool = False,
 ) -> tuple[list[int], np.ndarray]:
-    """Return the ids (n,) of a text and whether each token belongs to one of the spans of characters, bool (n,)."""
+    """Return the ids (n,) of a text and whether each token belongs to one of the spans of characters, bool (n,).
+
+    `exact`: a token that is partly a span's and partly not, white space aside, is refused; only tokenizers that tell
+    offsets show it.
+    """
     if tokenizer.is_fast:
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         inside = np.zeros(len(starts), dtype=bool)
         for start, end in spans:
             inside |= (starts >= start) & (starts < end) & (ends > starts)
+            for edge in (start, end) if exact else ():
+                for token in np.flatnonzero((starts < edge) & (ends > edge)):
+                    if text[starts[token] : edge].strip() and text[edge : ends[token]].strip():
+                        shared = text[starts[token] : ends[token]]
+                        problem = f"the token {shared!r} belongs to an answer and to what the template writes beside it"
+                        raise UnusableConversationError("template_refuses", problem)
             for token in np.flatnonzero((starts < start) & (ends > start)):
                 inside[token] = not text[starts[token] : start].strip() and bool(text[start : ends[token]].strip())
         before = _begin_ids(tokenizer) if begin else ()

@@ -546,3 +546,11 @@ def test_a_participant_whose_name_is_left_out_is_seen(body, fields, status):
 def test_the_tulu_format_shows_no_participants():
     tulu = ChatEncoder(FAMILIES["qwen2_5"].tokenizer, "tulu", LENGTH)
     assert tulu.row("row", [user("Who?") | {"name": "Ann"}, said("Me.")]).status == "unsupported_field: name"
+
+
+@pytest.mark.parametrize(("content", "status"), [("x = [1, 2]", "template_refuses"), ("x = [1, 2] ", "ok")])
+def test_a_token_that_an_answer_shares_with_the_next_header_is_seen(content, status):
+    turns = [user("Who?"), said(content), {"role": "tool", "content": "Rain."}, said("Me.")]
+    encoded = encoder(FAMILIES["glm4"]).row("row", turns)  # whose header of tools is no special token
+    assert encoded.status == status
+    assert status == "ok" or "the token ']<' belongs to an answer" in encoded.problem
