@@ -47,7 +47,9 @@ def read_family(path: Path) -> Family:
     return Family(path.stem, tokenizer, ends, frozenset(known.get("shows", [])), known.get("date", False))
 
 
-def make_tokenizer(template: str, bos: str | None, eos: str, special: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str, bos: str | None, eos: str, special: list[str], words: str = WORDS
+) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with a few merges, so that words and their leading space are one token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,7 +57,7 @@ def make_tokenizer(template: str, bos: str | None, eos: str, special: list[str])
     tokens = list(dict.fromkeys([token for token in (bos, eos) if token] + special))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator([WORDS] * 4, trainer)
+    core.train_from_iterator([words] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=bos, eos_token=eos, additional_special_tokens=special
     )

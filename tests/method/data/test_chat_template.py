@@ -550,7 +550,10 @@ def test_the_tulu_format_shows_no_participants():
 
 @pytest.mark.parametrize(("content", "status"), [("x = [1, 2]", "template_refuses"), ("x = [1, 2] ", "ok")])
 def test_a_token_that_an_answer_shares_with_the_next_header_is_seen(content, status):
+    template = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+    special = ["<|user|>", "<|assistant|>"]  # that of tools is not among them
+    tokenizer = make_tokenizer(template, None, "<|end|>", special, words="]<| ]<|")
     turns = [user("Who?"), said(content), {"role": "tool", "content": "Rain."}, said("Me.")]
-    encoded = encoder(FAMILIES["glm4"]).row("row", turns)  # whose header of tools is no special token
+    encoded = ChatEncoder(tokenizer, "template", LENGTH).row("row", turns)
     assert encoded.status == status
-    assert status == "ok" or "the token ']<' belongs to an answer" in encoded.problem
+    assert status == "ok" or "the token ']<|' belongs to an answer" in encoded.problem
