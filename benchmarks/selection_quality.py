@@ -4,6 +4,7 @@
     python benchmarks/selection_quality.py --small      # minutes: one task, few rows
     python benchmarks/selection_quality.py              # the full design: many hours
     python benchmarks/selection_quality.py --tables     # the tables again from the stored losses; computes nothing
+    python benchmarks/selection_quality.py --merge A B  # add what two other machines have finished, by its .json
 
 The design. A pool of 1,600 rows (at most `--row-length` tokens each, roughly), drawn evenly from five real sources;
 GSM8K's own training source is not among them. Budgets of 5 and 10 %, three training seeds, three draws of random rows.
@@ -330,9 +331,7 @@ class Results:
                     pl.lit(recipe).alias("recipe"), pl.lit(task).alias("task"), "example_id", "rank"
                 )
                 self.selected = pl.concat([self.selected, described.cast(dict(SELECTED))])
-        self.selected = self.selected.unique(["recipe", "task", "rank"], keep="first", maintain_order=True)
-        self.selected_path.parent.mkdir(parents=True, exist_ok=True)
-        self.selected.write_parquet(self.selected_path, compression="zstd", compression_level=19)
+        self.write_selected()
 
     def write_scores(self, folder: Path) -> None:
         """Write what each recipe selected as a file of scores, the first row's the highest."""
@@ -373,6 +372,24 @@ class Results:
         self.losses = pl.concat([self.losses, *(part.cast(dict(LOSSES)) for part in parts)])
         self.write()
 
+    def merge(self, others: Sequence[Path]) -> None:
+        """Add what other machines have finished, by their files of figures, and write; what is there already stays."""
+        for other in map(Results, others):
+            new = [cell for cell in other.figures if cell not in self.figures]
+            self.figures |= {cell: other.figures[cell] for cell in new}
+            keys = pl.DataFrame(list(map(asdict, new)), schema={name: LOSSES[name] for name in KEY})
+            added = other.losses.join(keys, on=list(KEY), how="semi", nulls_equal=True)
+            self.losses = pl.concat([self.losses, added])
+            self.selected = pl.concat([self.selected, other.selected])
+        self.write_selected()
+        self.write()
+
+    def write_selected(self) -> None:
+        """Write which rows were selected, each once."""
+        self.selected = self.selected.unique(["recipe", "task", "rank"], keep="first", maintain_order=True)
+        self.selected_path.parent.mkdir(parents=True, exist_ok=True)
+        self.selected.write_parquet(self.selected_path, compression="zstd", compression_level=19)
+
     def write(self) -> None:
         """Write the figures, the losses and the tables."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -396,11 +413,11 @@ def select(chosen: Iterable[str], design: Design, project: Project, home: Path, 
     results.write_scores(folder)
 
 
-def train(project: Project, stage: Stage, home: Path, results: Results) -> None:
-    """Train and judge what a stage holds, task by task and recipe by recipe; write after each."""
+def train(project: Project, stage: Stage, home: Path, results: Results, only: Sequence[str] | None) -> None:
+    """Train and judge what a stage holds, or some of its recipes, one by one in each task; write after each."""
     for task in project.task_names:
         for key, cell in cells(project, stage, task):
-            if cell not in results.figures:
+            if cell not in results.figures and (only is None or cell.recipe in only):
                 with opened_runner(project, home) as runner:
                     keys = (task, *project.folds_of(task))
                     runner.run(Request(tasks=keys, recipes=(key,), until="eval_results", extras=False))
@@ -436,6 +453,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="one task, few recipes, few rows: minutes")
     parser.add_argument("--estimate", action="store_true", help="say what it would take and stop")
     parser.add_argument("--tables", action="store_true", help="make the tables from the stored losses and stop")
+    parser.add_argument("--recipes", nargs="+", default=None, help="train these only")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="add other machines' selection_quality.json to the results and stop"
+    )
     parser.add_argument("--again", action="store_true", help="forget the figures of earlier runs")
     parser.add_argument("--rows", type=int, default=None)
     parser.add_argument("--row-length", type=int, default=128, help="longest pool row that is drawn, in tokens")
@@ -469,6 +490,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     name = "selection_quality_small.json" if asked.small else "selection_quality.json"
     results = Results(asked.results or ROOT / "benchmarks" / "results" / name, again=asked.again)
+    if asked.merge:
+        results.merge(asked.merge)
+        return
     if asked.tables:
         results.write()
         return
@@ -502,7 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stage, project in trainings:
         if stage.all_recipes:
             select(BASELINES, *selected)
-        train(project, stage, work / "dagster" / stage.name, results)
+        train(project, stage, work / "dagster" / stage.name, results, asked.recipes)
     written = results.path.with_suffix(".md")
     print(f"\n{written.read_text()}\nwritten: {results.path} and {written}")
 
