@@ -169,7 +169,7 @@ class OpenProject:
         keys = tuple(self.project.recipe(key).key for key in recipes)
         if problems := check_data(self.project):
             raise problems_error(str(self.project.path), problems)
-        with opened_records(self.store, home) as instance:
+        with opened_records(self.project.name, self.store, home) as instance:
             register_shards(self.project, self.store, instance)
             runner = GraphRunner(build_definitions(self.project), self.project, self.store, instance, progress)
             return runner.run(Request(names, keys, until))

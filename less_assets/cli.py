@@ -469,7 +469,7 @@ def dev(
 
         loaded = load_project(project)
         store = open_store(loaded)
-        home = prepare_home(store)
+        home = prepare_home(loaded.name, store)
         dagster = ("-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port), "--workspace", str(WORKSPACE))
         environment = {**os.environ, "DAGSTER_HOME": str(home), "LESS_PROJECT": str(loaded.path)}
         with reports_served(loaded, store, home, reports_port or port + 1) as url:
@@ -557,7 +557,7 @@ def _opened(
         loaded = loaded.model_copy(update={"tracking": Tracking()})
     store = open_store(loaded)
     definitions = build_definitions(loaded, reports_url=reports_url(loaded, store, dagster_home(store)))
-    with opened_records(store) as instance:
+    with opened_records(loaded.name, store) as instance:
         yield loaded, store, instance, GraphRunner(definitions, loaded, store, instance, say)
 
 

@@ -22,7 +22,7 @@ def _with_job() -> dg.Definitions:
     project = load_project(os.environ.get("LESS_PROJECT", "project.yaml"))
     home = Path(os.environ.get("DAGSTER_HOME", "")).expanduser()
     if os.environ.get("DAGSTER_HOME") and home.is_dir():
-        claim_home(home.absolute(), open_store(project))
+        claim_home(home.absolute(), project.name, open_store(project))
     graph = build_definitions(project, reports_url=os.environ.get(URL_VARIABLE))
     return dg.Definitions.merge(graph, dg.Definitions(jobs=[task_job(graph, project)]))
 

@@ -31,11 +31,12 @@ PATIENCE_SECONDS = 60
 """How long a locked database is waited for."""
 
 
-def prepare_home(store: ArtifactStore, home: str | os.PathLike[str] | None = None) -> Path:
+def prepare_home(project: str, store: ArtifactStore, home: str | os.PathLike[str] | None = None) -> Path:
     """Create the home if need be, with the defaults of our `dagster.yaml`.
 
     Args:
-        store: The project's artifacts.
+        project: The project's name.
+        store: Its artifacts.
         home: The folder; None: `dagster_home`.
 
     Raises:
@@ -45,41 +46,52 @@ def prepare_home(store: ArtifactStore, home: str | os.PathLike[str] | None = Non
     with storage_trouble(UPath(folder), "create"):
         folder.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder / "creating.lock"), storage_trouble(UPath(folder), "write"):
-        claim_home(folder, store)
+        claim_home(folder, project, store)
         settings = folder / "dagster.yaml"
         if not settings.exists():
             settings.write_text(DEFAULT_SETTINGS.read_text())
     return folder
 
 
-def claim_home(home: Path, store: ArtifactStore) -> None:
+def claim_home(home: Path, project: str, store: ArtifactStore) -> None:
     """Write down whose home a folder is, or refuse it if it is another project's.
 
-    A project that was moved together with its home has another root at the same relative place: that is accepted.
+    A project is known by its storage and its name. One that was moved together with its home has another root at the
+    same relative place: that is accepted.
 
     Args:
         home: The folder; it is there.
-        store: The project's artifacts.
+        project: The project's name.
+        store: Its artifacts.
 
     Raises:
         StorageError: The home belongs to another project, or cannot be written.
     """
     root = local_path(store.root)
-    owner = {"storage": str(root.absolute() if root else store.root)}
+    places = {"storage": str(root.absolute() if root else store.root)}
     if root:
-        owner["storage_from_here"] = os.path.relpath(root.absolute(), home)
+        places["storage_from_here"] = os.path.relpath(root.absolute(), home)
+    owner = {"project": project, **places}
     path = home / OWNER_FILE
     try:
         written = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         written = None
-    if isinstance(written, dict) and not any(written.get(name) == value for name, value in owner.items()):
+    if isinstance(written, dict) and not any(written.get(name) == value for name, value in places.items()):
         raise StorageError(
             f"This folder of Dagster's records belongs to another project, with its artifacts in "
-            f"{written.get('storage')}; this project's are in {owner['storage']}.",
+            f"{written.get('storage')}; this project's are in {places['storage']}.",
             where=str(path),
             fix="unset DAGSTER_HOME (each project then has its own), or let it name another folder; if the other "
             "project is gone, remove the file",
+        )
+    if isinstance(written, dict) and written.get("project", project) != project:
+        raise StorageError(
+            f"These records of Dagster belong to another project of the same storage, {written['project']!r}; "
+            f"this one is named {project!r}.",
+            where=str(path),
+            fix="give this project a `storage.root` of its own. If both files are one project, give them one `name`; "
+            "if it was renamed, remove the file",
         )
     if written != owner:
         with storage_trouble(UPath(path), "write"):
@@ -87,18 +99,21 @@ def claim_home(home: Path, store: ArtifactStore) -> None:
 
 
 @contextmanager
-def opened_records(store: ArtifactStore, home: str | os.PathLike[str] | None = None) -> Iterator[dg.DagsterInstance]:
+def opened_records(
+    project: str, store: ArtifactStore, home: str | os.PathLike[str] | None = None
+) -> Iterator[dg.DagsterInstance]:
     """Dagster's instance in the project's home, for as long as the block lasts; a locked database is waited for.
 
     Args:
-        store: The project's artifacts.
+        project: The project's name.
+        store: Its artifacts.
         home: The folder; None: `dagster_home`.
 
     Raises:
         StorageError: The home is another project's; its `dagster.yaml` names a storage whose package is not installed;
             or a database stayed locked, and it says by whom.
     """
-    folder = prepare_home(store, home)
+    folder = prepare_home(project, store, home)
     with _patient(folder):
         with exclusive_lock(folder / "creating.lock"):  # two first commands at once would both create Dagster's tables
             with _packages_of(folder):

@@ -75,7 +75,7 @@ def test_the_plan_knows_it_before_and_after(made):
 def test_with_nothing_to_do_the_missing_gradients_are_not_missed(made):
     project = load_project(made.tiny.path)
     store = open_store(project)
-    with opened_records(store):
+    with opened_records(project.name, store):
         pass  # Dagster's database is there
     remember_recorded(project, store, SUBSETS)
     found = nothing_to_do(project, store, SUBSETS)

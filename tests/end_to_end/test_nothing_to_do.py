@@ -58,7 +58,7 @@ def test_with_nothing_to_do_neither_dagster_nor_torch_is_loaded_and_nothing_is_o
     assert made(project_file, "--until", "selected_subset", "--no-extras") == (0, [])
 
     store = open_store(load_project(project_file))
-    with opened_records(store) as instance:
+    with opened_records(load_project(project_file).name, store) as instance:
         instance.wipe_assets([dg.AssetKey("leaderboard")])
     count, heavy = made(project_file)
     assert count == 1, "what Dagster has lost is recorded again"
