@@ -490,7 +490,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     name = "selection_quality_small.json" if asked.small else "selection_quality.json"
     results = Results(asked.results or ROOT / "benchmarks" / "results" / name, again=asked.again)
+    if unknown := set(asked.recipes or ()) - {"base", "random", "as-long", "tournament", *rules(design, more=True)}:
+        parser.error(f"--recipes: the study has none named {', '.join(sorted(unknown))}")
     if asked.merge:
+        if lacking := [str(path) for path in asked.merge if not path.is_file()]:
+            parser.error(f"--merge: there is no {', '.join(lacking)}")
         results.merge(asked.merge)
         return
     if asked.tables:

@@ -80,6 +80,9 @@ def difference(recipe: np.ndarray, random: np.ndarray, draws: Sequence[int]) -> 
 def compared(losses: pl.DataFrame) -> list[dict[str, Any]]:
     """Every recipe against random of the same budget: one entry for each task, number, budget and recipe.
 
+    Of an unfinished study only the training seeds count that both sides have: what a seed does to all models would else
+    look like a difference of the recipes.
+
     Args:
         losses: Table of `LOSSES`.
     """
@@ -87,18 +90,24 @@ def compared(losses: pl.DataFrame) -> list[dict[str, Any]]:
     trained = losses.filter(pl.col("budget").is_not_null())
     for (task, number, budget), part in trained.group_by("task", "number", "budget", maintain_order=True):
         by_recipe = {name: _by_training(table) for (name,), table in part.group_by("recipe", maintain_order=True)}
-        draws, random = by_recipe.pop("random", ([], None))
-        for recipe, (_, trainings) in by_recipe.items() if random is not None else []:
-            result = difference(trainings, random, draws)
-            found.append({"task": task, "number": number, "budget": budget, "recipe": recipe, "found": result})
+        if "random" not in by_recipe:
+            continue
+        of_random, random = by_recipe.pop("random")
+        for recipe, (of_recipe, trainings) in by_recipe.items():
+            paired = of_random["training_seed"].is_in(of_recipe["training_seed"].implode())
+            judged = of_recipe["training_seed"].is_in(of_random["training_seed"].implode())
+            if judged.any():
+                draws = of_random["draw"].filter(paired).to_list()
+                result = difference(trainings[judged.to_numpy()], random[paired.to_numpy()], draws)
+                found.append({"task": task, "number": number, "budget": budget, "recipe": recipe, "found": result})
     return found
 
 
-def _by_training(losses: pl.DataFrame) -> tuple[list[int], np.ndarray]:
-    """Draws of a recipe's trainings (-1: it draws nothing), and its losses: a line for each, questions by their ids."""
+def _by_training(losses: pl.DataFrame) -> tuple[pl.DataFrame, np.ndarray]:
+    """Draw and seed of each of a recipe's trainings, and its losses: a line for each, questions by their ids."""
     wide = losses.pivot("example_id", index=["draw", "training_seed"], values="loss", aggregate_function="mean")
     questions = sorted(losses["example_id"].unique())
-    return wide["draw"].fill_null(-1).to_list(), wide.select(questions).to_numpy().astype(np.float64)
+    return wide.select("draw", "training_seed"), wide.select(questions).to_numpy().astype(np.float64)
 
 
 def tables(losses: pl.DataFrame) -> str:

@@ -131,6 +131,74 @@ def test_an_interval_covers_the_luck_of_trainings_and_draws(benchmark):
     assert covered / 400 > 0.92
 
 
+def losses_of(**trainings: dict[int, list[float]]) -> pl.DataFrame:
+    """The stored losses of recipes on two questions: by recipe and training seed, in float32 as they are stored."""
+    from selection_tables import LOSSES
+
+    lines = [
+        {
+            "task": "t", "recipe": recipe, "budget": 0.05, "draw": 0 if recipe == "random" else None,
+            "training_seed": seed, "number": "validation_loss", "subtask": "s", "example_id": f"q{place}", "loss": loss,
+        }
+        for recipe, by_seed in trainings.items()
+        for seed, losses in by_seed.items()
+        for place, loss in enumerate(losses)
+    ]  # fmt: skip
+    return pl.DataFrame(lines, schema=LOSSES)
+
+
+def test_recipes_are_compared_by_the_training_seeds_that_both_sides_have(benchmark):
+    import selection_tables
+
+    # Seed 1 is bad for every model; the rule has not been trained with it yet.
+    random = {0: [2.0, 3.0], 1: [9.0, 9.0]}
+    (found,) = selection_tables.compared(losses_of(random=random, rule={0: [1.5, 2.5], 2: [7.0, 7.0]}))
+    assert found["found"].mean == pytest.approx(-0.5)
+    assert found["found"].seeds == 1
+    assert selection_tables.compared(losses_of(random={1: [9.0, 9.0]}, rule={0: [1.5, 2.5]})) == []
+
+
+def test_what_other_machines_have_finished_is_merged_once(benchmark, tmp_path):
+    def written(name: str, losses: pl.DataFrame, rows: list[str]) -> Path:
+        results = benchmark.Results(tmp_path / name / "results.json")
+        results.losses = losses
+        for recipe, seed in losses.select("recipe", "training_seed").unique(maintain_order=True).iter_rows():
+            mean = losses.filter(recipe=recipe, training_seed=seed)["loss"].mean()
+            cell = benchmark.Cell("t", recipe, 0.05, 0 if recipe == "random" else None, seed)
+            results.figures[cell] = {"validation_loss": mean, "answer_loss": None, "score": None, "tokens": 1}
+        chosen = [{"recipe": "rule-at-5", "task": "t", "example_id": row, "rank": i} for i, row in enumerate(rows)]
+        results.selected = pl.DataFrame(chosen, schema=benchmark.SELECTED)
+        results.write_selected()
+        results.write()
+        return results.path
+
+    here = written("here", losses_of(random={0: [2.0, 3.0]}, rule={0: [1.0, 2.0]}), ["a", "b"])
+    there = written("there", losses_of(random={1: [2.2, 3.2]}, rule={0: [8.0, 8.0], 1: [1.2, 2.2]}), ["a", "b"])
+    for _ in range(2):  # again, by mistake: nothing is added twice
+        benchmark.main(["--merge", str(there), "--results", str(here)])
+    merged = benchmark.Results(here)
+    expected = losses_of(random={0: [2.0, 3.0], 1: [2.2, 3.2]}, rule={0: [1.0, 2.0], 1: [1.2, 2.2]})
+    order = ["recipe", "training_seed", "example_id"]
+    assert merged.losses.sort(order).equals(expected.sort(order)), "what was there stays, what is new is added"
+    assert merged.losses.height == 8
+    assert len(merged.figures) == 4
+    assert merged.selected["example_id"].to_list() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--recipes", "less", "lss"], "the study has none named lss"),
+        (["--merge", "no/such.json"], "there is no no/such.json"),
+    ],
+)
+def test_a_recipe_or_file_that_is_not_there_is_refused(benchmark, tmp_path, capsys, options, said):
+    with pytest.raises(SystemExit):
+        benchmark.main([*options, "--results", str(tmp_path / "results.json")])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_the_stages_cover_every_rule_budget_and_training_seed(benchmark):
     design = benchmark.Design(
         base="x",
